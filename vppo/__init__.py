@@ -1,0 +1,1 @@
+"""VPPO: reinforcement learning that rewards a vision-language model for looking."""

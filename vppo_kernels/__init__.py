@@ -1,0 +1,1 @@
+"""Exact per-token divergences, log-probabilities and shaped-advantage losses from hidden states."""
