@@ -1,0 +1,136 @@
+"""Argument checks: every message names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def positive(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: got {value!r}, takes a finite number above 0")
+
+
+def non_negative(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: got {value!r}, takes a finite number of at least 0")
+
+
+def finite(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"{name}: got {value!r}, takes a finite number")
+
+
+def fraction(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise ValueError(f"{name}: got {value!r}, takes a number above 0 and at most 1")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, takes one of {list(choices)}")
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a torch.Tensor")
+
+
+def floating(name: str, value: Any) -> None:
+    tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {value.dtype}, takes float32, bfloat16 or float16")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, takes {list(expected)} ({why})")
+
+
+def same_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, takes {device} (that of {other})")
+
+
+def no_process_group(process_group: object) -> None:
+    if process_group is not None:
+        raise NotImplementedError(
+            "process_group: a vocabulary split over ranks is not supported yet; takes None with the whole weight"
+        )
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None, name: str = "hidden") -> None:
+    """Hidden states against a head: `[..., D]`, `[V, D]` and `[V]`."""
+    floating(name, hidden)
+    floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, takes [V, D]")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: got shape {list(hidden.shape)}, takes [..., {weight.shape[1]}] (weight is {list(weight.shape)})"
+        )
+    same_device(name, hidden, weight.device, "weight")
+    if bias is not None:
+        floating("bias", bias)
+        shape("bias", bias, (weight.shape[0],), "one entry per row of weight")
+        same_device("bias", bias, weight.device, "weight")
+    if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size: got {vocab_size}, takes 1..{weight.shape[0]} (the rows of weight)")
+    if weight.shape[0] == 0:
+        raise ValueError("weight: got no rows, takes at least one vocabulary entry")
+
+
+def indices(name: str, value: Tensor, leading: torch.Size, size: int, device: torch.device, check: bool) -> None:
+    """Target indices. Their range is looked at on a CPU, and elsewhere only with `check` (it would synchronise)."""
+    tensor(name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got dtype {value.dtype}, takes int64 or int32")
+    shape(name, value, tuple(leading), "the leading dimensions of the hidden states or logits")
+    same_device(name, value, device, "weight or logits")
+    if (check or device.type == "cpu") and value.numel():
+        outside = ((value < 0) | (value >= size)).flatten()
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(f"{name}: got {int(value.flatten()[row])} at row {row}, takes 0..{size - 1}")
+
+
+def all_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None:
+    """Raise on NaN or inf among the entries that `mask`, over the leading dimensions, calls valid (synchronises)."""
+    bad = ~torch.isfinite(value)
+    if mask is not None:
+        bad &= mask.view(*mask.shape, *(1,) * (bad.dim() - mask.dim()))
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        worst = "NaN" if bool(torch.isnan(value[tuple(index)])) else "inf"
+        raise ValueError(f"{name}: got {worst} at row {index[0]} (index {index}), takes finite values")
+
+
+def wanted(check: bool | None, value: Tensor) -> bool:
+    """Whether to look at values: as asked, else wherever looking costs no device synchronisation."""
+    return value.device.type == "cpu" if check is None else check
+
+
+def token_mask(mask: Any, like: Tensor, name: str = "mask") -> Tensor:
+    """`mask` as a boolean tensor of the shape of `like`."""
+    tensor(name, mask)
+    shape(name, mask, tuple(like.shape), "one entry per token")
+    same_device(name, mask, like.device, "the scores")
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def matrix(name: str, value: Any) -> None:
+    floating(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, takes [B, T]")
+
+
+def disagreement(what: str, row: int, got: float, expected: float, bound: float) -> NoReturn:
+    raise RuntimeError(
+        f"check: {what} of row {row} is {got!r}, the float64 reference gives {expected!r} "
+        f"(difference {abs(got - expected):.3e}, bound {bound:.3e})"
+    )

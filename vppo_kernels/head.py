@@ -1,0 +1,171 @@
+"""Where logits come from: hidden states and a head, or logits that the caller already holds.
+
+A source hands out tiles of finished logits, `[views, rows, columns]`, and takes back the gradient of such a tile. It is
+all that a sweep over the vocabulary knows about its inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vppo_kernels import checks
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """`softcap * tanh(logit_scale * z / softcap) / temperature`, or `logit_scale * z / temperature` without a cap."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.positive("temperature", self.temperature)
+        checks.finite("logit_scale", self.logit_scale)
+        if self.softcap is not None:
+            checks.positive("softcap", self.softcap)
+
+    def apply_(self, tile: Tensor) -> Tensor:
+        if self.softcap is not None:
+            return tile.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        scale = self.logit_scale / self.temperature
+        return tile if scale == 1.0 else tile.mul_(scale)
+
+    def slope(self, tile: Tensor) -> Tensor | float:
+        """Derivative of finished logits by raw ones, from the finished ones."""
+        scale = self.logit_scale / self.temperature
+        if self.softcap is None:
+            return scale
+        return (tile * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(scale)
+
+
+class Source(Protocol):
+    """Tiles of logits for one or two views over the same rows and vocabulary."""
+
+    views: int
+    rows: int
+    columns: int
+    depth: int  # inner dimension of the matrix products, 0 if there are none
+    device: torch.device
+    dtype: torch.dtype  # of the logits: float32, or float64 for float64 inputs
+    transform: LogitTransform
+
+    def logits(self, rows: slice | Tensor, columns: slice, out: Tensor) -> Tensor:
+        """Fill `out`, `[views, rows, columns]`, with finished logits."""
+        ...
+
+    def accumulate(self, rows: Tensor, columns: slice, grad: Tensor) -> None:
+        """Take the gradient of raw logits, `[views, rows, columns]`; every tile comes once, column by column."""
+        ...
+
+
+def logit_dtype(*tensors: Tensor) -> torch.dtype:
+    """Logits and statistics are float32; float64 inputs (gradcheck) keep their precision."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` accumulated and returned in `dtype`; 16-bit operands stay 16-bit where the device multiplies them so."""
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+class LinearHead:
+    """Logits of one or two sets of hidden states under one head.
+
+    Args:
+        hidden: One `[rows, D]` tensor per view.
+        weight: `[V, D]`.
+        bias: `[V]` or None.
+        transform: What follows the projection.
+        wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
+    """
+
+    def __init__(
+        self,
+        hidden: tuple[Tensor, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        wants: tuple[tuple[bool, ...], bool, bool] | None = None,
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.transform = hidden, weight, bias, transform
+        self.views, self.rows, self.columns, self.depth = len(hidden), len(hidden[0]), len(weight), weight.shape[1]
+        self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
+        # a 16-bit product needs equal operands; where they differ, both go to the logits' dtype
+        self.product_dtype = weight.dtype if all(h.dtype == weight.dtype for h in hidden) else self.dtype
+        if wants is not None:
+            want_hidden, want_weight, want_bias = wants
+            self.grad_hidden = [
+                torch.zeros_like(h, dtype=self.dtype) if want else None
+                for h, want in zip(hidden, want_hidden, strict=True)
+            ]
+            self.grad_weight = torch.zeros_like(weight) if want_weight else None
+            self.grad_bias = torch.zeros_like(weight[:, 0], dtype=self.dtype) if want_bias else None
+            self._columns: slice | None = None
+            self._grad_columns: Tensor | None = None
+
+    def _stacked(self, rows: slice | Tensor) -> Tensor:
+        """Both views' rows under each other, so that one product reads the weight once."""
+        return torch.cat([h[rows].to(self.product_dtype) for h in self.hidden])
+
+    def logits(self, rows: slice | Tensor, columns: slice, out: Tensor) -> Tensor:
+        hidden, weight = self._stacked(rows), self.weight[columns].to(self.product_dtype).T
+        flat = out.view(-1, out.shape[-1])
+        if hidden.dtype == out.dtype:
+            torch.mm(hidden, weight, out=flat)
+        else:
+            flat.copy_(_product(hidden, weight, out.dtype))
+        if self.bias is not None:
+            flat.add_(self.bias[columns])
+        self.transform.apply_(flat)
+        return out
+
+    def accumulate(self, rows: Tensor, columns: slice, grad: Tensor) -> None:
+        weight = self.weight[columns].to(self.product_dtype)
+        for view, into in enumerate(self.grad_hidden):
+            if into is not None:
+                into.index_add_(0, rows, _product(grad[view].to(weight.dtype), weight, self.dtype))
+        flat = grad.view(-1, grad.shape[-1])
+        if self.grad_bias is not None:
+            self.grad_bias[columns] += flat.sum(0)
+        if self.grad_weight is not None:
+            self._accumulate_weight(columns, _product(flat.T.to(weight.dtype), self._stacked(rows), self.dtype))
+
+    def _accumulate_weight(self, columns: slice, grad: Tensor) -> None:
+        """Rows of one column tile follow each other, so its gradient is summed in fp32 and rounded once."""
+        assert self.grad_weight is not None
+        if self._columns == columns and self._grad_columns is not None:
+            self._grad_columns += grad
+        else:
+            self._columns, self._grad_columns = columns, grad
+        self.grad_weight[columns] = self._grad_columns.to(self.grad_weight.dtype)
+
+
+class GivenLogits:
+    """Logits that the caller holds, one `[rows, V]` tensor per view, any floating dtype."""
+
+    depth = 0
+
+    def __init__(self, raw: tuple[Tensor, ...], transform: LogitTransform, wants: tuple[bool, ...] | None = None):
+        self.raw, self.transform = raw, transform
+        self.views, self.rows, self.columns = len(raw), raw[0].shape[0], raw[0].shape[1]
+        self.device, self.dtype = raw[0].device, logit_dtype(*raw)
+        if wants is not None:
+            self.grad_raw = [torch.zeros_like(z) if w else None for z, w in zip(raw, wants, strict=True)]
+
+    def logits(self, rows: slice | Tensor, columns: slice, out: Tensor) -> Tensor:
+        for view, raw in enumerate(self.raw):
+            out[view].copy_(raw[rows, columns])
+        self.transform.apply_(out)
+        return out
+
+    def accumulate(self, rows: Tensor, columns: slice, grad: Tensor) -> None:
+        for view, into in enumerate(self.grad_raw):
+            if into is not None:
+                into[:, columns].index_copy_(0, rows, grad[view].to(into.dtype))

@@ -1,0 +1,127 @@
+"""The definitions, written plainly on materialised logits: the truth that every test and `check=True` compare with.
+
+Nothing here is fast or saves memory. Every function takes any floating dtype and computes in it; float64 is the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from vppo_kernels.statistics import DivergenceOutput, LogprobOutput
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """`[..., D]` hidden states to `[..., V]` logits: project, scale, cap, divide by the temperature."""
+    z = hidden @ weight[:vocab_size].T
+    if bias is not None:
+        z = z + bias[:vocab_size]
+    return transform(z, temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+
+
+def transform(z: Tensor, *, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """What happens to a logit after the projection."""
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def entropy(z: Tensor) -> Tensor:
+    """`-sum p log p` over the last dimension, in nats."""
+    logp = z.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def logprob(z: Tensor, targets: Tensor) -> Tensor:
+    """`log p(target)`."""
+    return z.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
+    """`KL(p || q)` over the last dimension (VPPO, Eq. 3), in nats."""
+    logp, logq = z_p.log_softmax(-1), z_q.log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def jsd(z_p: Tensor, z_q: Tensor) -> Tensor:
+    """`KL(p || m) / 2 + KL(q || m) / 2` with `m = (p + q) / 2`."""
+    logp, logq = z_p.log_softmax(-1), z_q.log_softmax(-1)
+    logm = torch.logaddexp(logp, logq) - math.log(2)
+    return 0.5 * (logp.exp() * (logp - logm) + logq.exp() * (logq - logm)).sum(-1)
+
+
+def divergence(z_p: Tensor, z_q: Tensor, targets: Tensor | None = None, kind: str = "kl") -> DivergenceOutput:
+    """All outputs of `vppo_kernels.divergence` from two sets of logits."""
+    value = {"kl": kl, "reverse_kl": lambda p, q: kl(q, p), "jsd": jsd}[kind](z_p, z_q)
+    return DivergenceOutput(
+        value,
+        entropy(z_p),
+        entropy(z_q),
+        None if targets is None else logprob(z_p, targets),
+        None if targets is None else logprob(z_q, targets),
+    )
+
+
+def logprob_output(z: Tensor, targets: Tensor) -> LogprobOutput:
+    """All outputs of `vppo_kernels.linear_logprob` from logits."""
+    return LogprobOutput(logprob(z, targets), entropy(z))
+
+
+def keep_count(length: int, keep_ratio: float) -> int:
+    """`ceil(keep_ratio * length)`, with the ratio read as the decimal that was written."""
+    return math.ceil(Fraction(str(keep_ratio)) * length)
+
+
+def topk_mask(scores: Tensor, mask: Tensor, keep_ratio: float) -> Tensor:
+    """Per row the `ceil(keep_ratio * n)` highest of the `n` valid scores, the earlier first among equals (Eq. 4)."""
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    for row in range(scores.shape[0]):
+        valid = [t for t in range(scores.shape[1]) if bool(mask[row, t])]
+        best = sorted(valid, key=lambda t: (-float(scores[row, t]), t))
+        keep[row, best[: keep_count(len(valid), keep_ratio)]] = True
+    return keep
+
+
+def trajectory_scale(scores: Tensor, mask: Tensor, scale_min: float = 0.9, scale_max: float | None = None) -> Tensor:
+    """Advantage factor of each row from its mean score, min-max normalised over the rows that have tokens (Eq. 5)."""
+    alpha = torch.ones(scores.shape[0], dtype=scores.dtype)
+    rows = [row for row in range(scores.shape[0]) if bool(mask[row].any())]
+    if len(rows) < 2:
+        return alpha
+    means = torch.stack([scores[row][mask[row].bool()].mean() for row in rows])
+    low, high = means.min(), means.max()
+    if high - low <= 1e-6:
+        return alpha
+    u = (means - low) / (high - low)
+    top = scale_min + (1 - scale_min) / u.mean() if scale_max is None else scale_max
+    alpha[rows] = scale_min + u * (top - scale_min)
+    return alpha
+
+
+def clipped_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    clip_dual: float | None = None,
+) -> Tensor:
+    """The negated clipped surrogate of every token (Eq. 6), before any mask or mean."""
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if clip_dual is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -clip_dual * advantages), loss)
+    return loss

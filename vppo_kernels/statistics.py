@@ -1,0 +1,154 @@
+"""The online statistics of a softmax, and the three verbs that every sweep over the vocabulary uses.
+
+A backend *folds* one tile of logits into a handful of numbers per row; `merge` joins the numbers of two disjoint parts
+of the vocabulary; `finish` turns the numbers of the whole vocabulary into log-probabilities, entropies and divergences.
+Vocabulary tiles, split partials of a fused kernel and tensor-parallel ranks are all "parts" in this sense.
+
+How the divergence keeps its digits. With `g = z_p - z_q` and any constant `c`,
+
+    KL(p || q) = E_p[g - c] + log E_p[exp(-(g - c))],
+
+and for `c = E_p[g]` the first term vanishes: `KL = log1p(E_p[phi(c - g)])` with `phi(x) = exp(x) - 1 - x >= 0`. Every
+term of that sum is non-negative, so nothing cancels however small the divergence is, and it cannot turn negative. A
+part therefore carries its own mean gap and its excess `sum w phi(c - g)` about that mean; merging two parts moves both
+to the common mean (the step by which Chan's formula merges two variances).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# exp(-EXP_FLOOR) is 0 in fp32 and in fp64, and EXP_FLOOR * 0 is 0: a safe stand-in for an infinite distance
+EXP_FLOOR = 1.0e4
+
+
+class LogprobOutput(NamedTuple):
+    """Per-row results of one view; both `[...]` fp32, in nats."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class DivergenceOutput(NamedTuple):
+    """Per-row results of two views; all `[...]` fp32, in nats. The log-probabilities are None without targets."""
+
+    divergence: Tensor
+    entropy: Tensor
+    entropy_perturbed: Tensor
+    logprobs: Tensor | None
+    logprobs_perturbed: Tensor | None
+
+
+class SoftmaxStats(NamedTuple):
+    """One view over one part of the vocabulary; every field is `[rows]`.
+
+    Attributes:
+        max: Largest logit `m`.
+        sum: `sum exp(z - m)`.
+        moment: `sum exp(z - m) (z - m)`.
+        target: Logit of the target if it lies in this part, else -inf; None when there are no targets.
+    """
+
+    max: Tensor
+    sum: Tensor
+    moment: Tensor
+    target: Tensor | None
+
+
+class PairStats(NamedTuple):
+    """Two views `p`, `q` over one part of the vocabulary; `gap` and `excess` are `[rows]`.
+
+    Attributes:
+        p: Statistics of the first view.
+        q: Statistics of the second view.
+        gap: Mean of `z_p - z_q` under this part's share of `p`.
+        excess: `sum exp(z_p - m_p) phi(gap - (z_p - z_q))`, `phi(x) = exp(x) - 1 - x`.
+    """
+
+    p: SoftmaxStats
+    q: SoftmaxStats
+    gap: Tensor
+    excess: Tensor
+
+
+class Softmax(NamedTuple):
+    """One view over the whole vocabulary, each `[rows]`: what a backward needs besides the logits themselves.
+
+    The normaliser stays split in two because `max + log_sum` would round away digits where logits are large.
+    """
+
+    max: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    logprobs: Tensor | None
+
+
+class Pair(NamedTuple):
+    """Two views over the whole vocabulary: `gap = E_p[z_p - z_q]` and `kl = KL(p || q)`, both `[rows]`."""
+
+    p: Softmax
+    q: Softmax
+    gap: Tensor
+    kl: Tensor
+
+
+def _distance(part: Tensor, whole: Tensor) -> Tensor:
+    """`part - whole <= 0`, finite also where one or both are -inf."""
+    return torch.where(part == whole, 0.0, part - whole).clamp_min(-EXP_FLOOR)
+
+
+def _merge_targets(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else torch.maximum(a, b)
+
+
+def merge(a: SoftmaxStats, b: SoftmaxStats) -> SoftmaxStats:
+    """Statistics of the union of two disjoint parts of the vocabulary."""
+    top = torch.maximum(a.max, b.max)
+    down_a, down_b = _distance(a.max, top), _distance(b.max, top)
+    scale_a, scale_b = down_a.exp(), down_b.exp()
+    return SoftmaxStats(
+        top,
+        scale_a * a.sum + scale_b * b.sum,
+        scale_a * (a.moment + down_a * a.sum) + scale_b * (b.moment + down_b * b.sum),
+        _merge_targets(a.target, b.target),
+    )
+
+
+def merge_pair(a: PairStats, b: PairStats) -> PairStats:
+    """Statistics of the union of two disjoint parts of the vocabulary, two views."""
+    p, q = merge(a.p, b.p), merge(a.q, b.q)
+    down_a, down_b = _distance(a.p.max, p.max), _distance(b.p.max, p.max)
+    share_b = down_b.exp() * b.p.sum / p.sum.clamp_min(torch.finfo(p.sum.dtype).tiny)
+    gap = a.gap + share_b * (b.gap - a.gap)
+    return PairStats(p, q, gap, _move_excess(a, gap, down_a) + _move_excess(b, gap, down_b))
+
+
+def _move_excess(part: PairStats, gap: Tensor, down: Tensor) -> Tensor:
+    """The part's excess about another mean gap and a higher maximum.
+
+    With `d = gap - part.gap`: `sum w phi(d + x) = exp(d) sum w phi(x) + phi(d) sum w`, since `sum w x = 0`.
+    """
+    d = gap - part.gap
+    near = down.exp() * (torch.expm1(d.clamp_max(1.0)) - d)
+    far = (down + d).exp() - down.exp() * (1 + d)  # exp(d) alone could overflow while exp(down + d) does not
+    return (down + d).exp() * part.excess + torch.where(d < 1.0, near, far) * part.p.sum
+
+
+def finish(stats: SoftmaxStats) -> Softmax:
+    """Normaliser, entropy and target log-probability of a view whose statistics cover the whole vocabulary."""
+    log_sum = stats.sum.log()
+    logprobs = None if stats.target is None else (stats.target - stats.max) - log_sum
+    return Softmax(stats.max, log_sum, log_sum - stats.moment / stats.sum, logprobs)
+
+
+def finish_pair(stats: PairStats) -> Pair:
+    """Both views' results and `KL(p || q)`, never negative."""
+    p, q = finish(stats.p), finish(stats.q)
+    exact = torch.log1p(stats.excess / stats.p.sum)
+    # some z_q lies about 88 above its place in p, so the divergence is large and the plain form has digits to spare
+    plain = (stats.gap - (p.max - q.max)) + (q.log_sum - p.log_sum)
+    kl = torch.where(torch.isfinite(exact), exact, plain).clamp_min(0.0)
+    return Pair(p, q, stats.gap, kl)

@@ -1,0 +1,60 @@
+"""`check=True`: a sample of rows against the plain definitions in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vppo_kernels import checks, reference
+from vppo_kernels.statistics import DivergenceOutput, LogprobOutput
+
+SAMPLE = 16
+
+
+def sample_rows(total: int, device: torch.device) -> Tensor:
+    """Up to `SAMPLE` rows, evenly spread, first and last among them."""
+    return torch.linspace(0, total - 1, min(SAMPLE, total), device=device).round().long().unique()
+
+
+def bound(field: str, expected: Tensor) -> Tensor:
+    """How far a float32 result may lie from float64: relative for divergences, absolute for the others."""
+    if field == "divergence":
+        expected = expected.clamp_min(0)
+        return 1e-5 * expected + 3e-6 * expected.sqrt() + 1e-8
+    return torch.full_like(expected, 2e-5)
+
+
+def rounding(*logits: Tensor) -> Tensor:
+    """What rounding the logits themselves to float32 can move a result by: it grows with their size."""
+    size = torch.stack([z.abs().amax(-1) for z in logits]).amax(0)
+    return size * torch.finfo(torch.float32).eps * 4
+
+
+def compare(
+    got: DivergenceOutput | LogprobOutput, expected: DivergenceOutput | LogprobOutput, rows: Tensor, slack: Tensor
+) -> None:
+    """Raise RuntimeError naming the first output and row outside its bound."""
+    for field in got._fields:
+        value, truth = getattr(got, field), getattr(expected, field)
+        if value is None:
+            continue
+        value = value.flatten()[rows].double()
+        # the slope of a divergence in the logits is of the order of its square root
+        allowed = bound(field, truth) + slack * (truth.clamp_min(0).sqrt() if field == "divergence" else 1.0)
+        bad = ~((value - truth).abs() <= allowed)
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            checks.disagreement(field, int(rows[at]), float(value[at]), float(truth[at]), float(allowed[at]))
+
+
+def check_pair(
+    got: DivergenceOutput, z_p: Tensor, z_q: Tensor, targets: Tensor | None, rows: Tensor, kind: str
+) -> None:
+    """Compare with the reference on float64 logits of the sampled rows, `[rows, V]` each."""
+    chosen = None if targets is None else targets[rows].long()
+    compare(got, reference.divergence(z_p, z_q, chosen, kind), rows, rounding(z_p, z_q))
+
+
+def check_single(got: LogprobOutput, z: Tensor, targets: Tensor, rows: Tensor) -> None:
+    """Compare with the reference on float64 logits of the sampled rows, `[rows, V]`."""
+    compare(got, reference.logprob_output(z, targets[rows].long()), rows, rounding(z))
