@@ -140,9 +140,9 @@ def seeded(*key: int) -> torch.Generator:
 class PixelLayout:
     """Where the images are in a model's `pixel_values`, and how they were normalised.
 
-    Two layouts are known: `[..., 3, H, W]`, and the flattened patches of the Qwen-VL family (one row per patch, the rows
-    of a merge block next to each other, columns channel-major over two equal frames), which come with a `[images, 3]`
-    grid of (frames, patch rows, patch columns).
+    Two layouts are known: `[..., 3, H, W]`, and the flattened patches of the Qwen-VL family (one row per patch, the
+    rows of a merge block next to each other, columns channel-major over two equal frames), which come with a
+    `[images, 3]` grid of (frames, patch rows, patch columns).
     """
 
     normalisation: Normalisation
@@ -169,9 +169,7 @@ class PixelLayout:
         frames, height, width = grid
         blocks = patches.view(self._block_shape(frames, height, width))
         image = blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
-        return image.reshape(
-            frames, self.temporal_patch_size, 3, height * self.patch_size, width * self.patch_size
-        )
+        return image.reshape(frames, self.temporal_patch_size, 3, height * self.patch_size, width * self.patch_size)
 
     def to_patches(self, image: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """The inverse of `to_image`."""

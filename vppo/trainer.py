@@ -1,0 +1,294 @@
+"""VPPO as a thin subclass of TRL's GRPO trainer.
+
+TRL generates, scores and optimises; this class steps in after the rollouts have their advantages: it measures how much
+every response token depends on the image and folds filtering and shaping into per-token advantages, which TRL's clipped
+losses take as they are. Two further seams are one call deep: TRL's scoring pass is listened to, so that its hidden
+states need not be computed again, and the released recipe adds its penalty to the loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from trl import GRPOTrainer
+
+from vppo.config import VPPOConfig
+from vppo.perturbations import PixelLayout, seeded
+from vppo.scoring import Batch, logit_options, score
+from vppo_kernels import TrajectoryStats, trajectory_scale, trajectory_stats
+from vppo_kernels.shaping import shape_advantages
+
+logger = get_logger(__name__)
+BLIND = 1e-8  # nats: below this mean dependency the perturbed view has changed nothing
+
+
+class VPPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` that rewards looking. Takes the same arguments, with a `VPPOConfig` as `args`.
+
+    Example:
+
+        trainer = VPPOTrainer(
+            model="Qwen/Qwen2.5-VL-7B-Instruct",
+            reward_funcs=accuracy_reward,
+            args=VPPOConfig(output_dir="runs/7b"),
+            train_dataset=dataset,  # conversational "prompt", "images", and what the reward needs
+        )
+        trainer.train()
+
+    Beside TRL's metrics it logs, under `vppo/`: dependency_mean, dependency_q50, dependency_q90, dependency_q99 (nats),
+    kept_fraction, alpha_min, alpha_mean, alpha_max, scored_fraction (rows that went through the perturbed pass),
+    clip_ratio_kept (clipped among the tokens that carry gradient) and seconds_scoring.
+
+    Raises:
+        TypeError: `args` is not a `VPPOConfig`.
+        ValueError: The processor is a plain tokenizer: there is no image to look at.
+    """
+
+    _tag_names = ["trl", "vppo"]  # noqa: RUF012
+    args: VPPOConfig
+    model: Any
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: VPPOConfig | None = None, **kwargs: Any) -> None:
+        if args is None:
+            args = VPPOConfig()
+        if not isinstance(args, VPPOConfig):
+            raise TypeError(f"args: got {type(args).__name__}, takes a vppo.VPPOConfig")
+        self._recorded: list[Tensor] | None = None  # hidden states of TRL's scoring pass, while it is listened to
+        self._train_logprobs: Tensor | None = None
+        self._warned_blind = False
+        super().__init__(model, reward_funcs, args, **kwargs)
+        if args.scores_tokens:
+            image_processor = getattr(self.processing_class, "image_processor", None)
+            if image_processor is None:
+                raise ValueError(
+                    f"processing_class: got {type(self.processing_class).__name__}, takes a processor with an image "
+                    f"processor for algorithm {args.algorithm!r} (pass `processing_class=` explicitly if AutoProcessor "
+                    "finds only the tokenizer)"
+                )
+            self._layout = PixelLayout.of(image_processor)
+            self._perturbation = args.make_perturbation(self._layout.patch_size)
+            self._has_dropout = _has_dropout(self.model)
+
+    # -- after the rollouts ------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        training = self.model.training
+        self._recorded = [] if training and self.args.scores_tokens else None
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            hidden_clean = self._take_recorded(output)
+        finally:
+            self._recorded = None
+        return self._fold(output, hidden_clean) if training and self.args.scores_tokens else output
+
+    @torch.no_grad()
+    def _fold(self, output: dict[str, Any], hidden_clean: Tensor | None) -> dict[str, Any]:
+        """Fold token mask and trajectory factor into the advantages of a generation batch."""
+        started = time.perf_counter()
+        batch = Batch(output)
+        scored = batch.has_image & self._live_groups(output["advantages"])
+        rows = scored.nonzero().flatten().tolist()
+        with self._quiet_model(), self.accelerator.autocast():
+            dependency = score(
+                self.model,
+                batch,
+                rows,
+                self._perturbed(batch, rows),
+                kind=str(self.args.divergence),
+                options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
+                batch_size=self.args.per_device_train_batch_size,
+                hidden_clean=hidden_clean,
+                check=self.args.check_kernels,
+            )
+        stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), process_group=self._process_group())
+        folded_later = self.args.tas_statistics == "micro-batch"
+        shaped = shape_advantages(
+            output["advantages"],
+            dependency,
+            batch.mask,
+            has_image=scored,  # groups without a signal have zero advantages: nothing to filter or to scale
+            stats=TrajectoryStats(0.0, 0.0, 0.0, 0) if folded_later else stats,
+            **self.args.shaping,
+        )
+        if folded_later:
+            count = batch.mask.sum(1).clamp_min(1)
+            output["trajectory_dependency"] = torch.where(scored, dependency.sum(1) / count, math.nan)
+        self._log_fold(dependency, batch.mask & scored.unsqueeze(1), shaped.keep, shaped.alpha, scored, started)
+        return {**output, "advantages": shaped.advantages}
+
+    @contextmanager
+    def _quiet_model(self) -> Iterator[None]:
+        """Evaluation mode: dropout would make the two views differ by chance."""
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
+
+    def _live_groups(self, advantages: Tensor) -> Tensor:
+        """`[B]` bool: rows of prompts whose rollouts do not all have zero advantage, also across processes."""
+        everyone = self.accelerator.gather(advantages)
+        live = (everyone.view(-1, self.num_generations) != 0).any(1).repeat_interleave(self.num_generations)
+        first = self.accelerator.process_index * len(advantages)
+        return live[first : first + len(advantages)]
+
+    def _perturbed(self, batch: Batch, rows: Sequence[int]) -> dict[int, Tensor]:
+        """The perturbed pixels of each row, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
+        first = self.accelerator.process_index * len(batch.input_ids)
+        views: dict[int, Tensor] = {}
+        for row in rows:
+            prompt, rollout = divmod(first + row, self.num_generations)
+            key = [self.args.seed, self.state.global_step, prompt]
+            if self.args.perturbation_scope == "rollout":
+                key.append(rollout)
+            views[row] = batch.perturbed_pixels(row, self._layout, self._perturbation, seeded(*key))
+        return views
+
+    def _process_group(self) -> Any:
+        return dist.group.WORLD if self.accelerator.num_processes > 1 else None
+
+    def _log_fold(
+        self, dependency: Tensor, tokens: Tensor, keep: Tensor, alpha: Tensor, scored: Tensor, started: float
+    ) -> None:
+        if dependency.is_cuda:
+            torch.cuda.synchronize(dependency.device)
+        seconds = time.perf_counter() - started
+        values = self._gather_uneven(dependency[tokens])
+        kept = self._gather_uneven(keep[tokens].float())
+        factors = self._gather_uneven(alpha[scored])
+        log = self._metrics["train"]
+        log["vppo/seconds_scoring"].append(seconds)
+        log["vppo/scored_fraction"].append(self.accelerator.gather(scored.float()).mean().item())
+        if not values.numel():
+            return
+        log["vppo/dependency_mean"].append(values.mean().item())
+        ordered = values.sort().values
+        for percent in (50, 90, 99):
+            log[f"vppo/dependency_q{percent}"].append(ordered[(len(ordered) - 1) * percent // 100].item())
+        log["vppo/kept_fraction"].append(kept.mean().item())
+        if self.args.tas_statistics == "batch":
+            log["vppo/alpha_min"].append(factors.min().item())
+            log["vppo/alpha_mean"].append(factors.mean().item())
+            log["vppo/alpha_max"].append(factors.max().item())
+        if values.mean() < BLIND and not self._warned_blind:
+            self._warned_blind = True
+            logger.warning(
+                f"The perturbed view changes nothing: mean dependency {values.mean().item():.1e} nats over "
+                f"{values.numel()} tokens. Likely causes: images are dropped on the way to the model, the projector "
+                "between vision tower and language model is zero and frozen, or the perturbation is too weak."
+            )
+
+    def _gather_uneven(self, values: Tensor) -> Tensor:
+        """1-D values of all processes, however many each has."""
+        if self.accelerator.num_processes == 1:
+            return values
+        count = self.accelerator.gather(torch.tensor([len(values)], device=values.device))
+        padded = values.new_zeros(int(count.max()))
+        padded[: len(values)] = values
+        everyone = self.accelerator.gather(padded).view(len(count), -1)
+        return torch.cat([row[: int(n)] for row, n in zip(everyone, count, strict=True)])
+
+    # -- TRL's scoring pass, listened to -----------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        hook = None
+        if self._recorded is not None and not self._recorded and not self._has_dropout:
+            hook = self._record_hidden(logits_to_keep)
+        try:
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        finally:
+            if hook is not None:
+                hook.remove()
+        if torch.is_grad_enabled():
+            self._train_logprobs = result[0]
+        return result
+
+    def _record_hidden(self, length: int) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+        backbone = getattr(model, "get_base_model", lambda: model)().base_model
+        recorded = self._recorded
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            assert recorded is not None
+            recorded.append(output.last_hidden_state[:, -(length + 1) : -1].clone())  # lets go of the prompt's
+
+        return backbone.register_forward_hook(keep)
+
+    def _take_recorded(self, output: dict[str, Any]) -> Tensor | None:
+        """Hidden states of the clean view if TRL's pass under the sampling policy has left them for every row."""
+        if not self._recorded or "old_per_token_logps" not in output:  # then it was the reference policy's pass
+            return None
+        if sum(map(len, self._recorded)) != len(output["completion_ids"]):
+            return None
+        return torch.cat(self._recorded)
+
+    # -- in the loss -------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        if mode == "train" and "trajectory_dependency" in inputs:
+            alpha = self._micro_batch_scale(inputs["trajectory_dependency"])
+            inputs = {**inputs, "advantages": inputs["advantages"] * alpha.unsqueeze(1)}
+        loss = super()._compute_loss(model, inputs)
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask &= inputs["tool_mask"].bool()
+        if mode == "train" and self.args.nll_coef and self._train_logprobs is not None:
+            loss = loss - self.args.nll_coef * torch.where(mask, self._train_logprobs, 0).sum() / self._tokens(inputs)
+        self._train_logprobs = None
+        self._log_clip(inputs["advantages"], mask, mode)
+        return loss
+
+    def _tokens(self, inputs: dict[str, Any]) -> Tensor:
+        """Response tokens that one optimizer step averages over, per process: the divisor of TRL's "dapo" loss."""
+        share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
+
+    def _micro_batch_scale(self, means: Tensor) -> Tensor:
+        """Factors of the released code: minimum and maximum of this device's mini-batch, mean of this micro-batch."""
+        accumulation = self.args.gradient_accumulation_steps
+        assert self.args.steps_per_generation and self._buffered_inputs
+        start = self._step % self.args.steps_per_generation // accumulation * accumulation
+        window = torch.cat([b["trajectory_dependency"] for b in self._buffered_inputs[start : start + accumulation]])
+        window = window[~window.isnan()]
+        present = ~means.isnan()
+        if not len(window) or not present.any():
+            return torch.ones_like(means)
+        stats = TrajectoryStats(window.min(), window.max(), means[present].mean(), len(window))
+        alpha = trajectory_scale(
+            means.nan_to_num().unsqueeze(1),
+            present.unsqueeze(1),
+            scale_min=self.args.shaping["scale_min"],
+            scale_max=self.args.shaping["scale_max"],
+            stats=stats,
+        )
+        for name, value in (("min", alpha.min()), ("mean", alpha.mean()), ("max", alpha.max())):
+            self._metrics["train"][f"vppo/alpha_{name}"].append(value.item())
+        return alpha
+
+    def _log_clip(self, advantages: Tensor, mask: Tensor, mode: str) -> None:
+        """Clipped tokens among those that carry gradient; TRL's own ratio counts all response tokens."""
+        clipped = self._metrics[mode].get("clip_ratio/region_mean")
+        if not self.args.scores_tokens or not clipped or advantages.dim() == 1:
+            return
+        counts = torch.stack([(mask & (advantages != 0)).sum(), mask.sum()]).float()
+        active, total = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self._metrics[mode]["vppo/clip_ratio_kept"].append(clipped[-1] * total / max(active, 1.0))
+
+
+def _has_dropout(model: Any) -> bool:
+    """Whether a pass in training mode is random."""
+    attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+    return attention > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
