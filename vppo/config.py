@@ -103,7 +103,7 @@ class VPPOConfig(GRPOConfig):
         default=False, metadata={"help": "Compare a sample of every divergence with its float64 definition."}
     )
 
-    loss_type: str | None = field(
+    loss_type: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "TRL's loss; None takes the recipe's."}
     )
     epsilon_high: float | None = field(
