@@ -1,0 +1,301 @@
+"""Six families of vision-language models, tiny and built from configurations alone: no hub, no torchvision.
+
+Weights are random but scaled so that the image reaches the logits, and a response of a few tokens tells the views apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+SPECIAL = [
+    "<pad>",
+    "<eos>",
+    "<unk>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<image>",
+    "<fake_token_around_image>",
+    "<end_of_utterance>",
+    "<global-img>",
+    "<start_of_image>",
+    "<image_soft_token>",
+    "<end_of_image>",
+    *[f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)],
+]
+CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+VOCABULARY = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
+PLACEHOLDERS = [VOCABULARY[token] for token in SPECIAL if token != "<eos>"]  # nothing that a response should hold
+HIDDEN = 32
+
+
+def tokenizer(image_token: str) -> PreTrainedTokenizerFast:
+    """One token per printable character, and the placeholders of all families."""
+    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens={
+            "image_token": image_token,
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        padding_side="left",
+    )
+    fast.add_tokens(SPECIAL, special_tokens=True)
+    return fast
+
+
+def chat_template(image: str) -> str:
+    """Role letter, content, newline; each image part becomes the family's placeholder."""
+    return (
+        "{% for message in messages %}{{ message['role'][0] }}:"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+
+
+def without_video(processor: type) -> type:
+    """A Qwen processor that takes no video processor: that one needs torchvision."""
+
+    class ImageOnly(processor):  # type: ignore[misc]
+        def __init__(
+            self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
+        ) -> None:
+            super().__init__(image_processor, tokenizer, None, chat_template)
+
+    ImageOnly.__name__ = processor.__name__
+    return ImageOnly
+
+
+TEXT: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": VOCABULARY["<pad>"],
+    "eos_token_id": VOCABULARY["<eos>"],
+    "bos_token_id": None,
+    "initializer_range": 0.2,
+}
+MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+QWEN_TOKENS = {
+    "image_token_id": VOCABULARY["<|image_pad|>"],
+    "video_token_id": VOCABULARY["<|video_pad|>"],
+    "vision_start_token_id": VOCABULARY["<|vision_start|>"],
+    "vision_end_token_id": VOCABULARY["<|vision_end|>"],
+}
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def _qwen_processor(processor: type, patch: int) -> Any:
+    cell = (2 * patch) ** 2
+    return without_video(processor)(
+        Qwen2VLImageProcessorPil(patch_size=patch, size={"shortest_edge": cell, "longest_edge": 16 * cell}),
+        tokenizer("<|image_pad|>"),
+        chat_template=chat_template(QWEN_IMAGE),
+    )
+
+
+def _qwen2_vl() -> tuple[Any, Any]:
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": MROPE},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "initializer_range": 0.2},
+        tie_word_embeddings=True,
+        **QWEN_TOKENS,
+    )
+    return Qwen2VLForConditionalGeneration(config), _qwen_processor(Qwen2VLProcessor, 14)
+
+
+def _qwen2_5_vl() -> tuple[Any, Any]:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+        "fullatt_block_indexes": [1],
+        "window_size": 56,
+        "initializer_range": 0.2,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, tie_word_embeddings=False, **QWEN_TOKENS
+    )
+    return Qwen2_5_VLForConditionalGeneration(config), _qwen_processor(Qwen2_5_VLProcessor, 14)
+
+
+def _qwen3_vl() -> tuple[Any, Any]:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+        "initializer_range": 0.2,
+    }
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        vision_config=vision,
+        tie_word_embeddings=True,
+        **QWEN_TOKENS,
+    )
+    return Qwen3VLForConditionalGeneration(config), _qwen_processor(Qwen3VLProcessor, 16)
+
+
+def _llava() -> tuple[Any, Any]:
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    vision.initializer_factor = 5.0
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=VOCABULARY["<image>"],
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer("<image>"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template("<image>"),
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+def _idefics3() -> tuple[Any, Any]:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 7,
+        "initializer_range": 0.2,
+    }
+    config = Idefics3Config(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=vision,
+        image_token_id=VOCABULARY["<image>"],
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+        tokenizer("<image>"),
+        image_seq_len=4,
+        chat_template=chat_template("<image>"),
+    )
+    return Idefics3ForConditionalGeneration(config), processor
+
+
+def _gemma3() -> tuple[Any, Any]:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    config = Gemma3Config(
+        text_config={**TEXT, "head_dim": 16, "query_pre_attn_scalar": 16},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=VOCABULARY["<start_of_image>"],
+        eoi_token_index=VOCABULARY["<end_of_image>"],
+        image_token_index=VOCABULARY["<image_soft_token>"],
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 28, "width": 28}),
+        tokenizer("<image_soft_token>"),
+        image_seq_length=4,
+        chat_template=chat_template("<start_of_image>"),
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # zero as it comes
+    return model, processor
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way to build one family, and the size of images that its processor leaves as they are."""
+
+    name: str
+    build: Callable[[], tuple[Any, Any]]
+    patch: int
+    native: tuple[int, int]  # (width, height)
+
+
+FAMILIES = [
+    Family("qwen2_vl", _qwen2_vl, 14, (56, 28)),
+    Family("qwen2_5_vl", _qwen2_5_vl, 14, (56, 28)),
+    Family("qwen3_vl", _qwen3_vl, 16, (64, 32)),
+    Family("llava", _llava, 14, (28, 28)),
+    Family("idefics3", _idefics3, 7, (28, 28)),
+    Family("gemma3", _gemma3, 14, (28, 28)),
+]
+
+
+def build(name: str, seed: int = 0) -> tuple[Any, Any]:
+    """A model and its processor; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    family = next(f for f in FAMILIES if f.name == name)
+    model, processor = family.build()
+    model.generation_config.eos_token_id = VOCABULARY["<eos>"]
+    return model.eval(), processor
+
+
+def picture(seed: int, size: tuple[int, int] = (56, 28)) -> Image.Image:
+    """A random image of `size` (width, height)."""
+    levels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(levels)
