@@ -1,0 +1,245 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from vppo.errors import InputError
+from vppo.rewards import accuracy_reward
+from vppo.train import load_config, load_reward, make_arguments, parse_overrides, train
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+MINIMAL = "model: some/model\ndataset: some/dataset\noutput_dir: {}\n"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Callable[..., Path]:
+    def write(more: str = "") -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(MINIMAL.format(tmp_path / "run") + more)
+        return path
+
+    return write
+
+
+def load_error(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# -- configs
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_valid(path: Path) -> None:
+    script, model_args, args = make_arguments(load_config(path))
+    assert script.model.startswith("Qwen/")
+    assert args.learning_rate < 1e-4 and args.num_generations == 8
+    assert model_args.use_peft == ("lora" in path.stem)
+    assert all(" # " in line or line.startswith("#") for line in path.read_text().splitlines() if line)
+
+
+def test_the_7b_example_has_the_papers_batches() -> None:
+    config = load_config(next(path for path in EXAMPLES if "7b" in path.stem))
+    responses_per_update = 8 * config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    assert responses_per_update == 128 * config["num_generations"]
+    assert config["generation_batch_size"] == 384 * config["num_generations"]
+
+
+def test_there_are_examples() -> None:
+    assert {path.stem for path in EXAMPLES} == {"qwen2_5_vl_7b", "qwen2_5_vl_3b_lora_one_gpu"}
+
+
+def test_yaml_reads_scientific_notation(config_file: Callable[..., Path]) -> None:
+    config = load_config(config_file("learning_rate: 1e-6\nmax_grad_norm: 1\nseed: 3\n"))
+    assert config["learning_rate"] == 1e-6 and config["seed"] == 3
+    assert make_arguments(config)[2].learning_rate == 1e-6
+
+
+def test_overrides_win(config_file: Callable[..., Path]) -> None:
+    config = load_config(config_file("learning_rate: 1e-6\n"), ["--learning-rate", "2e-6", "--keep_ratio=0.5"])
+    assert config["learning_rate"] == 2e-6 and config["keep_ratio"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--a", "1", "--b-c=x"], {"a": 1, "b_c": "x"}),
+        (["--flag"], {"flag": True}),
+        (["--flag", "--a", "-1e-3"], {"flag": True, "a": -0.001}),
+        (["--a", "[1, 2]", "--b={x: 1}"], {"a": [1, 2], "b": {"x": 1}}),
+        (["--a=null", "--b="], {"a": None, "b": ""}),
+        (["--a=--b"], {"a": "--b"}),
+        ([], {}),
+    ],
+)
+def test_parse_overrides(words: list[str], expected: dict[str, Any]) -> None:
+    assert parse_overrides(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a"], "command line: expected --key value, got 'a'"),
+        (["--a", "1", "2"], "command line: expected --key value, got '2'"),
+        (["-a", "1"], "command line: expected --key value, got '-a'"),
+        (["--a", "[1"], "command line: --a takes a YAML value, got '[1'"),
+    ],
+)
+def test_bad_overrides(words: list[str], expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_overrides(words)
+    assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; did you mean learning_rate"),
+        ("keep_ration: 1", "unknown key 'keep_ration'; did you mean keep_ratio"),
+        ("model_name_or_path: x", "unknown key 'model_name_or_path'; did you mean model?"),
+        ("resume_from_checkpoint: x", "unknown key 'resume_from_checkpoint'; did you mean resume?"),
+        ("qqqqqqqq: x", "unknown key 'qqqqqqqq'"),
+        ("learning_rate: fast", "learning_rate: got 'fast' (str), takes a number"),
+        ("num_generations: 2.5", "num_generations: got 2.5 (float), takes a whole number"),
+        ("seed: true", "seed: got True (bool), takes a whole number"),
+        ("use_vllm: 1", "use_vllm: got 1 (int), takes true or false"),
+        ("use_vllm: 'yes'", "use_vllm: got 'yes' (str), takes true or false"),
+        ("dataset_split: 3", "dataset_split: got 3 (int), takes text"),
+        ("reward_weights: [a]", "reward_weights: got ['a'] (list), takes a list (a number) or null"),
+        ("dtype: bf16", "dtype: got 'bf16' (str), takes one of ['auto', 'bfloat16', 'float16', 'float32']"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(config_file: Callable[..., Path], line: str, expected: str) -> None:
+    path = config_file()
+    assert load_error(config_file(line)).startswith(f"{path}: {expected}")
+    key, value = line.split(": ")
+    assert load_error(config_file(), f"--{key}={value}").startswith(f"command line: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b\n", "must be keys and values (model: ...), got list"),
+        ("", "must be keys and values (model: ...), got NoneType"),
+        ("model: x\ndataset: y\n", "missing key 'output_dir'"),
+        ("output_dir: x\ndataset: y\n", "missing key 'model'"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert load_error(path).startswith(f"{path}: {expected}")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert load_error(tmp_path / "no.yaml").startswith(f"{tmp_path}/no.yaml: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("keep_ratio: 2", "config: keep_ratio: got 2, takes a number above 0 and at most 1"),
+        ("algorithm: ppo", "config: algorithm: got 'ppo'"),
+        ("num_generations: 1", "config: GRPO requires at least 2 generations"),
+        ("{min_pixels: 10, max_pixels: 5}", "config: min_pixels: got 10, takes at most max_pixels, which is 5"),
+        ("lora_target_modules: [q_proj, lm_head]", "config: lora_target_modules: must not name lm_head"),
+        ("lora_modules_to_save: [lm_head]", "config: lora_modules_to_save: must not name lm_head"),
+        ("bf16: true", "config: Your setup doesn't support bf16"),
+    ],
+)
+def test_a_value_out_of_range_is_an_input_error(config_file: Callable[..., Path], line: str, expected: str) -> None:
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    if line == "bf16: true" and is_torch_bf16_gpu_available():
+        pytest.skip("this device has bfloat16")
+    config = load_config(config_file()) | yaml.safe_load(line)
+    with pytest.raises(InputError) as caught:
+        make_arguments(config)
+    assert str(caught.value).startswith(expected)
+
+
+def test_one_lora_target_stays_a_name(config_file: Callable[..., Path]) -> None:
+    from trl import get_peft_config
+
+    config = load_config(config_file("use_peft: true\nlora_target_modules: [q_proj]\n"))
+    assert get_peft_config(make_arguments(config)[1]).target_modules == {"q_proj"}
+
+
+def test_model_init_kwargs_are_joined(config_file: Callable[..., Path]) -> None:
+    config = load_config(config_file("attn_implementation: sdpa\nmodel_init_kwargs: {use_kernels: true}\n"))
+    kwargs = make_arguments(config)[2].model_init_kwargs
+    assert kwargs == {"revision": "main", "attn_implementation": "sdpa", "dtype": "float32", "use_kernels": True}
+
+
+# -- rewards
+
+
+def test_load_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_reward("accuracy") is accuracy_reward
+    (tmp_path / "own_reward_of_this_test.py").write_text(
+        "def length(completions, **_):\n    return [1.0]\nnumber = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("own_reward_of_this_test:length")([]) == [1.0]
+    for name, expected in [
+        ("acuracy", "reward: got 'acuracy', takes 'accuracy' or 'module:function'"),
+        ("no_such_module_here:f", "reward: cannot import 'no_such_module_here'"),
+        ("own_reward_of_this_test:number", "has no function 'number'"),
+        ("own_reward_of_this_test:other", "has no function 'other'"),
+    ]:
+        with pytest.raises(InputError, match=expected):
+            load_reward(name)
+
+
+# -- what is refused before any step
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    Image.new("RGB", (56, 28)).save(tmp_path / "a.png")
+    path = tmp_path / "train.jsonl"
+    rows = [{"problem": f"{n}+1?", "answer": str(n + 1), "images": ["a.png"]} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_error(**config: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_train_checks_configs_from_python(tmp_path: Path) -> None:
+    assert train_error(model="m", dataset="d", outputdir="o").startswith("config: unknown key 'outputdir'")
+    assert train_error(model="m", dataset="d") == "config: missing key 'output_dir'"
+
+
+def test_a_missing_model_is_named(tmp_path: Path, problems: Path) -> None:
+    message = train_error(model=str(tmp_path / "no-model"), dataset=str(problems), output_dir=str(tmp_path / "run"))
+    assert message.startswith(f"model: {tmp_path}/no-model")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_bad_dataset_is_named_before_the_model_is_touched(tmp_path: Path) -> None:
+    message = train_error(model="no/model", dataset=str(tmp_path / "no.jsonl"), output_dir=str(tmp_path / "run"))
+    assert message == f"{tmp_path}/no.jsonl: no such dataset file or folder"
+
+
+def test_an_occupied_output_dir_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    message = train_error(model="no/model", dataset="no.jsonl", output_dir=str(tmp_path / "run"))
+    assert message.startswith(f"output_dir: {tmp_path}/run already holds a run")
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    resume = str(tmp_path / "checkpoint-3")
+    message = train_error(model="no/model", dataset="no.jsonl", output_dir=str(tmp_path / "run"), resume=resume)
+    assert message == f"resume: {resume} is not a complete checkpoint (no readable trainer_state.json)"

@@ -1,0 +1,388 @@
+"""`vppo train`: a YAML file, the command line's overrides, and one run of `VPPOTrainer`."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import importlib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vppo.checkpoints import last_complete_checkpoint, saved_step
+from vppo.data import INSTRUCTION, SYSTEM_PROMPT, load_training_data
+from vppo.errors import InputError
+from vppo.files import write_atomic
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from vppo.config import VPPOConfig
+
+Config = dict[str, Any]
+NOT_KEYS = {"model_name_or_path": "model", "resume_from_checkpoint": "resume"}  # two names for one thing
+
+
+@dataclass
+class ScriptArguments:
+    """The keys of a config that are neither `VPPOConfig`'s nor TRL's `ModelConfig`'s.
+
+    Attributes:
+        model: A model on the hub, or a folder as `save_pretrained` writes it.
+        dataset: See `vppo.data.load_training_data`.
+        output_dir: Where metrics, config, checkpoints and the trained model go.
+        dataset_split: Which split of the dataset.
+        system_prompt: First message of every prompt; empty for none.
+        instruction: What follows every problem; may be empty.
+        min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
+        max_pixels: Larger images are reduced to this many pixels; None keeps the processor's own limit.
+        reward: "accuracy" (`vppo.rewards.accuracy_reward`) or `module:function`, called as TRL calls rewards.
+        resume: True goes on from the last complete checkpoint in `output_dir` (from the beginning if it has none); a
+            path goes on from that checkpoint.
+    """
+
+    model: str
+    dataset: str
+    output_dir: str
+    dataset_split: str = "train"
+    system_prompt: str = SYSTEM_PROMPT
+    instruction: str = INSTRUCTION
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    reward: str = "accuracy"
+    resume: bool | str = False
+
+    def __post_init__(self) -> None:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels: got {self.min_pixels}, takes at most max_pixels, which is {self.max_pixels}")
+
+
+# -- configs -----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-6` is a number too."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a training config and checks its keys and types.
+
+    Args:
+        path: A YAML file. Its keys are the fields of `VPPOConfig`, of TRL's `ModelConfig` and of `ScriptArguments`.
+        overrides: Command-line words: `--key value`, `--key=value`, or `--key` alone for true. Values are YAML; dashes
+            and underscores in keys are the same.
+
+    Returns:
+        Keys and values, ready for `train`.
+
+    Raises:
+        InputError: The file cannot be read, a key does not exist or is missing, or a value has the wrong type.
+    """
+    try:
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: must be keys and values (model: ...), got {type(config).__name__}")
+    _check(config, str(path))
+    changes = parse_overrides(overrides)
+    _check(changes, "command line")
+    config |= changes
+    _check_complete(config, str(path))
+    return config
+
+
+def parse_overrides(words: Sequence[str]) -> Config:
+    """`--key value`, `--key=value` and `--key` as a dict; see `load_config`."""
+    changes: Config = {}
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise InputError(f"command line: expected --key value, got {word!r}")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            text = "true" if not remaining or remaining[0].startswith("--") else remaining.pop(0)
+        try:
+            changes[key.replace("-", "_")] = yaml.load(text, _Loader) if text else ""
+        except yaml.YAMLError as error:
+            raise InputError(f"command line: --{key} takes a YAML value, got {text!r}: {error}") from error
+    return changes
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    """Every key a config may have, and its type."""
+    from trl import ModelConfig
+
+    from vppo.config import VPPOConfig
+
+    hints: dict[str, Any] = {}
+    for kind in (VPPOConfig, ModelConfig, ScriptArguments):
+        types_of = typing.get_type_hints(kind)
+        for field in fields(kind):
+            choices = (*field.metadata.get("choices", ()), *([None] if field.default is None else []))
+            if field.init:
+                hints[field.name] = typing.Literal[choices] if "choices" in field.metadata else types_of[field.name]
+    hints["lora_target_modules"] = str | list[str] | None  # TRL's hint leaves out "all-linear"
+    return {key: hint for key, hint in hints.items() if key not in NOT_KEYS}
+
+
+def _check(config: Config, source: str) -> None:
+    for key, value in config.items():
+        if key not in _hints():
+            close = [NOT_KEYS[key]] if key in NOT_KEYS else difflib.get_close_matches(str(key), _hints(), cutoff=0.7)
+            meant = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise InputError(f"{source}: unknown key {key!r}{meant}")
+        if not _fits(value, _hints()[key]):
+            got = f"{value!r} ({type(value).__name__})"
+            raise InputError(f"{source}: {key}: got {got}, takes {_describe(_hints()[key])}")
+
+
+def _check_complete(config: Config, source: str) -> None:
+    for field in fields(ScriptArguments):
+        if field.default is MISSING and field.name not in config:
+            raise InputError(f"{source}: missing key {field.name!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool  # Python takes True for 1; a config should not
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, origin or hint)
+
+
+def _describe(hint: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(argument) for argument in arguments if not _is_enum(argument)))
+    if hint is type(None):
+        return "null"
+    if origin is typing.Literal:
+        return f"one of {list(arguments)}"
+    if origin is list:
+        return f"a list ({_describe(arguments[0])})"
+    return names.get(origin or hint, str(hint))
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> Path:
+    """Trains a model as a config says.
+
+    Writes under `output_dir`: `metrics.jsonl` (a line a logged step), `config.yaml` (what was asked for, with what the
+    recipe filled in; `vppo train` takes it again), `checkpoint-N/` and, at the end, `model/`.
+
+    Args:
+        config: What `load_config` returns, or the same keys and values from Python.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        InputError: Something in the config, the data or the model folder cannot be used; raised before any step.
+    """
+    _check(config, "config")
+    _check_complete(config, "config")
+    script, model_args, args = make_arguments(config)
+    output_dir = Path(script.output_dir)
+    checkpoint = _find_checkpoint(script.resume, output_dir)
+    reward = load_reward(script.reward)
+    with args.main_process_first(desc="loading the dataset"):  # the others then find the rows in the cache
+        dataset = load_training_data(
+            script.dataset,
+            split=script.dataset_split,
+            system_prompt=script.system_prompt,
+            instruction=script.instruction,
+        )
+    processor = load_processor(script, model_args.model_revision, args.trust_remote_code)
+    trainer = _make_trainer(script, model_args, args, reward, dataset, processor)
+    if trainer.is_world_process_zero():
+        write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(output_dir / "model"))
+    return output_dir
+
+
+def make_arguments(config: Config) -> tuple[ScriptArguments, ModelConfig, VPPOConfig]:
+    """The three parts of a config.
+
+    Args:
+        config: Checked keys and values.
+
+    Returns:
+        What is this script's, what loads the model, and what trains it. Where the config does not say, every step is
+        logged, and bfloat16 is used if the device has it.
+
+    Raises:
+        InputError: A value is out of its range; the message is that of the class that refused it.
+    """
+    from transformers.utils import is_torch_bf16_gpu_available
+    from trl import ModelConfig
+
+    from vppo.config import VPPOConfig
+
+    def of(kind: type) -> Config:
+        return {field.name: config[field.name] for field in fields(kind) if field.name in config}
+
+    defaults: Config = {"logging_steps": 1, "disable_tqdm": True}
+    if not config.get("fp16"):
+        defaults["bf16"] = is_torch_bf16_gpu_available()
+    try:
+        script, model_args = ScriptArguments(**of(ScriptArguments)), ModelConfig(**of(ModelConfig))
+        args = VPPOConfig(**defaults | of(VPPOConfig))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config: {error}") from error
+    model_args.lora_target_modules = config.get("lora_target_modules", "all-linear")
+    for name in ("lora_target_modules", "lora_modules_to_save"):
+        if "lm_head" in (getattr(model_args, name) or ()):
+            raise InputError(f"config: {name}: must not name lm_head, whose weight the divergence is computed with")
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **typing.cast(Config, args.model_init_kwargs or {}),
+    }
+    return script, model_args, args
+
+
+def load_reward(name: str) -> Callable[..., list[float]]:
+    """The reward function that a config names.
+
+    Args:
+        name: "accuracy", or `module:function` of a module that can be imported from here.
+
+    Raises:
+        InputError: There is no such module or function.
+    """
+    if name == "accuracy":
+        from vppo.rewards import accuracy_reward
+
+        return accuracy_reward
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise InputError(f"reward: got {name!r}, takes 'accuracy' or 'module:function'")
+    sys.path.append(str(Path.cwd()))  # a console script does not look in the working folder
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"reward: cannot import {error.name!r} for {name!r}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"reward: {module.__file__} has no function {function_name!r}")
+    return function
+
+
+def load_processor(script: ScriptArguments, revision: str, trust_remote_code: bool) -> Any:
+    """The model's processor, with the config's pixel limits.
+
+    Raises:
+        InputError: There is no such model, it has no image processor, or its image processor has no pixel limits.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(
+            script.model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            padding_side="left",
+            truncation_side="left",
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model: {script.model}: its processor cannot be loaded: {error}") from error
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None:
+        raise InputError(
+            f"model: {script.model}: only a {type(processor).__name__} could be loaded, no image processor. Either it "
+            "is a text model, or its processor needs torchvision, which is not installed."
+        )
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        limit = getattr(script, name)
+        if limit is None:
+            continue
+        if not hasattr(image_processor, "merge_size"):
+            raise InputError(f"{name}: {type(image_processor).__name__} of {script.model} has no pixel limits to set")
+        image_processor.size[edge] = limit
+    return processor
+
+
+def _find_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
+    if isinstance(resume, str):
+        if saved_step(resume) is None:
+            raise InputError(f"resume: {resume} is not a complete checkpoint (no readable trainer_state.json)")
+        return Path(resume)
+    if resume:
+        return last_complete_checkpoint(output_dir)
+    if (output_dir / "metrics.jsonl").exists() or any(output_dir.glob("checkpoint-*")):
+        raise InputError(f"output_dir: {output_dir} already holds a run: go on with resume: true, or choose another")
+    return None
+
+
+def _make_trainer(
+    script: ScriptArguments, model_args: ModelConfig, args: VPPOConfig, reward: Any, dataset: Any, processor: Any
+) -> Any:
+    from transformers import PrinterCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from vppo.progress import TrainingProgress
+    from vppo.trainer import VPPOTrainer
+
+    peft_config: Any = get_peft_config(model_args)
+    if peft_config is not None:
+        peft_config.exclude_modules = ["lm_head"]  # a pattern must not reach it either
+    try:
+        trainer = VPPOTrainer(
+            model=script.model,
+            reward_funcs=reward,
+            args=args,
+            train_dataset=dataset,
+            processing_class=processor,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=peft_config,
+            callbacks=[TrainingProgress(Path(script.output_dir) / "metrics.jsonl")],
+        )
+    except OSError as error:  # what transformers raises for a model that is not there
+        raise InputError(f"model: {script.model}: cannot be loaded: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _resolved(config: Config, script: ScriptArguments, args: VPPOConfig) -> str:
+    """The config as asked for, with every knob of this library's own."""
+    from vppo.config import VPPOConfig
+
+    own = {name: getattr(args, name) for name in VPPOConfig.__annotations__}
+    plain = {key: value.value if isinstance(value, enum.Enum) else value for key, value in own.items()}
+    return yaml.safe_dump({**asdict(script), **plain, **config}, sort_keys=True, allow_unicode=True)
