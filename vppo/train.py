@@ -21,6 +21,7 @@ from vppo.checkpoints import last_complete_checkpoint, saved_step
 from vppo.data import INSTRUCTION, SYSTEM_PROMPT, load_training_data
 from vppo.errors import InputError
 from vppo.files import write_atomic
+from vppo.processors import load_processor
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -226,7 +227,13 @@ def train(config: Config) -> Path:
             system_prompt=script.system_prompt,
             instruction=script.instruction,
         )
-    processor = load_processor(script, model_args.model_revision, args.trust_remote_code)
+    processor = load_processor(
+        script.model,
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        min_pixels=script.min_pixels,
+        max_pixels=script.max_pixels,
+    )
     trainer = _make_trainer(script, model_args, args, reward, dataset, processor)
     if trainer.is_world_process_zero():
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
@@ -302,40 +309,6 @@ def load_reward(name: str) -> Callable[..., list[float]]:
     if not callable(function):
         raise InputError(f"reward: {module.__file__} has no function {function_name!r}")
     return function
-
-
-def load_processor(script: ScriptArguments, revision: str, trust_remote_code: bool) -> Any:
-    """The model's processor, with the config's pixel limits.
-
-    Raises:
-        InputError: There is no such model, it has no image processor, or its image processor has no pixel limits.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(
-            script.model,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            padding_side="left",
-            truncation_side="left",
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"model: {script.model}: its processor cannot be loaded: {error}") from error
-    image_processor = getattr(processor, "image_processor", None)
-    if image_processor is None:
-        raise InputError(
-            f"model: {script.model}: only a {type(processor).__name__} could be loaded, no image processor. Either it "
-            "is a text model, or its processor needs torchvision, which is not installed."
-        )
-    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        limit = getattr(script, name)
-        if limit is None:
-            continue
-        if not hasattr(image_processor, "merge_size"):
-            raise InputError(f"{name}: {type(image_processor).__name__} of {script.model} has no pixel limits to set")
-        image_processor.size[edge] = limit
-    return processor
 
 
 def _find_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
