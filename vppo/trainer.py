@@ -77,6 +77,13 @@ class VPPOTrainer(GRPOTrainer):
             self._perturbation = args.make_perturbation(self._layout.patch_size)
             self._has_dropout = _has_dropout(self.model)
 
+    # -- before the rollouts -----------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """TRL's, where a prompt without images has an empty list of them: processors refuse its None."""
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        return prompt_ids, images and [group or [] for group in images], fields
+
     # -- after the rollouts ------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

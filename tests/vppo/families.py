@@ -1,6 +1,6 @@
 """Six families of vision-language models, tiny and built from configurations alone: no hub, no torchvision.
 
-Weights are random but scaled so that the image reaches the logits, and a response of a few tokens tells the views apart.
+Weights are random but scaled so that the image reaches the logits: a few tokens tell the views apart.
 """
 
 from __future__ import annotations

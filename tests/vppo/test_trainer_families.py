@@ -1,0 +1,76 @@
+"""The trainer on every family: it trains, and its dependency is the one of two ordinary forwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from runs import fix_rollouts, generation_batch, group_advantages, listen, plain_dependency, rows, trainer
+
+from vppo_kernels import reference
+
+NAMES = [f.name for f in families.FAMILIES]
+SIZES = ((56, 28), (30, 60))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", NAMES)
+def test_two_steps(family: str, checkpointing: bool, tmp_path: Path) -> None:
+    run = trainer(tmp_path, rows(4, SIZES), family=family, gradient_checkpointing=checkpointing)
+    before = {name: weight.clone() for name, weight in run.model.named_parameters()}
+    run.train()
+    for log in run.state.log_history[:2]:
+        assert log["vppo/dependency_mean"] > 1e-3
+        assert 0.4 <= log["vppo/kept_fraction"] < 0.7
+        assert log["grad_norm"] > 0
+    assert any(not torch.equal(before[name], weight) for name, weight in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("family", NAMES)
+def test_dependency_and_advantages(family: str, reuse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of two sizes, responses of four lengths; with `reuse`, TRL leaves hidden states of the clean view."""
+    run = trainer(tmp_path, family=family, num_iterations=2 if reuse else 1, temperature=0.7)
+    fix_rollouts(run)
+    seen = listen(monkeypatch)
+    batch = generation_batch(run, rows(2, SIZES))
+    assert ("old_per_token_logps" in batch) == reuse
+    truth = plain_dependency(run, batch)
+    assert truth[batch["completion_mask"].bool()].max() > 1e-2
+    torch.testing.assert_close(seen[0].double(), truth, rtol=1e-4, atol=1e-6)
+
+    mask = batch["completion_mask"]
+    alpha = reference.trajectory_scale(truth, mask)
+    keep = reference.topk_mask(seen[0], mask, 0.4)
+    assert alpha.min() == pytest.approx(0.9) and alpha.mean() == pytest.approx(1.0)
+    torch.testing.assert_close(
+        batch["advantages"].double(), (group_advantages(run, batch) * alpha).unsqueeze(1) * keep, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_several_images_in_one_prompt(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path, family=family)
+    fix_rollouts(run)
+    seen = listen(monkeypatch)
+    batch = generation_batch(run, rows(2, SIZES, images=(2, 2)))
+    assert batch["num_images"] == [2] * 8
+    torch.testing.assert_close(seen[0].double(), plain_dependency(run, batch), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_nothing_of_the_perturbed_view_is_left_in_the_batch(family: str, tmp_path: Path) -> None:
+    """TRL splits and shuffles only entries that it knows; a second set of pixels would be carried along unsplit."""
+    batches = []
+    for algorithm in ("vppo", "dapo"):
+        run = trainer(tmp_path, family=family, algorithm=algorithm)
+        fix_rollouts(run)
+        batches.append(generation_batch(run, rows(2, SIZES)))
+    shaped, plain = batches
+    assert shaped.keys() == plain.keys()
+    for name, value in plain.items():
+        if name != "advantages":
+            assert torch.equal(torch.as_tensor(shaped[name]), torch.as_tensor(value)), name
+    assert shaped["advantages"].shape == shaped["completion_ids"].shape
