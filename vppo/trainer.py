@@ -296,6 +296,15 @@ class VPPOTrainer(GRPOTrainer):
 
 
 def _has_dropout(model: Any) -> bool:
-    """Whether a pass in training mode is random."""
-    attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-    return attention > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    """Whether a pass in training mode may be random: by a module, or by a rate that attention reads from the config."""
+
+    def rates(config: dict[str, Any]) -> Iterator[float]:
+        for name, value in config.items():
+            if isinstance(value, dict):
+                yield from rates(value)
+            elif "drop" in str(name) and isinstance(value, (int, float)):
+                yield value
+
+    return any(rate > 0 for rate in rates(model.config.to_dict())) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    )
