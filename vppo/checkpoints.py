@@ -1,9 +1,10 @@
-"""Which checkpoint a run can go on from."""
+"""Which checkpoint a run can go on from, and how its weights come back."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 STATE_FILE = "trainer_state.json"
 
@@ -42,3 +43,25 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
         if (suffix := path.name.removeprefix("checkpoint-")).isdecimal()
     }
     return next((numbered[step] for step in sorted(numbered, reverse=True) if saved_step(numbered[step]) == step), None)
+
+
+def restore_weights(model: Any, checkpoint: str | Path) -> bool:
+    """Loads a checkpoint's weights into a model, under the names that `from_pretrained` would give them.
+
+    transformers writes many vision-language models with the names of the hub ("visual.blocks...") and on resuming looks
+    for its own ("model.visual.blocks..."): it warns, restores next to nothing, and trains on from the first weights
+    (huggingface/transformers#43701). Called before `Trainer.train(resume_from_checkpoint=...)`, this puts that right.
+
+    Args:
+        model: A whole `PreTrainedModel`, not yet wrapped for several devices.
+        checkpoint: A folder as transformers' trainer saves it.
+
+    Returns:
+        Whether the folder holds whole weights, and they were loaded. Adapters, and what FSDP or DeepSpeed save in
+        pieces, are left to their own loaders.
+    """
+    if not any(Path(checkpoint).glob("model*.safetensors")):
+        return False
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    return True

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vppo.checkpoints import last_complete_checkpoint, saved_step
+from vppo.checkpoints import last_complete_checkpoint, restore_weights, saved_step
 from vppo.data import INSTRUCTION, SYSTEM_PROMPT, load_training_data
 from vppo.errors import InputError
 from vppo.files import write_atomic
-from vppo.processors import load_processor
+from vppo.loading import load_processor
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -237,6 +237,8 @@ def train(config: Config) -> Path:
     trainer = _make_trainer(script, model_args, args, reward, dataset, processor)
     if trainer.is_world_process_zero():
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
+    if checkpoint:
+        restore_weights(trainer.model, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output_dir / "model"))
     return output_dir

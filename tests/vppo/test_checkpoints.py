@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from vppo.checkpoints import last_complete_checkpoint, saved_step
+from vppo.checkpoints import last_complete_checkpoint, restore_weights, saved_step
 
 
 def save(output_dir: Path, name: str, state: str) -> Path:
@@ -37,3 +37,22 @@ def test_other_names_are_not_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, "model-7", whole(7))
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "missing") is None
+
+
+def test_weights_come_back_under_any_names(tmp_path: Path) -> None:
+    from families import build
+    from safetensors.torch import load_file
+
+    model, _ = build("qwen2_5_vl", seed=0)
+    other, _ = build("qwen2_5_vl", seed=1)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() != other.state_dict().keys()  # the hub's names: what the trainer's own resuming trips over
+    assert restore_weights(other, tmp_path)
+    expected, got = model.state_dict(), other.state_dict()
+    assert all((expected[name] == got[name]).all() for name in expected)
+
+
+def test_weights_in_other_forms_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert not restore_weights(None, tmp_path)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,102 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     resume = str(tmp_path / "checkpoint-3")
     message = train_error(model="no/model", dataset="no.jsonl", output_dir=str(tmp_path / "run"), resume=resume)
     assert message == f"resume: {resume} is not a complete checkpoint (no readable trainer_state.json)"
+
+
+# -- one real run
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo's model untrained, sixteen problems with pictures, and a config for two steps."""
+    from vppo.demo.model import build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("tiny")
+    processor = build_processor()
+    build_model(processor, seed=0).save_pretrained(folder / "start")
+    processor.save_pretrained(folder / "start")
+    rows = []
+    for number in range(16):
+        Image.effect_noise((84, 28), 10 * number).save(folder / f"{number}.png")
+        rows.append({"problem": f"{number}+1?", "answer": number + 1, "images": [f"{number}.png"]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "letters_reward.py").write_text(
+        "def letters(completions, answer, **_):\n"
+        "    return [sum(map(ord, c[0]['content'])) % 7 + len(a) for c, a in zip(completions, answer)]\n"
+    )
+    never_answered = sorted(set(processor.tokenizer.all_special_ids) - {processor.tokenizer.eos_token_id})
+    config = {
+        "model": str(folder / "start"),
+        "dataset": str(folder / "train.jsonl"),
+        "output_dir": str(folder / "run"),
+        "reward": "letters_reward:letters",
+        "system_prompt": "",
+        "instruction": "",
+        "use_cpu": True,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "generation_kwargs": {"suppress_tokens": never_answered},
+        "max_steps": 2,
+        "save_steps": 2,
+        "learning_rate": 1e-3,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def run_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
+    monkeypatch.chdir(folder)
+    return train(load_config(folder / "config.yaml", overrides))
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_steps_end_to_end(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from vppo.loading import load_processor
+
+    run = run_tiny(tiny_run, monkeypatch)
+    assert [line["step"] for line in metrics(run)] == [1, 2]
+    assert all(line["vppo/dependency_mean"] > 0 and "reward" in line for line in metrics(run))
+    before, after = weights(tiny_run / "start"), weights(run / "model")
+    assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model")
+    assert (
+        load_processor(str(run / "model")).image_processor.size
+        == load_processor(str(tiny_run / "start")).image_processor.size
+    )
+    again = load_config(run / "config.yaml")
+    assert again["divergence"] == "kl" and again["scale_min"] == 0.9 and again["max_steps"] == 2
+    make_arguments(again)
+
+
+@pytest.mark.parametrize("more", [[], ["--use_peft", "--lora_r=4", "--lora_dropout=0"]], ids=["whole", "lora"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    more = [*more, "--max_steps=4"]
+    whole = run_tiny(tiny_run, monkeypatch, f"--output_dir={tmp_path / 'whole'}", *more)
+    killed = tmp_path / "killed"  # after its second step was saved, while the fourth was being saved
+    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("model", "trainer_state.json"))
+    shutil.copy(whole / "checkpoint-2" / "trainer_state.json", killed / "checkpoint-2")
+    resumed = run_tiny(tiny_run, monkeypatch, f"--output_dir={killed}", "--resume", *more)
+    assert metrics(resumed) == metrics(whole)
+    expected, got = weights(whole / "model"), weights(resumed / "model")
+    assert expected.keys() == got.keys() and all((expected[name] == got[name]).all() for name in expected)
+
+
+def test_lora_never_reaches_the_head(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = "--lora_target_modules=.*(q_proj|head)"
+    run = run_tiny(tiny_run, monkeypatch, f"--output_dir={tmp_path}", "--use_peft", pattern, "--max_steps=1")
+    names = weights(run / "model").keys()
+    assert any("q_proj" in name for name in names) and not any("lm_head" in name for name in names)

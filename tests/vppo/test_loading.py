@@ -1,0 +1,78 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import build, picture
+
+from vppo.errors import InputError
+from vppo.loading import load_processor
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Saved models of three kinds, and one with a tokenizer only."""
+    saved = {}
+    for name in ("qwen2_5_vl", "qwen3_vl", "llava"):
+        model, processor = build(name)
+        saved[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(saved[name])
+        processor.save_pretrained(saved[name])
+    saved["text"] = tmp_path_factory.mktemp("text")
+    model.config.text_config.save_pretrained(saved["text"])
+    processor.tokenizer.save_pretrained(saved["text"])
+    return saved
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_a_saved_model_gives_the_processor_it_was_saved_with(folders: dict[str, Path], name: str) -> None:
+    _, before = build(name)
+    loaded = load_processor(str(folders[name]))
+    message = {"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": "1+1?"}]}
+    one, two = (
+        processor.apply_chat_template([[message]], tokenize=True, return_dict=True, return_tensors="pt")
+        for processor in (before, loaded)
+    )
+    assert one.keys() == two.keys()
+    assert all((one[key] == two[key]).all() for key in one)
+    assert loaded.tokenizer.padding_side == "left" and type(loaded).__name__ == type(before).__name__
+
+
+def test_the_layout_of_checkpoints_on_the_hub(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["qwen2_5_vl"], folder)
+    stored = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    del stored["size"]
+    stored |= {"min_pixels": 3136, "max_pixels": 12845056, "processor_class": "Qwen2_5_VLProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(stored))
+    (folder / "processor_config.json").unlink()
+    assert load_processor(str(folder)).image_processor.size["longest_edge"] == 12845056
+
+
+def test_pixel_limits(folders: dict[str, Path], tmp_path: Path) -> None:
+    def patches(processor: Any) -> int:
+        return processor.image_processor(picture(0, (280, 280)), return_tensors="pt")["image_grid_thw"].prod().item()
+
+    folder = str(folders["qwen2_5_vl"])
+    assert patches(load_processor(folder)) == 64  # the tiny processor's own limit: 16 cells of 2 x 2 patches
+    limited = load_processor(folder, min_pixels=784, max_pixels=4 * 784)
+    assert patches(limited) == 16
+    limited.save_pretrained(tmp_path)
+    shutil.copy(f"{folder}/config.json", tmp_path)
+    assert patches(load_processor(str(tmp_path))) == 16
+    assert patches(load_processor(folder, min_pixels=100 * 784, max_pixels=200 * 784)) == 400
+
+
+def test_a_model_without_pixel_limits(folders: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"max_pixels: CLIPImageProcessor.* has no limits on pixels to set"):
+        load_processor(str(folders["llava"]), max_pixels=1000)
+
+
+def test_models_that_cannot_look(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"model: {folders['text']}: no processor for images could be loaded"):
+        load_processor(str(folders["text"]))
+    with pytest.raises(InputError, match=f"model: {tmp_path}/missing: cannot be loaded"):
+        load_processor(str(tmp_path / "missing"))
+    with pytest.raises(InputError, match=f"model: {tmp_path}: cannot be loaded"):
+        load_processor(str(tmp_path))
