@@ -126,8 +126,8 @@ class VPPOTrainer(GRPOTrainer):
             **self.args.shaping,
         )
         if folded_later:
-            count = batch.mask.sum(1).clamp_min(1)
-            output["trajectory_dependency"] = torch.where(scored, dependency.sum(1) / count, math.nan)
+            # NaN marks what enters no statistic; so 0 / 0 is right for a row without response tokens
+            output["trajectory_dependency"] = torch.where(scored, dependency.sum(1) / batch.mask.sum(1), math.nan)
         self._log_fold(dependency, batch.mask & scored.unsqueeze(1), shaped.keep, shaped.alpha, scored, started)
         return {**output, "advantages": shaped.advantages}
 
@@ -289,6 +289,8 @@ class VPPOTrainer(GRPOTrainer):
         """Clipped tokens among those that carry gradient; TRL's own ratio counts all response tokens."""
         clipped = self._metrics[mode].get("clip_ratio/region_mean")
         if not self.args.scores_tokens or not clipped or advantages.dim() == 1:
+        # a micro-batch of minima alone has mean u = 0, and the factor of maximal u is infinite: u = 0 does not need it
+        alpha = torch.where(alpha.isnan() & (means == window.min()), self.args.shaping["scale_min"], alpha)
             return
         counts = torch.stack([(mask & (advantages != 0)).sum(), mask.sum()]).float()
         active, total = self.accelerator.reduce(counts, reduction="sum").tolist()

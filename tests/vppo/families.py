@@ -41,6 +41,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from vppo.processors import without_video
+
 SPECIAL = [
     "<pad>",
     "<eos>",
@@ -93,19 +95,6 @@ def chat_template(image: str) -> str:
         "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
         "\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
     )
-
-
-def without_video(processor: type) -> type:
-    """A Qwen processor that takes no video processor: that one needs torchvision."""
-
-    class ImageOnly(processor):  # type: ignore[misc]
-        def __init__(
-            self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
-        ) -> None:
-            super().__init__(image_processor, tokenizer, None, chat_template)
-
-    ImageOnly.__name__ = processor.__name__
-    return ImageOnly
 
 
 TEXT: dict[str, Any] = {
