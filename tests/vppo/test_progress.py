@@ -1,0 +1,105 @@
+"""The progress callback: what a terminal shows, and the lines that are kept."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vppo.progress import TrainingProgress, keep_lines, read_lines
+
+ARGS: Any = None
+CONTROL: Any = None
+
+
+def state(step: int, **fields: Any) -> Any:
+    return SimpleNamespace(**{"global_step": step, "max_steps": 10, "is_world_process_zero": True, **fields})
+
+
+def run(folder: Path, steps: range, start: int = 0, console: Console | None = None, **fields: Any) -> None:
+    """A training that begins after `start` steps, logs these steps and ends."""
+    progress = TrainingProgress(folder / "metrics.jsonl", console or Console(file=io.StringIO()))
+    progress.on_train_begin(ARGS, state(start, **fields), CONTROL)
+    for step in steps:
+        logs = {"reward": step / 10, "step_time": 0.5, "vppo/seconds_scoring": 0.1}
+        progress.on_log(ARGS, state(step, **fields), CONTROL, logs=logs)
+    progress.on_log(ARGS, state(steps.stop, **fields), CONTROL, logs={"train_runtime": 9.0, "train_loss": 0.1})
+    progress.on_train_end(ARGS, state(steps.stop, **fields), CONTROL)
+
+
+def test_a_line_a_step_and_timings_apart(tmp_path: Path) -> None:
+    run(tmp_path / "new", range(1, 4))
+    assert read_lines(tmp_path / "new/metrics.jsonl") == [{"step": n, "reward": n / 10} for n in (1, 2, 3)]
+    assert read_lines(tmp_path / "new/timings.jsonl") == [
+        {"step": n, "step_time": 0.5, "vppo/seconds_scoring": 0.1} for n in (1, 2, 3)
+    ]
+
+
+def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 8))
+    straight = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "timings.jsonl")}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "rew')  # SIGKILL in the middle of a line
+    run(tmp_path, range(5, 8), start=4)
+    assert straight == {name: (tmp_path / name).read_bytes() for name in straight}
+
+
+def test_a_run_from_the_beginning_leaves_nothing_of_the_last(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 8))
+    run(tmp_path, range(1, 2))
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_keep_lines_of_no_file(tmp_path: Path) -> None:
+    keep_lines(tmp_path / "none.jsonl", 3)
+    assert read_lines(tmp_path / "none.jsonl") == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 4), is_world_process_zero=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
+def test_lines_are_json_whatever_is_logged(tmp_path: Path, value: Any) -> None:
+    progress = TrainingProgress(tmp_path / "metrics.jsonl", Console(file=io.StringIO()))
+    progress.on_train_begin(ARGS, state(0), CONTROL)
+    progress.on_log(ARGS, state(1), CONTROL, logs={"loss": value, "grad_norm": np.float32(2.0)})
+    progress.on_train_end(ARGS, state(1), CONTROL)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": 2.0}
+
+
+def test_the_bar_shows_what_is_logged(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=160)
+    progress = TrainingProgress(tmp_path / "metrics.jsonl", console)
+    progress.on_train_begin(ARGS, state(0), CONTROL)
+    logs = {
+        "reward": 0.25,
+        "rewards/accuracy_reward/mean": 0.125,
+        "vppo/dependency_mean": 0.375,
+        "vppo/kept_fraction": 0.4375,
+    }
+    progress.on_log(ARGS, state(5), CONTROL, logs=logs)
+    progress.on_train_end(ARGS, state(5), CONTROL)
+    last = shown.getvalue()
+    for text in ("5/10", "reward 0.250", "accuracy 0.125", "dependency 0.375", "kept 0.438"):
+        assert text in last, last
+
+
+def test_the_bar_of_a_baseline_has_no_dependency(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    run(tmp_path, range(1, 3), console=Console(file=shown, force_terminal=True, width=160))
+    assert "reward 0.200" in shown.getvalue() and "nan" not in shown.getvalue()
