@@ -107,5 +107,4 @@ def train(
         from vppo.train import load_config
         from vppo.train import train as run
 
-        output_dir = run(load_config(config, context.args))
-        print(f"Done: {output_dir / 'model'}")
+        run(load_config(config, context.args))

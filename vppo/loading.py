@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vppo.errors import InputError
@@ -37,6 +38,8 @@ def load_processor(
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+    if model.startswith(("/", ".")) and not Path(model).is_dir():
+        raise InputError(f"model: {model}: no such folder")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     sides = {"padding_side": "left", "truncation_side": "left"}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import enum
 import importlib
+import os
 import re
 import sys
 import types
@@ -62,6 +63,7 @@ class ScriptArguments:
     resume: bool | str = False
 
     def __post_init__(self) -> None:
+        self.model = os.path.expanduser(self.model)
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels: got {self.min_pixels}, takes at most max_pixels, which is {self.max_pixels}")
 
@@ -217,16 +219,9 @@ def train(config: Config) -> Path:
     _check(config, "config")
     _check_complete(config, "config")
     script, model_args, args = make_arguments(config)
-    output_dir = Path(script.output_dir)
+    output_dir = Path(str(args.output_dir))
     checkpoint = _find_checkpoint(script.resume, output_dir)
     reward = load_reward(script.reward)
-    with args.main_process_first(desc="loading the dataset"):  # the others then find the rows in the cache
-        dataset = load_training_data(
-            script.dataset,
-            split=script.dataset_split,
-            system_prompt=script.system_prompt,
-            instruction=script.instruction,
-        )
     processor = load_processor(
         script.model,
         revision=model_args.model_revision,
@@ -234,13 +229,21 @@ def train(config: Config) -> Path:
         min_pixels=script.min_pixels,
         max_pixels=script.max_pixels,
     )
+    with args.main_process_first(desc="loading the dataset"):  # the others then find the rows in the cache
+        dataset = load_training_data(
+            script.dataset,
+            split=script.dataset_split,
+            system_prompt=script.system_prompt,
+            instruction=script.instruction,
+        )
     trainer = _make_trainer(script, model_args, args, reward, dataset, processor)
     if trainer.is_world_process_zero():
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
-    if checkpoint:
+    if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those restore their own pieces
         restore_weights(trainer.model, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output_dir / "model"))
+    trainer.accelerator.print(f"Done: {output_dir / 'model'}")
     return output_dir
 
 
@@ -346,10 +349,14 @@ def _make_trainer(
             processing_class=processor,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,
-            callbacks=[TrainingProgress(Path(script.output_dir) / "metrics.jsonl")],
+            callbacks=[TrainingProgress(Path(str(args.output_dir)) / "metrics.jsonl")],
         )
-    except OSError as error:  # what transformers raises for a model that is not there
-        raise InputError(f"model: {script.model}: cannot be loaded: {error}") from error
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+    ) as error:  # such as an extra that is not installed
+        raise InputError(f"config: the trainer cannot be built for {script.model}: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -110,7 +110,6 @@ def test_train_takes_a_config_and_overrides(tmp_path: Path, monkeypatch: pytest.
     result = runner.invoke(main, ["train", str(config), "--learning-rate", "1e-5", "--use_vllm", "--output_dir=p"])
     assert result.exit_code == 0, result.output
     assert seen == [{"model": "m", "dataset": "d", "output_dir": "p", "learning_rate": 1e-5, "use_vllm": True}]
-    assert str(tmp_path / "model") in result.stdout
 
 
 def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_model_without_pixel_limits(folders: dict[str, Path]) -> None:
 def test_models_that_cannot_look(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"model: {folders['text']}: no processor for images could be loaded"):
         load_processor(str(folders["text"]))
-    with pytest.raises(InputError, match=f"model: {tmp_path}/missing: cannot be loaded"):
+    with pytest.raises(InputError, match=f"model: {tmp_path}/missing: no such folder"):
         load_processor(str(tmp_path / "missing"))
     with pytest.raises(InputError, match=f"model: {tmp_path}: cannot be loaded"):
         load_processor(str(tmp_path))

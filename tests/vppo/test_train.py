@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -227,11 +228,6 @@ def test_a_missing_model_is_named(tmp_path: Path, problems: Path) -> None:
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_bad_dataset_is_named_before_the_model_is_touched(tmp_path: Path) -> None:
-    message = train_error(model="no/model", dataset=str(tmp_path / "no.jsonl"), output_dir=str(tmp_path / "run"))
-    assert message == f"{tmp_path}/no.jsonl: no such dataset file or folder"
-
-
 def test_an_occupied_output_dir_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
@@ -301,6 +297,40 @@ def weights(folder: Path) -> dict[str, Any]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--dataset=no.jsonl", "no.jsonl: no such dataset file or folder"),
+        ("--reward_weights=[1.0, 2.0]", "config: the trainer cannot be built for"),
+        ("--model=text", "model: text: no processor for images could be loaded"),
+    ],
+)
+def test_nothing_is_written_before_everything_is_checked(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, override: str, expected: str
+) -> None:
+    monkeypatch.chdir(tiny_run)
+    from transformers import LlamaConfig
+
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained("text")
+    with pytest.raises(InputError) as caught:
+        run_tiny(tiny_run, monkeypatch, "--output_dir=refused", override)
+    assert str(caught.value).startswith(expected)
+    assert not Path("refused", "config.yaml").exists() and not Path("refused", "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "package", "named"),
+    [("--attn_implementation=flash_attention_2", "flash_attn", "FlashAttention2"), ("--use_vllm", "vllm", "vLLM")],
+)
+def test_an_extra_that_is_not_installed_is_named(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, override: str, package: str, named: str
+) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(InputError, match=named):
+        run_tiny(tiny_run, monkeypatch, "--output_dir=refused", override)
 
 
 def test_two_steps_end_to_end(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
