@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.perturbations import PixelLayout, seeded
 from vppo.scoring import Batch, logit_options, score
@@ -76,6 +77,13 @@ class VPPOTrainer(GRPOTrainer):
             self._layout = PixelLayout.of(image_processor)
             self._perturbation = args.make_perturbation(self._layout.patch_size)
             self._has_dropout = _has_dropout(self.model)
+
+    # -- going on from a checkpoint ----------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """transformers' own restores next to nothing of a vision-language model: see `restore_weights`."""
+        if self.is_fsdp_enabled or not restore_weights(self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # -- before the rollouts -----------------------------------------------------------------------------------------
 
