@@ -206,6 +206,7 @@ def score(
     options: LogitOptions,
     batch_size: int,
     hidden_clean: Tensor | None = None,
+    most_rows: int = 0,
     check: bool = False,
 ) -> Tensor:
     """Dependency of the response tokens of the given rows, `batch_size` rows at a time.
@@ -218,14 +219,21 @@ def score(
         kind, options, check: As in `dependency_of`.
         batch_size: Rows in one forward.
         hidden_clean: `[B, T, D]` hidden states of the clean view where they are known already.
+        most_rows: The most rows that any rank scores. A sharded model gathers its weights in every forward, so a rank
+            with fewer rows must run as many forwards as the others; their results are not used.
 
     Returns:
         `[B, T]` float32 in nats, 0 at other rows and outside the responses.
     """
     dependency = torch.zeros(batch.mask.shape, device=batch.mask.device)
     length = batch.mask.shape[1]
-    for start in range(0, len(rows), batch_size):
+    for start in range(0, max(len(rows), most_rows), batch_size):
         part = list(rows[start : start + batch_size])
+        if not part:
+            some_row = batch.model_inputs([int(batch.has_image.int().argmax())])
+            for _ in range(2 if hidden_clean is None else 1):
+                response_hidden(model, some_row, length)
+            continue
         clean = response_hidden(model, batch.model_inputs(part), length) if hidden_clean is None else hidden_clean[part]
         dependency[part] = dependency_of(
             model,

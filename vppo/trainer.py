@@ -121,6 +121,7 @@ class VPPOTrainer(GRPOTrainer):
                 options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
                 batch_size=self.args.per_device_train_batch_size,
                 hidden_clean=hidden_clean,
+                most_rows=self._most_rows(rows),
                 check=self.args.check_kernels,
             )
         stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), process_group=self._process_group())
@@ -154,6 +155,13 @@ class VPPOTrainer(GRPOTrainer):
         live = (everyone.view(-1, self.num_generations) != 0).any(1).repeat_interleave(self.num_generations)
         first = self.accelerator.process_index * len(advantages)
         return live[first : first + len(advantages)]
+
+    def _most_rows(self, rows: Sequence[int]) -> int:
+        """The most rows that any process scores, where the model is sharded and all must join each forward."""
+        if not (self._dist.is_fsdp or self._dist.is_zero3):
+            return len(rows)
+        count = torch.tensor([len(rows)], device=self.accelerator.device)
+        return int(self.accelerator.gather(count).max())
 
     def _perturbed(self, batch: Batch, rows: Sequence[int]) -> dict[int, Tensor]:
         """The perturbed pixels of each row, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
@@ -208,7 +216,7 @@ class VPPOTrainer(GRPOTrainer):
         count = self.accelerator.gather(torch.tensor([len(values)], device=values.device))
         padded = values.new_zeros(int(count.max()))
         padded[: len(values)] = values
-        everyone = self.accelerator.gather(padded).view(len(count), -1)
+        everyone = self.accelerator.gather(padded).view(len(count), int(count.max()))
         return torch.cat([row[: int(n)] for row, n in zip(everyone, count, strict=True)])
 
     # -- TRL's scoring pass, listened to -----------------------------------------------------------------------------
@@ -289,6 +297,8 @@ class VPPOTrainer(GRPOTrainer):
             scale_max=self.args.shaping["scale_max"],
             stats=stats,
         )
+        # a micro-batch of minima alone has mean u = 0, and the factor of maximal u is infinite: u = 0 does not need it
+        alpha = torch.where(alpha.isnan() & (means == window.min()), self.args.shaping["scale_min"], alpha)
         for name, value in (("min", alpha.min()), ("mean", alpha.mean()), ("max", alpha.max())):
             self._metrics["train"][f"vppo/alpha_{name}"].append(value.item())
         return alpha
@@ -297,8 +307,6 @@ class VPPOTrainer(GRPOTrainer):
         """Clipped tokens among those that carry gradient; TRL's own ratio counts all response tokens."""
         clipped = self._metrics[mode].get("clip_ratio/region_mean")
         if not self.args.scores_tokens or not clipped or advantages.dim() == 1:
-        # a micro-batch of minima alone has mean u = 0, and the factor of maximal u is infinite: u = 0 does not need it
-        alpha = torch.where(alpha.isnan() & (means == window.min()), self.args.shaping["scale_min"], alpha)
             return
         counts = torch.stack([(mask & (advantages != 0)).sum(), mask.sum()]).float()
         active, total = self.accelerator.reduce(counts, reduction="sum").tolist()
