@@ -50,7 +50,7 @@ def restore_weights(model: Any, checkpoint: str | Path) -> bool:
 
     transformers writes many vision-language models with the names of the hub ("visual.blocks...") and on resuming looks
     for its own ("model.visual.blocks..."): it warns, restores next to nothing, and trains on from the first weights
-    (huggingface/transformers#43701). Called before `Trainer.train(resume_from_checkpoint=...)`, this puts that right.
+    (huggingface/transformers#43701). `VPPOTrainer` calls this instead.
 
     Args:
         model: A whole `PreTrainedModel`, not yet wrapped for several devices.

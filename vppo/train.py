@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vppo.checkpoints import last_complete_checkpoint, restore_weights, saved_step
+from vppo.checkpoints import last_complete_checkpoint, saved_step
 from vppo.data import INSTRUCTION, SYSTEM_PROMPT, load_training_data
 from vppo.errors import InputError
 from vppo.files import write_atomic
@@ -239,8 +239,6 @@ def train(config: Config) -> Path:
     trainer = _make_trainer(script, model_args, args, reward, dataset, processor)
     if trainer.is_world_process_zero():
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
-    if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those restore their own pieces
-        restore_weights(trainer.model, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output_dir / "model"))
     trainer.accelerator.print(f"Done: {output_dir / 'model'}")
