@@ -1,0 +1,97 @@
+"""The demo's data: strips of three real handwritten digits, and the question for their sum.
+
+scikit-learn's `load_digits` has 1,797 images of 8 x 8 pixels. They are split by image, so a held-out strip shows no
+image that the model was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from vppo.demo.model import CELL
+
+DIGITS = 3
+TRAIN_IMAGES = 1400
+QUESTION = "Sum?"
+SPLITS = {"train": 0, "held-out": 1}
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Three digits side by side.
+
+    Attributes:
+        image: `3 * 28` x 28 pixels, RGB.
+        digits: What they say, left to right.
+        sources: Their indices in scikit-learn's data.
+    """
+
+    image: Image.Image
+    digits: tuple[int, ...]
+    sources: tuple[int, ...]
+
+    @property
+    def answer(self) -> str:
+        return str(sum(self.digits))
+
+    @property
+    def response(self) -> str:
+        r"""The worked answer, such as `3+5=8,8+1=\boxed{9}`."""
+        first, second, third = self.digits
+        return f"{first}+{second}={first + second},{first + second}+{third}=\\boxed{{{self.answer}}}"
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        """As TRL takes it; the image travels beside it."""
+        return [{"role": "user", "content": QUESTION}]
+
+
+@cache
+def _cells() -> tuple[np.ndarray, np.ndarray]:
+    """All images as `[n, 28, 28]` uint8, and their labels."""
+    data = load_digits()
+    images = (data.images * (255 / 16)).astype(np.uint8)
+    enlarged = [np.asarray(Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BICUBIC)) for image in images]
+    return np.stack(enlarged), data.target
+
+
+def images_of(split: str) -> np.ndarray:
+    """Indices of the images that belong to "train" or "held-out"; the same in every run."""
+    order = np.random.default_rng(0).permutation(len(_cells()[1]))
+    return order[:TRAIN_IMAGES] if split == "train" else order[TRAIN_IMAGES:]
+
+
+def strips(split: str, count: int, seed: int) -> Iterator[Strip]:
+    """Random strips of a split; the same (split, seed) gives the same sequence.
+
+    Args:
+        split: "train" or "held-out".
+        count: How many.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: got {split!r}, takes one of {list(SPLITS)}")
+    cells, labels = _cells()
+    pool = images_of(split)
+    random = np.random.default_rng([seed, SPLITS[split]])
+    for _ in range(count):
+        chosen = random.choice(pool, DIGITS, replace=False)
+        picture = Image.fromarray(np.concatenate(cells[chosen], axis=1)).convert("RGB")
+        yield Strip(picture, tuple(int(labels[i]) for i in chosen), tuple(int(i) for i in chosen))
+
+
+def as_dataset(items: list[Strip]) -> Dataset:
+    """Strips as TRL takes them: "prompt", "images" and, for the reward, "answer"."""
+    rows: list[dict[str, Any]] = [{"prompt": s.prompt, "images": [s.image], "answer": s.answer} for s in items]
+    return Dataset.from_list(rows)

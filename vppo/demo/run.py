@@ -1,0 +1,339 @@
+"""`vppo demo`: build, warm up, train with VPPO, look at what the model looks at."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from vppo.checkpoints import last_complete_checkpoint
+from vppo.errors import InputError
+from vppo.files import write_atomic
+
+PROMPTS, ROLLOUTS = 16, 8
+HELD_OUT = 512
+LEARNING_RATE = 1e-4
+SAVE_EVERY = 10
+THREADS = 1  # two threads of a contended two-core machine are slower than one on matrices this small
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "vppo-kernels")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `vppo demo` was asked for.
+
+    Attributes:
+        out: Folder of the run.
+        algorithm: "vppo", "tas", "tgf", "dapo" or "grpo".
+        divergence: What training measures dependency by: "kl", "k3" or "jsd".
+        perturbation: "patch", "noise", "blur" or "grey".
+        steps: Training steps of 16 prompts x 8 rollouts.
+        seed: Of weights, data order, warm-up, sampling and perturbation.
+        resume: Go on with the run in `out`.
+        device: "cpu", "cuda", ...
+    """
+
+    out: Path = Path("runs/demo")
+    algorithm: str = "vppo"
+    divergence: str = "kl"
+    perturbation: str = "patch"
+    steps: int = 100
+    seed: int = 0
+    resume: bool = False
+    device: str = "cpu"
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it resumes."""
+        return {name: value for name, value in asdict(self).items() if name not in ("out", "resume")}
+
+
+def run_demo(options: DemoOptions) -> dict[str, Any]:
+    """Run the whole demo; every file of it is under `options.out`.
+
+    Args:
+        options: What to run.
+
+    Returns:
+        The contents of `summary.json`.
+
+    Raises:
+        InputError: `out` holds another run, or the device is not there.
+    """
+    console = Console()
+    out = options.out
+    _check_device(options.device)
+    _claim(options)
+    finished = out / "summary.json"
+    if finished.exists():
+        summary = json.loads(finished.read_text(encoding="utf-8"))
+        _show(console, summary, out)
+        return summary
+
+    _quieten()
+    import torch
+
+    torch.set_num_threads(THREADS)
+
+    from vppo.demo.batches import answer, correct
+    from vppo.demo.digits import strips
+    from vppo.progress import read_lines
+    from vppo.report import write_report
+
+    held_out = list(strips("held-out", HELD_OUT, seed=0))
+    warm = _warm_up(console, options, held_out)
+    model, processor = _train(console, options)
+
+    console.print(f"reading {HELD_OUT} held-out strips and scoring every token ...")
+    responses = answer(model, processor, held_out)
+    verdicts = correct(processor, held_out, responses)
+    scored = _score(options, model, processor, held_out, responses, verdicts)
+    digits, other = _dependency_by_place(scored)
+    timings = read_lines(out / "timings.jsonl")
+    seconds_train = sum(row["step_time"] for row in timings)
+    summary = {
+        **options.identity(),
+        "accuracy_before": warm["accuracy"],
+        "accuracy_after": sum(verdicts) / HELD_OUT,
+        "held_out": HELD_OUT,
+        "dependency_digits": digits,
+        "dependency_other": other,
+        "warmup_steps": warm["steps"],
+        "seconds_warmup": warm["seconds"],
+        "seconds_train": seconds_train,
+        "seconds_per_step": seconds_train / max(len(timings), 1),
+        "peak_rss_mib": _peak_rss_mib(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} torch thread",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    write_report(out, summary=summary, metrics=read_lines(out / "metrics.jsonl"), responses=scored)
+    write_atomic(finished, json.dumps(summary, indent=2) + "\n")
+    _show(console, summary, out)
+    return summary
+
+
+def _claim(options: DemoOptions) -> None:
+    """Make the folder this run's, or find that it is another's."""
+    marker = options.out / "options.json"
+    if not marker.exists():
+        # hidden: what a crash leaves of the marker itself
+        if options.out.exists() and any(not path.name.startswith(".") for path in options.out.iterdir()):
+            raise InputError(f"--out: {options.out} holds other files; takes a new or empty folder")
+        write_atomic(marker, json.dumps(options.identity(), indent=2) + "\n")
+        return
+    if not options.resume:
+        raise InputError(
+            f"--out: {options.out} already holds a run: go on with --resume, remove it, or choose another folder"
+        )
+    before = json.loads(marker.read_text(encoding="utf-8"))
+    for name, value in options.identity().items():
+        if before.get(name) != value:
+            raise InputError(
+                f"--{name}: got {value!r}, but the run in {options.out} was started with {before.get(name)!r}"
+            )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _quieten() -> None:
+    """Hide what a user of the demo cannot act on: progress bars of loading and saving, advice on configuration."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|accelerate)\b")
+
+
+def _save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] | None = None) -> None:
+    """Save model and processor so that the folder is either whole or not there."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+    if extra is not None:
+        write_atomic(part / "warmup.json", json.dumps(extra))
+    os.replace(part, folder)
+
+
+def _load(folder: Path, device: str) -> tuple[Any, Any]:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from vppo.loading import load_processor
+
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    return model.to(device), load_processor(str(folder))
+
+
+def _warm_up(console: Console, options: DemoOptions, held_out: Sequence[Any]) -> dict[str, Any]:
+    """The warm model in `warmup/`, made if it is not there, and its accuracy."""
+    from vppo.demo.batches import answer, correct
+    from vppo.demo.model import build_model, build_processor
+    from vppo.demo.warmup import MAX_STEPS, warm_up
+
+    folder = options.out / "warmup"
+    if not folder.exists():
+        processor = build_processor()
+        model: Any = build_model(processor, options.seed)
+        model.to(options.device)
+        started = time.perf_counter()
+        columns = (
+            TextColumn("warm-up "),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=MAX_STEPS, loss=float("nan"))
+            steps = warm_up(
+                model, processor, options.seed, lambda step, loss: bar.update(task, completed=step, loss=loss)
+            )
+            bar.update(task, total=steps)
+        seconds = time.perf_counter() - started
+        verdicts = correct(processor, held_out, answer(model, processor, held_out))
+        warm = {"steps": steps, "seconds": seconds, "accuracy": sum(verdicts) / len(held_out)}
+        _save_whole(folder, model, processor, warm)
+    return json.loads((folder / "warmup.json").read_text(encoding="utf-8"))
+
+
+def _train(console: Console, options: DemoOptions) -> tuple[Any, Any]:
+    """The trained model in `model/`, made from the warm one or from the last checkpoint if it is not there."""
+    folder = options.out / "model"
+    if not folder.exists():
+        from transformers import PrinterCallback
+
+        from vppo.config import VPPOConfig
+        from vppo.demo.batches import MAX_NEW_TOKENS, forbidden_tokens
+        from vppo.demo.digits import as_dataset, strips
+        from vppo.progress import TrainingProgress
+        from vppo.rewards import accuracy_reward
+        from vppo.trainer import VPPOTrainer
+
+        checkpoints = options.out / "checkpoints"
+        model, processor = _load(options.out / "warmup", options.device)
+        args = VPPOConfig(
+            output_dir=str(checkpoints),
+            algorithm=options.algorithm,
+            divergence=options.divergence,
+            perturbation=options.perturbation,
+            seed=options.seed,
+            max_steps=options.steps,
+            per_device_train_batch_size=PROMPTS * ROLLOUTS,
+            num_generations=ROLLOUTS,
+            max_completion_length=MAX_NEW_TOKENS,
+            generation_kwargs={"suppress_tokens": forbidden_tokens(processor)},
+            learning_rate=LEARNING_RATE,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=options.device == "cpu",
+            logging_steps=1,
+            save_steps=SAVE_EVERY,
+            save_total_limit=2,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = VPPOTrainer(
+            model=model,
+            reward_funcs=accuracy_reward,
+            args=args,
+            train_dataset=as_dataset(list(strips("train", PROMPTS * options.steps, seed=options.seed + 1))),
+            processing_class=processor,
+            callbacks=[TrainingProgress(options.out / "metrics.jsonl", console)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = last_complete_checkpoint(checkpoints)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _save_whole(folder, trainer.model, processor)
+    return _load(folder, options.device)
+
+
+def _score(
+    options: DemoOptions,
+    model: Any,
+    processor: Any,
+    held_out: Sequence[Any],
+    responses: Sequence[list[int]],
+    verdicts: Sequence[bool],
+) -> list[Any]:
+    """Exact dependency of every response token, whatever training measured it by."""
+    from vppo.analysis import score_responses
+    from vppo.demo.model import PATCH
+    from vppo.perturbations import Perturbation
+
+    rows = [
+        {"prompt": s.prompt, "images": [s.image], "answer": s.answer, "response_ids": ids, "correct": verdict}
+        for s, ids, verdict in zip(held_out, responses, verdicts, strict=True)
+    ]
+    return score_responses(
+        model,
+        processor,
+        rows,
+        divergence="kl",
+        perturbation=Perturbation(options.perturbation, patch_size=PATCH),
+        seed=options.seed,
+        batch_size=128,
+    )
+
+
+def _dependency_by_place(scored: Sequence[Any]) -> tuple[float, float]:
+    """Mean dependency in nats at the digits read from the image (those before "="), and at all other tokens."""
+    digits: list[float] = []
+    other: list[float] = []
+    for response in scored:
+        reading = True
+        for token, value in zip(response.tokens, response.dependency.tolist(), strict=True):
+            reading = reading and token != "="
+            (digits if reading and token.isdigit() else other).append(value)
+    return sum(digits) / max(len(digits), 1), sum(other) / max(len(other), 1)
+
+
+def _peak_rss_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def _show(console: Console, summary: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"{summary['algorithm']} on handwritten digits, seed {summary['seed']}", title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_row(
+        f"accuracy on {summary['held_out']} held-out strips",
+        f"{summary['accuracy_before']:.1%}",
+        f"{summary['accuracy_after']:.1%}",
+    )
+    table.add_section()
+    table.add_row("dependency at the digits read from the image", "", f"{summary['dependency_digits']:.3f} nats")
+    table.add_row("dependency at all other tokens", "", f"{summary['dependency_other']:.4f} nats")
+    table.add_section()
+    table.add_row("warm-up", "", f"{summary['seconds_warmup']:.0f} s")
+    table.add_row(
+        f"{summary['steps']} steps of {PROMPTS} prompts x {ROLLOUTS} rollouts", "", f"{summary['seconds_train']:.0f} s"
+    )
+    console.print(table)
+    console.print(f"Report: {out / 'report.html'}")

@@ -1,0 +1,134 @@
+"""What a person sees while a model trains, and the lines that are kept of it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vppo.files import write_atomic
+
+# what the bar shows: a title, and the first of these keys that was logged
+SHOWN = {
+    "reward": ("reward",),
+    "accuracy": ("rewards/accuracy_reward/mean",),
+    "dependency": ("vppo/dependency_mean",),
+    "kept": ("vppo/kept_fraction",),
+}
+
+
+def _is_timing(key: str) -> bool:
+    return "seconds" in key or key.endswith("_time")
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drop the lines after `last_step`, and a line that a crash cut short, from a file of one JSON object a step."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+            break
+        kept.append(line)
+    write_atomic(path, "".join(kept))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that `TrainingProgress` wrote; none if there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class _Bar(Progress):
+    """A bar with a line of numbers below it, so that both fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(task.fields["numbers"], style="cyan") for task in self.tasks)
+
+
+class TrainingProgress(TrainerCallback):
+    """A live progress bar, a line a logged step in `metrics.jsonl`, and its timings in `timings.jsonl` beside it.
+
+    Times are kept apart so that two runs of the same seed write the same `metrics.jsonl`, byte for byte. A resumed run
+    first drops the lines after the step that it resumes from.
+
+    Args:
+        metrics_path: Where the lines go.
+        console: Where the bar goes; a new one on standard output if None.
+    """
+
+    def __init__(self, metrics_path: Path, console: Console | None = None) -> None:
+        self.metrics_path = metrics_path
+        self.timings_path = metrics_path.with_name("timings.jsonl")
+        self._progress = _Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console or Console(),
+        )
+        self._task: TaskID | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self.metrics_path, self.timings_path):
+            keep_lines(path, state.global_step)
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, numbers="")
+        self._progress.start()
+        atexit.register(self._progress.stop)  # gives the terminal its cursor back if training fails
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or self._task is None or not logs or "train_runtime" in logs:
+            return
+        values = {key: _plain(value) for key, value in logs.items()}
+        timings = {key: value for key, value in values.items() if _is_timing(key)}
+        metrics = {key: value for key, value in values.items() if key not in timings}
+        _append(self.metrics_path, {"step": state.global_step, **metrics})
+        _append(self.timings_path, {"step": state.global_step, **timings})
+        self._progress.update(self._task, completed=state.global_step, numbers=_numbers(values))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.stop()
+
+
+def _numbers(values: dict[str, Any]) -> str:
+    parts = []
+    for title, keys in SHOWN.items():
+        value = next((values[key] for key in keys if values.get(key) is not None), None)
+        parts.append(f"{title} {'-' if value is None else format(value, '.3f')}")
+    return "  ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as JSON has them: NaN and infinity become null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
