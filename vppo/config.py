@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -132,8 +133,14 @@ class VPPOConfig(GRPOConfig):
             raise ValueError(f"keep_ratio: got {self.keep_ratio!r}, takes a number above 0 and at most 1")
         if not self.scale_min > 0:
             raise ValueError(f"scale_min: got {self.scale_min!r}, takes a number above 0")
+        if self.scale_max is None and not self.scale_min <= 1:  # the factors' mean of 1 would lie below the smallest
+            raise ValueError(
+                f"scale_min: got {self.scale_min!r}, takes a number of at most 1 unless scale_max is given"
+            )
         if self.scale_max is not None and not self.scale_max >= self.scale_min:
             raise ValueError(f"scale_max: got {self.scale_max!r}, takes None or a number of at least scale_min")
+        if not (isinstance(self.nll_coef, (int, float)) and math.isfinite(self.nll_coef)):
+            raise ValueError(f"nll_coef: got {self.nll_coef!r}, takes a finite number")
         self.make_perturbation(14)  # validates its own fields
         super().__post_init__()
 

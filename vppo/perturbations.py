@@ -74,7 +74,7 @@ class Perturbation:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"perturbation: got {self.kind!r}, takes one of {list(KINDS)}")
-        if not self.patch_size >= 1:
+        if not (isinstance(self.patch_size, int) and self.patch_size >= 1):
             raise ValueError(f"patch_size: got {self.patch_size!r}, takes a whole number of pixels from 1")
         if not 0 <= self.patch_probability <= 1:
             raise ValueError(f"patch_probability: got {self.patch_probability!r}, takes a number from 0 to 1")

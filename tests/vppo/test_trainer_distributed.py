@@ -1,0 +1,141 @@
+"""Two processes do what one does with the whole batch; a sharded model scores as the whole one does."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+import torch.multiprocessing as mp
+from runs import FAMILY, fix_rollouts, rows, trainer, varied_reward
+from torch import Tensor
+
+from vppo.perturbations import Perturbation, PixelLayout, seeded
+from vppo.scoring import Batch, logit_options, score
+
+WORLD = 2
+LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5)
+CLOCK = "vppo/seconds_scoring"
+
+
+def nothing_to_learn(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def second_prompt_only(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+    return [0.5 if a == "0" else r for a, r in zip(answer, varied_reward(completions), strict=True)]
+
+
+# what the trainer is given; per_device_train_batch_size is that of one process with the whole batch
+CASES: dict[str, dict[str, Any]] = {
+    "a group on each process": {},
+    "a group across processes": {"num_generations": 8},
+    "a view for every rollout": {"perturbation_scope": "rollout"},
+    "a process without scored rows": {"reward": second_prompt_only},
+    "no scored row anywhere": {"reward": nothing_to_learn},
+    "reused clean pass": {"num_iterations": 2},
+}
+
+
+def folded(path: Path, case: dict[str, Any], world: int, rank: int) -> tuple[list[Tensor], dict[str, float]]:
+    """This rank's advantages, row by row without padding, and the metrics of folding."""
+    run = trainer(path, **{"per_device_train_batch_size": 8 // world, **case})
+    fix_rollouts(run, LENGTHS)
+    data = [row for row in rows(8 // run.num_generations) for _ in range(run.num_generations)]
+    part = len(data) // world
+    run.model.train()
+    batch = run._generate_and_score_completions(data[rank * part : (rank + 1) * part])
+    advantages = [a[m.bool()] for a, m in zip(batch["advantages"], batch["completion_mask"], strict=True)]
+    names = run._metrics["train"]
+    return advantages, {name: names[name][0] for name in names if name.startswith("vppo/") and name != CLOCK}
+
+
+def sharded_dependency(rank: int, own_head: bool) -> Tensor:
+    """Scores with a model of which every process holds a part; this rank's rows differ in number from the other's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, processor = families.build(FAMILY)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    if own_head:
+        fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return score_some(model, processor, range(4) if rank == 0 else range(1), most_rows=4)
+
+
+def score_some(model: Any, processor: Any, chosen: range, most_rows: int) -> Tensor:
+    """Dependency of the chosen rows of a fixed batch of four."""
+    from vppo.analysis import _batch_inputs
+
+    responses = [families.VOCABULARY[c] for c in "3+5=8"]
+    data = [{**row, "response_ids": responses[: 5 - i % 2]} for i, row in enumerate(rows(4))]
+    batch = Batch(_batch_inputs(model, processor, data))
+    layout = PixelLayout.of(processor.image_processor)
+    pixels = {i: batch.perturbed_pixels(i, layout, Perturbation(), seeded(0, i)) for i in chosen}
+    settings = {"kind": "kl", "options": logit_options(model, 1.0), "batch_size": 2}
+    return score(model, batch, chosen, pixels, most_rows=most_rows, **settings)
+
+
+def process(rank: int, port: int, path: Path) -> None:
+    """Everything that two processes do, in one start: importing is what takes the time."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    results: dict[str, Any] = {name: folded(path / "run", case, WORLD, rank) for name, case in CASES.items()}
+    run = trainer(path / "run", per_device_train_batch_size=4)
+    run.train()
+    results["trained"] = {name: weight.detach() for name, weight in run.model.named_parameters()}
+    results["logged"] = run.state.log_history
+    for own_head in (True, False):
+        results[f"sharded, own head {own_head}"] = sharded_dependency(rank, own_head)
+    torch.save(results, path / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found."""
+    path = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(process, args=(port, path), nprocs=WORLD)
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_fold_as_one(case: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone, metrics = folded(tmp_path, CASES[case], 1, 0)
+    together = [row for rank in ranks for row in rank[case][0]]
+    assert len(together) == len(alone) == 8
+    for row, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
+    for rank in ranks:
+        assert rank[case][1] == pytest.approx(metrics, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_two_processes_train(ranks: list[dict[str, Any]]) -> None:
+    for name, weight in ranks[0]["trained"].items():
+        assert torch.equal(weight, ranks[1]["trained"][name]), name
+    assert all(log["vppo/dependency_mean"] > 1e-3 for log in ranks[0]["logged"][:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_head", [True, False])
+def test_sharded_model(own_head: bool, ranks: list[dict[str, Any]]) -> None:
+    model, processor = families.build(FAMILY)
+    whole = score_some(model, processor, range(4), most_rows=0)
+    assert whole.max() > 1e-2
+    first, second = (rank[f"sharded, own head {own_head}"] for rank in ranks)
+    torch.testing.assert_close(first, whole, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(second[0], whole[0], rtol=1e-5, atol=1e-8)
+    assert not second[1:].any()
