@@ -44,19 +44,14 @@ HeadForward = Callable[[Any, Tensor], None]
 def logit_options(model: Any, temperature: float) -> LogitOptions:
     """What the model does to a logit after its head, as `linear_divergence` takes it."""
     config = model.config.get_text_config()
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        1.0,
-    )
-    if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM3 divide by it
-        scale = 1.0 / config.logits_scaling
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    name = next((name for name in names if getattr(config, name, None) is not None), None)
+    scale = 1.0 if name is None else float(getattr(config, name))
+    if name == "logits_scaling" and config.model_type != "hyperclovax":  # that one multiplies by it, all others divide
+        scale = 1.0 / scale
     return {
         "temperature": temperature,
-        "logit_scale": float(scale),
+        "logit_scale": scale,
         "softcap": getattr(config, "final_logit_softcapping", None),
     }
 

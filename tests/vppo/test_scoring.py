@@ -1,0 +1,140 @@
+"""Scoring apart from the trainer: the head's own forward, rows and parts of a batch, what happens to a logit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import families
+import pytest
+import torch
+from runs import FAMILY, rows
+from torch import Tensor
+
+from vppo.analysis import _batch_inputs
+from vppo.perturbations import Perturbation, PixelLayout, seeded
+from vppo.scoring import Batch, head_forward, logit_options, response_hidden, score
+from vppo_kernels import reference
+
+NAMES = [f.name for f in families.FAMILIES]
+PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
+
+
+def some_batch(name: str, images: tuple[int, ...] = (1,)) -> tuple[Any, Batch, dict[int, Tensor]]:
+    """A model, five rows of it with images of two sizes, and the perturbed view of each."""
+    model, processor = families.build(name)
+    ids = [families.VOCABULARY[character] for character in "3+5=8"]
+    data = rows(5, sizes=((56, 28), (28, 56)), images=images)
+    batch = Batch(_batch_inputs(model, processor, [{**r, "response_ids": ids[: 1 + i]} for i, r in enumerate(data)]))
+    layout = PixelLayout.of(processor.image_processor)
+    return model, batch, {i: batch.perturbed_pixels(i, layout, Perturbation(), seeded(i)) for i in range(5)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_and_rows_do_not_matter(name: str) -> None:
+    model, batch, pixels = some_batch(name, images=(1, 2))
+    common = {"kind": "kl", "options": PLAIN}
+    whole = score(model, batch, range(5), pixels, batch_size=5, **common)
+    assert (whole[batch.mask] > 0).all() and not whole[~batch.mask].any()
+    parts = score(model, batch, range(5), pixels, batch_size=2, **common)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-8)
+    some = score(model, batch, [3, 1], pixels, batch_size=4, **common)
+    torch.testing.assert_close(some[[1, 3]], whole[[1, 3]], rtol=1e-4, atol=1e-8)
+    assert not some[[0, 2, 4]].any()
+
+
+def test_known_hidden_states_spare_the_clean_pass() -> None:
+    model, batch, pixels = some_batch(FAMILY)
+    forwards: list[int] = []
+    with torch.no_grad():
+        hidden = response_hidden(model, batch.model_inputs(range(5)), batch.mask.shape[1])
+    whole = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
+    model.model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    reused = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=2, hidden_clean=hidden)
+    torch.testing.assert_close(reused, whole, rtol=1e-4, atol=1e-8)
+    assert len(forwards) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_never_formed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the head, nor any tensor of the vocabulary's width over a whole sequence."""
+    model, batch, pixels = some_batch(name)
+    head = model.get_output_embeddings()
+    linear, widths = torch.nn.functional.linear, []
+
+    def watched(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        widths.append(weight.data_ptr() == head.weight.data_ptr())
+        return linear(input, weight, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
+    assert widths and not any(widths)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_heads_forward_is_put_back(own: bool) -> None:
+    model, _ = families.build(FAMILY)
+    head = model.get_output_embeddings()
+    before = None
+    if own:  # as TRL's cast_lm_head_to_fp32 leaves it
+        before = head.forward = lambda hidden: hidden
+
+    with pytest.raises(RuntimeError, match="on the way"), head_forward(model, lambda head, hidden: None):
+        raise RuntimeError("on the way")
+    assert head.__dict__.get("forward") is before
+
+
+def test_nothing_requires_grad() -> None:
+    model, batch, pixels = some_batch(FAMILY)
+    assert not score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5).requires_grad
+
+
+def test_rows_whose_response_is_masked_out_whole() -> None:
+    model, batch, pixels = some_batch(FAMILY)
+    batch.mask[:] = False
+    assert not score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5).any()
+    assert not score(model, batch, range(5), pixels, kind="k3", options=PLAIN, batch_size=5).any()
+
+
+def test_external_tokens_of_a_response_do_not_count() -> None:
+    """Tool results are part of the response's text, not of what the policy chose."""
+    model, processor = families.build(FAMILY)
+    inputs = _batch_inputs(model, processor, [{**rows(1)[0], "response_ids": [20, 21, 22, 23]}])
+    tools = torch.tensor([[1, 0, 0, 1]])
+    assert torch.equal(Batch({**inputs, "tool_mask": tools}).mask, tools.bool())
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "softcap"),
+    [
+        ({}, 1.0, None),
+        ({"logit_scale": 0.25}, 0.25, None),
+        ({"logit_scale": None}, 1.0, None),
+        ({"output_multiplier": 2.0}, 2.0, None),
+        ({"lm_head_multiplier": 3.0}, 3.0, None),
+        ({"logits_scaling": 8.0}, 0.125, None),
+        ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0, None),
+        ({"final_logit_softcapping": 30.0}, 1.0, 30.0),
+    ],
+)
+def test_logit_options_are_read_as_trl_reads_them(config: dict[str, Any], scale: float, softcap: float | None) -> None:
+    text = SimpleNamespace(**{"model_type": "any", **config})
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert logit_options(model, 0.7) == {"temperature": 0.7, "logit_scale": scale, "softcap": softcap}
+
+
+@pytest.mark.parametrize("kind", ["kl", "k3"])
+def test_logit_options_reach_the_divergence(kind: str) -> None:
+    model, batch, pixels = some_batch(FAMILY)
+    options = {"temperature": 0.7, "logit_scale": 2.0, "softcap": 3.0}
+    found = score(model, batch, range(5), pixels, kind=kind, options=options, batch_size=5)
+    length, weight = batch.mask.shape[1], model.get_output_embeddings().weight.double()
+    with torch.no_grad():
+        views = (batch.model_inputs(range(5)), batch.model_inputs(range(5), pixels))
+        p, q = (reference.logits(response_hidden(model, view, length).double(), weight, **options) for view in views)
+    if kind == "kl":
+        expected = reference.kl(p, q)
+    else:
+        d = (reference.logprob(q, batch.completion_ids) - reference.logprob(p, batch.completion_ids)).clamp(-20, 20)
+        expected = (d.exp() - d - 1).clamp(0, 10)
+    torch.testing.assert_close(found[batch.mask].double(), expected[batch.mask], rtol=1e-4, atol=1e-7)
