@@ -84,6 +84,20 @@ def test_the_heads_forward_is_put_back(own: bool) -> None:
     assert head.__dict__.get("forward") is before
 
 
+def test_half_precision_is_that_of_the_hidden_states() -> None:
+    """Whatever a bfloat16 model loses it has lost before its head: the divergence itself is as good as float64's."""
+    model, batch, pixels = some_batch(FAMILY)
+    model.bfloat16()
+    found = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
+    length, weight = batch.mask.shape[1], model.get_output_embeddings().weight.double()
+    with torch.no_grad():
+        views = (batch.model_inputs(range(5)), batch.model_inputs(range(5), pixels))
+        p, q = (response_hidden(model, view, length).double() @ weight.T for view in views)
+    truth = reference.kl(p, q)[batch.mask]
+    assert found.dtype == torch.float32
+    assert ((found[batch.mask] - truth).abs() <= 1e-5 * truth + 3e-6 * truth.sqrt() + 1e-8).all()
+
+
 def test_nothing_requires_grad() -> None:
     model, batch, pixels = some_batch(FAMILY)
     assert not score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5).requires_grad

@@ -135,28 +135,6 @@ def test_perturbations(perturbation: str, tmp_path: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(seen[0].double(), plain_dependency(run, batch), rtol=1e-4, atol=1e-6)
 
 
-def test_text_only_rows_keep_all_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(tmp_path)
-    fix_rollouts(run)
-    seen = listen(monkeypatch)
-    forwards = count_forwards(run)
-    batch = generation_batch(run, rows(3, images=(1, 0, 1)))
-    assert batch["num_images"] == [1] * 4 + [0] * 4 + [1] * 4
-    mask, plain = batch["completion_mask"].bool(), group_advantages(run, batch)
-    text = slice(4, 8)
-    assert (plain[text] != 0).any()
-    torch.testing.assert_close(batch["advantages"][text].double(), plain[text].unsqueeze(1) * mask[text])
-    assert sum(forwards) == 2 * 8 and not seen[0][text].any()
-
-    images = [0, 1, 2, 3, 8, 9, 10, 11]
-    truth = plain_dependency(run, batch)[images]
-    torch.testing.assert_close(seen[0][images].double(), truth, rtol=1e-4, atol=1e-6)
-    alpha = reference.trajectory_scale(truth, mask[images])  # statistics of the rows with images alone
-    keep = reference.topk_mask(truth, mask[images], 0.4)
-    expected = (plain[images] * alpha).unsqueeze(1) * keep
-    torch.testing.assert_close(batch["advantages"][images].double(), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_a_batch_of_text_alone(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     fix_rollouts(run)
@@ -165,6 +143,13 @@ def test_a_batch_of_text_alone(tmp_path: Path) -> None:
     expected = group_advantages(run, batch).unsqueeze(1) * batch["completion_mask"]
     torch.testing.assert_close(batch["advantages"].double(), expected)
     assert forwards == [] and "vppo/dependency_mean" not in run._metrics["train"]
+
+
+def test_training_on_text_beside_images(tmp_path: Path) -> None:
+    run = trainer(tmp_path, rows(4, images=(1, 0)), per_device_train_batch_size=8)
+    run.train()
+    for log in run.state.log_history[:2]:
+        assert log["vppo/scored_fraction"] == 0.5 and log["vppo/dependency_mean"] > 1e-3
 
 
 def test_groups_without_a_signal_are_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +343,25 @@ def test_dropout_does_not_tell_equal_views_apart(
 
 
 # -- the model afterwards, the metrics, the errors ---------------------------------------------------------------------
+
+
+HEADS = {
+    "in float32 by TRL": {"cast_lm_head_to_fp32": True},
+    "trained whole beside LoRA": {
+        "peft_config": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    },
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_that_are_wrapped(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path, **HEADS[head])
+    own = run.model.get_output_embeddings().__dict__.get("forward")
+    fix_rollouts(run)
+    seen = listen(monkeypatch)
+    batch = generation_batch(run, rows(1))
+    torch.testing.assert_close(seen[0].double(), plain_dependency(run, batch).double(), rtol=1e-4, atol=1e-5)
+    assert run.model.get_output_embeddings().__dict__.get("forward") is own
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

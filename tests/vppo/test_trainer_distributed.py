@@ -54,12 +54,16 @@ def folded(path: Path, case: dict[str, Any], world: int, rank: int) -> tuple[lis
     return advantages, {name: names[name][0] for name in names if name.startswith("vppo/") and name != CLOCK}
 
 
-def sharded_dependency(rank: int, own_head: bool) -> Tensor:
+# family, and whether the head is a unit of its own or belongs to the root
+HEADS = {"own unit": (FAMILY, True), "root unit": (FAMILY, False), "tied, root unit": ("qwen2_vl", False)}
+
+
+def sharded_dependency(rank: int, family: str, own_head: bool) -> Tensor:
     """Scores with a model of which every process holds a part; this rank's rows differ in number from the other's."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model, processor = families.build(FAMILY)
+    model, processor = families.build(family)
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
@@ -93,8 +97,7 @@ def process(rank: int, port: int, path: Path) -> None:
     run.train()
     results["trained"] = {name: weight.detach() for name, weight in run.model.named_parameters()}
     results["logged"] = run.state.log_history
-    for own_head in (True, False):
-        results[f"sharded, own head {own_head}"] = sharded_dependency(rank, own_head)
+    results |= {head: sharded_dependency(rank, *arguments) for head, arguments in HEADS.items()}
     torch.save(results, path / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -130,12 +133,12 @@ def test_two_processes_train(ranks: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own_head", [True, False])
-def test_sharded_model(own_head: bool, ranks: list[dict[str, Any]]) -> None:
-    model, processor = families.build(FAMILY)
+@pytest.mark.parametrize("head", HEADS)
+def test_sharded_model(head: str, ranks: list[dict[str, Any]]) -> None:
+    model, processor = families.build(HEADS[head][0])
     whole = score_some(model, processor, range(4), most_rows=0)
     assert whole.max() > 1e-2
-    first, second = (rank[f"sharded, own head {own_head}"] for rank in ranks)
+    first, second = (rank[head] for rank in ranks)
     torch.testing.assert_close(first, whole, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(second[0], whole[0], rtol=1e-5, atol=1e-8)
     assert not second[1:].any()

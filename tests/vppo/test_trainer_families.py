@@ -61,6 +61,26 @@ def test_several_images_in_one_prompt(family: str, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("family", NAMES)
+def test_text_only_rows_keep_all_tokens(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path, family=family)
+    fix_rollouts(run)
+    seen = listen(monkeypatch)
+    batch = generation_batch(run, rows(3, SIZES, images=(1, 0, 1)))
+    assert batch["num_images"] == [1] * 4 + [0] * 4 + [1] * 4
+    mask, plain = batch["completion_mask"].bool(), group_advantages(run, batch)
+    text, images = slice(4, 8), [0, 1, 2, 3, 8, 9, 10, 11]
+    assert (plain[text] != 0).any() and not seen[0][text].any()
+    torch.testing.assert_close(
+        batch["advantages"][text].double(), plain[text].unsqueeze(1) * mask[text], rtol=1e-4, atol=1e-5
+    )
+    truth = plain_dependency(run, batch)[images]
+    torch.testing.assert_close(seen[0][images].double(), truth, rtol=1e-4, atol=1e-6)
+    alpha = reference.trajectory_scale(truth, mask[images])  # statistics of the rows with images alone
+    expected = (plain[images] * alpha).unsqueeze(1) * reference.topk_mask(seen[0][images], mask[images], 0.4)
+    torch.testing.assert_close(batch["advantages"][images].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", NAMES)
 def test_nothing_of_the_perturbed_view_is_left_in_the_batch(family: str, tmp_path: Path) -> None:
     """TRL splits and shuffles only entries that it knows; a second set of pixels would be carried along unsplit."""
     batches = []
