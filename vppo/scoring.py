@@ -60,20 +60,21 @@ def logit_options(model: Any, temperature: float) -> LogitOptions:
 def head_forward(model: Any, forward: HeadForward) -> Iterator[None]:
     """Within the block, the model's head calls `forward(head, hidden)` instead of multiplying."""
     head = model.get_output_embeddings()
-    before = head.__dict__.get("forward")
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"  # accelerate's hook brings offloaded weights
+    before = head.__dict__.get(name)
 
     def stand_in(hidden: Tensor) -> Tensor:
         forward(head, hidden)
         return hidden[..., :1]  # what the model takes for logits; nobody reads it
 
-    head.forward = stand_in
+    setattr(head, name, stand_in)
     try:
         yield
     finally:
         if before is None:
-            del head.forward
+            delattr(head, name)
         else:
-            head.forward = before
+            setattr(head, name, before)
 
 
 class Batch:

@@ -8,6 +8,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from accelerate import cpu_offload
 from runs import FAMILY, rows
 from torch import Tensor
 
@@ -96,6 +97,17 @@ def test_half_precision_is_that_of_the_hidden_states() -> None:
     truth = reference.kl(p, q)[batch.mask]
     assert found.dtype == torch.float32
     assert ((found[batch.mask] - truth).abs() <= 1e-5 * truth + 3e-6 * truth.sqrt() + 1e-8).all()
+
+
+def test_an_offloaded_head_is_brought_back_for_its_forward() -> None:
+    model, batch, pixels = some_batch(FAMILY)
+    whole = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
+    head = model.get_output_embeddings()
+    cpu_offload(head, torch.device("cpu"))
+    hooked = head.forward
+    offloaded = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
+    assert torch.equal(offloaded, whole)
+    assert head.weight.device.type == "meta" and head.forward is hooked
 
 
 def test_nothing_requires_grad() -> None:
