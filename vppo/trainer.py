@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.perturbations import PixelLayout, seeded
+from vppo.sampler import EpochSampler
 from vppo.scoring import Batch, logit_options, score
 from vppo_kernels import TrajectoryStats, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
@@ -84,6 +85,9 @@ class VPPOTrainer(GRPOTrainer):
         """transformers' own restores next to nothing of a vision-language model: see `restore_weights`."""
         if self.is_fsdp_enabled or not restore_weights(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler(super()._get_train_sampler(dataset))
 
     # -- before the rollouts -----------------------------------------------------------------------------------------
 

@@ -58,6 +58,11 @@ def test_four_steps(changes: dict[str, Any], tmp_path: Path) -> None:
     check_resume(tmp_path, 4, **changes)
 
 
+def test_in_the_second_epoch(tmp_path: Path) -> None:
+    """Six prompts make six steps an epoch; TRL's own sampler would hand out the first epoch's order again."""
+    check_resume(tmp_path, 16)
+
+
 @pytest.mark.parametrize("family", [f.name for f in families.FAMILIES if f.name != FAMILY])
 def test_every_family(family: str, tmp_path: Path) -> None:
     """Their checkpoints name weights as the hub does, which transformers itself does not undo on resuming."""
