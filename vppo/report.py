@@ -1,0 +1,255 @@
+"""The report of a run: one HTML file that needs no network, and its pictures as PNG files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from vppo.figures import Plot, nats, percent, run_plots
+from vppo.files import write_atomic
+from vppo.scored import ScoredResponse
+from vppo.theme import THEMES, DependencyScale
+from vppo.token_picture import is_special, token_picture, visible
+
+EXAMPLES, README_EXAMPLES = 12, 6
+MAX_SIDE = 448  # pixels of an embedded photograph; strips of digits are far below
+REQUIRED = (
+    "algorithm",
+    "divergence",
+    "seed",
+    "steps",
+    "accuracy_before",
+    "accuracy_after",
+    "held_out",
+    "dependency_digits",
+    "dependency_other",
+    "seconds_warmup",
+    "seconds_train",
+)
+DIVERGENCES = {"kl": "exact KL", "reverse_kl": "exact reverse KL", "jsd": "exact JSD", "k3": "k3 estimate"}
+LABELS = {
+    "accuracy_before": "accuracy before",
+    "accuracy_after": "accuracy after",
+    "held_out": "held-out questions",
+    "dependency_digits": "dependency at digits read",
+    "dependency_other": "dependency elsewhere",
+    "seconds_warmup": "warm-up",
+    "seconds_train": "training",
+    "seconds_per_step": "a step",
+    "peak_rss_mib": "peak memory",
+    "warmup_steps": "warm-up steps",
+}
+NBSP = "\N{NO-BREAK SPACE}"  # between a number and its unit
+
+
+def write_report(
+    out: Path, *, summary: dict[str, Any], metrics: Sequence[dict[str, Any]], responses: Sequence[ScoredResponse]
+) -> Path:
+    """Writes `out/report.html` and `out/figures/*.png`, each figure for a light page and, `-dark`, for a dark one.
+
+    Args:
+        out: Folder of the run.
+        summary: What the run's `summary.json` holds; the keys of `REQUIRED`, and any others for the table.
+        metrics: What the trainer logged, a dict per step with its "step"; charts without their keys are left out.
+        responses: The held-out answers, scored token by token, in nats; may be empty.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: `summary` lacks a key, a row of `metrics` has no step, or the tokens, dependencies and kept flags of
+            a response differ in number or hold NaN or infinity.
+    """
+    _check(summary, metrics, responses)
+    scale = DependencyScale.of(responses)
+    plots = run_plots(summary, metrics, responses)
+    pictures = plots + ([token_picture(pick(responses, README_EXAMPLES), scale)] if responses else [])
+    files = {(plot.name, theme.name): plot.png(theme) for plot in pictures for theme in THEMES}
+    for (name, theme_name), png in files.items():
+        write_atomic(out / "figures" / (f"{name}.png" if theme_name == "light" else f"{name}-dark.png"), png)
+    even = scale.top * np.linspace(0, 1, 17) ** 2  # evenly spaced on the scale, which is one of roots
+    page = _template().render(
+        themes=[asdict(theme) for theme in THEMES],
+        headline=headline(summary),
+        algorithm=str(summary["algorithm"]).upper(),
+        facts=facts(summary),
+        charts=[_chart(plot, files) for plot in plots],
+        gradients={theme.name: scale.colours(even, theme) for theme in THEMES},
+        top=f"{scale.top:g}",
+        ticks=[(f"{100 * float(scale.position(value)):.1f}", label) for value, label in scale.ticks],
+        examples=[_example(response, scale) for response in pick(responses, EXAMPLES)],
+        chosen=_chosen(responses),
+    )
+    return write_atomic(out / "report.html", page)
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The run in one sentence."""
+    before, after = float(summary["accuracy_before"]), float(summary["accuracy_after"])
+    digits, other = float(summary["dependency_digits"]), float(summary["dependency_other"])
+    algorithm = str(summary["algorithm"]).upper()
+    if summary["algorithm"] not in ("dapo", "grpo"):  # those two measure no dependency in training
+        algorithm += f" with the {DIVERGENCES.get(summary['divergence'], summary['divergence'])}"
+    accuracy = (
+        f"kept accuracy on {summary['held_out']:,} held-out questions at {percent(after)}"
+        if before == after
+        else f"took accuracy on {summary['held_out']:,} held-out questions from {percent(before)} to {percent(after)}"
+    )
+    looking = (
+        f"{_ratio(digits / other)} times as much as all others: {nats(digits)} against {nats(other)}{NBSP}nats"
+        if other > 0 and digits > other
+        else f"by {nats(digits)}{NBSP}nats, all others by {nats(other)}{NBSP}nats"
+    )
+    return (
+        f"{summary['steps']} steps of {algorithm} {accuracy} in {duration(float(summary['seconds_train']))}, after "
+        f"{duration(float(summary['seconds_warmup']))} of warm-up (seed{NBSP}{summary['seed']}); tokens that name a "
+        f"digit read from the image depend on it {looking}."
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time span as a person says it: `0.72 s`, `34 s`, `1 min 12 s`, `2 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if seconds < 10:
+        text = f"{seconds:.2g} s"
+    elif minutes < 60:
+        text = f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    else:
+        text = f"{minutes // 60} h {minutes % 60} min"
+    return text.replace(" ", NBSP)
+
+
+def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary as labels and values for a table: all its keys, and last, one by one, those of its dicts."""
+    plain = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
+    nested = [
+        (name if key == "versions" else f"{key} {name}", str(entry))
+        for key, value in summary.items()
+        if isinstance(value, dict)
+        for name, entry in value.items()
+    ]
+    return [(LABELS.get(key, key.replace("_", " ")), _fact(key, value)) for key, value in plain] + nested
+
+
+def pick(responses: Sequence[ScoredResponse], count: int) -> list[ScoredResponse]:
+    """The first `count` responses, the last of them replaced by later wrong ones until a quarter is wrong."""
+    wrong = [index for index, response in enumerate(responses) if not response.correct][: count // 4]
+    others = [index for index in range(len(responses)) if index not in wrong][: count - len(wrong)]
+    return [responses[index] for index in sorted(wrong + others)]
+
+
+def _check(summary: dict[str, Any], metrics: Sequence[dict[str, Any]], responses: Sequence[ScoredResponse]) -> None:
+    missing = [key for key in REQUIRED if summary.get(key) is None]
+    if missing:
+        raise ValueError(f"summary: has no {', '.join(missing)}; takes all of {', '.join(REQUIRED)}")
+    for index, row in enumerate(metrics):
+        if not isinstance(row.get("step"), int | float):
+            raise ValueError(f"metrics: row {index} has step {row.get('step')!r}, takes a number")
+    for index, response in enumerate(responses):
+        sizes = len(response.tokens), len(response.dependency), len(response.kept)
+        if len(set(sizes)) != 1:
+            raise ValueError(f"responses: row {index} has %d tokens, %d dependencies and %d kept flags" % sizes)
+        if not np.isfinite(response.dependency).all():
+            raise ValueError(f"responses: row {index} has a dependency that is not finite")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vppo"),
+        autoescape=True,  # questions, answers and tokens are whatever a model or a data set says
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
+
+
+def _chart(plot: Plot, files: dict[tuple[str, str], bytes]) -> dict[str, Any]:
+    width, height = (round(100 * inches) for inches in plot.size)
+    light, dark = (_data_uri(files[plot.name, theme.name], "png") for theme in THEMES)
+    return {"light": light, "dark": dark, "alt": plot.alt, "caption": plot.caption, "width": width, "height": height}
+
+
+def _example(response: ScoredResponse, scale: DependencyScale) -> dict[str, Any]:
+    light, dark = (scale.colours(response.dependency, theme) for theme in THEMES)
+    values, kept = response.dependency.tolist(), response.kept.tolist()
+    return {
+        "image": _embedded(response.image),
+        "perturbed": _embedded(response.perturbed_image),
+        "question": response.question,
+        "answer": response.answer,
+        "correct": response.correct,
+        "mean": nats(float(np.mean(values))) if values else None,
+        "chips": list(map(_chip, response.tokens, values, kept, light, dark)),
+    }
+
+
+def _chip(token: str, value: float, kept: bool, light: str, dark: str) -> dict[str, str]:
+    classes = {"kept": kept, "special": is_special(token), "newline": token.endswith("\n")}
+    return {
+        "text": visible(token),
+        "tip": f"{nats(value)} nats, {'kept' if kept else 'filtered out'}",
+        "light": light,
+        "dark": dark,
+        "classes": " ".join(["token", *(name for name, holds in classes.items() if holds)]),
+    }
+
+
+def _embedded(image: Image.Image) -> dict[str, Any]:
+    """An image as a data URI: small ones pixel by pixel, photographs reduced."""
+    image = image.convert("RGB")
+    small = max(image.size) <= 128
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    file = io.BytesIO()
+    if small:
+        image.save(file, "PNG", optimize=True)
+    else:
+        image.save(file, "JPEG", quality=85)
+    return {
+        "uri": _data_uri(file.getvalue(), "png" if small else "jpeg"),
+        "width": image.width,
+        "height": image.height,
+        "small": small,
+    }
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _chosen(responses: Sequence[ScoredResponse]) -> str:
+    """Which of the answers the page shows."""
+    shown = pick(responses, EXAMPLES)
+    leading = next((i for i, (a, b) in enumerate(zip(shown, responses, strict=False)) if a is not b), len(shown))
+    wrong = len(shown) - leading
+    if len(shown) == len(responses):
+        return f"All {len(responses)} held-out answers."
+    first = f"The first {leading} of {len(responses):,} held-out answers"
+    return f"{first}, then the next {wrong} that {'is' if wrong == 1 else 'are'} wrong." if wrong else f"{first}."
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    if key.startswith("accuracy"):
+        return percent(value)
+    if key.startswith("dependency"):
+        return f"{nats(value)}{NBSP}nats"
+    if key.startswith("seconds"):
+        return duration(value)
+    if key.endswith("_mib"):
+        return f"{value:,.0f}{NBSP}MiB"
+    return f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)

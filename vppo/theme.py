@@ -1,0 +1,139 @@
+"""Two appearances, light and dark, and the colour of a dependency in each; page and figures share them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+
+from vppo.scored import ScoredResponse
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of one appearance, as `#rrggbb`; the page's CSS variables and the figures share them."""
+
+    name: str
+    page: str
+    surface: str
+    ink: str
+    muted: str
+    rule: str
+    low: str  # dependency zero
+    high: str  # dependency at the top of the scale
+    dependency: str  # marks that measure the dependency
+    outcome: str  # marks that measure reward and accuracy
+    faint: str  # whatever the figure sets the others against
+    good: str
+    bad: str
+
+
+LIGHT = Theme(
+    name="light",
+    page="#f7f5f1",
+    surface="#fffefb",
+    ink="#1d2127",
+    muted="#626974",
+    rule="#e3dfd7",
+    low="#f0ede6",
+    high="#ee6a1f",
+    dependency="#d9560b",
+    outcome="#2b6cb0",
+    faint="#c3c0b9",
+    good="#1c7c43",
+    bad="#c02f2f",
+)
+DARK = Theme(
+    name="dark",
+    page="#121417",
+    surface="#1b1e23",
+    ink="#e9e7e3",
+    muted="#9da5af",
+    rule="#32373e",
+    low="#272b31",
+    high="#b24606",
+    dependency="#f58442",
+    outcome="#74aee8",
+    faint="#565d67",
+    good="#5cc98a",
+    bad="#ff8077",
+)
+THEMES = (LIGHT, DARK)
+
+
+@dataclass(frozen=True)
+class DependencyScale:
+    """Maps dependencies to colours.
+
+    Attributes:
+        top: The dependency in nats at which the scale ends; what lies above has the last colour.
+    """
+
+    top: float
+
+    @classmethod
+    def of(cls, responses: Sequence[ScoredResponse]) -> DependencyScale:
+        """The scale that ends at a round number which few of the responses' tokens exceed, 0.01 nats at least."""
+        high = float(np.quantile(token_values(responses), 0.98)) if any(r.tokens for r in responses) else 1.0
+        high = max(high, 0.01)  # below it, colour would make rounding look like a signal
+        power = 10.0 ** math.floor(math.log10(high))
+        step = next((step for step in (1, 1.5, 2, 3, 4, 5, 6, 8) if high <= step * power * 1.001), 10)
+        return cls(float(f"{step * power:.2g}"))
+
+    def position(self, dependency: np.ndarray | float) -> np.ndarray:
+        """Where values in nats lie on the scale, from 0 to 1."""
+        # the root of a divergence behaves like a distance, so equal steps of colour are equal distances between views
+        return np.sqrt(np.clip(np.asarray(dependency, dtype=np.float64) / self.top, 0.0, 1.0))
+
+    def colours(self, dependency: np.ndarray, theme: Theme) -> list[str]:
+        """The colour, `#rrggbb`, of each value in nats."""
+        return [to_hex(rgba) for rgba in colour_map(theme)(self.position(dependency))]
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """Values in nats for a legend, each with its label."""
+        inner = [f"{self.top * share:.1g}" for share in (0.02, 0.1, 0.3, 0.6)]
+        return [(float(label), label) for label in ["0", *inner]] + [(self.top, f"≥ {self.top:g}")]
+
+
+def token_values(responses: Sequence[ScoredResponse]) -> np.ndarray:
+    """The dependencies of all tokens of all responses, one after the other, in float64."""
+    return np.concatenate([np.asarray(r.dependency, dtype=np.float64) for r in responses] or [np.empty(0)])
+
+
+def colour_map(theme: Theme) -> LinearSegmentedColormap:
+    """The theme's colours from no dependency to the top of the scale: a straight line in OKLab, so evenly perceived."""
+    line = np.linspace(_to_oklab(theme.low), _to_oklab(theme.high), 65)
+    return LinearSegmentedColormap.from_list(f"dependency-{theme.name}", _from_oklab(line).tolist(), N=256)
+
+
+# sRGB to the cones' responses, and those to lightness and two opponent axes: the constants that define OKLab
+_TO_LMS = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_TO_LAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+
+
+def _to_oklab(colour: str) -> np.ndarray:
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return _TO_LAB @ np.cbrt(_TO_LMS @ linear)
+
+
+def _from_oklab(lab: np.ndarray) -> np.ndarray:
+    linear = (lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_LMS).T
+    linear = np.clip(linear, 0.0, 1.0)
+    return np.clip(np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055), 0.0, 1.0)
