@@ -220,7 +220,7 @@ class VPPOTrainer(GRPOTrainer):
         count = self.accelerator.gather(torch.tensor([len(values)], device=values.device))
         padded = values.new_zeros(int(count.max()))
         padded[: len(values)] = values
-        everyone = self.accelerator.gather(padded).view(len(count), int(count.max()))
+        everyone = self.accelerator.gather(padded).view(len(count), -1)
         return torch.cat([row[: int(n)] for row, n in zip(everyone, count, strict=True)])
 
     # -- TRL's scoring pass, listened to -----------------------------------------------------------------------------
