@@ -65,7 +65,7 @@ def demo(
         Literal["patch", "noise", "blur", "grey"],
         typer.Option(help="How the second view is spoiled: black patches, noise, blur, or all grey."),
     ] = "patch",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 16 prompts x 8 rollouts.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 16 prompts x 8 rollouts.")] = 180,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, model, warm-up, sampling and perturbation.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for metrics, report, pictures, model and checkpoints.")] = Path(
         "runs/demo"

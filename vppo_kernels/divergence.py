@@ -58,13 +58,14 @@ class _LinearDivergence(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor | None,
         transform: LogitTransform,
+        vocab_size: int,
         kind: str,
         backend: ModuleType,
         workspace: int,
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(hidden, hidden_perturbed, weight, bias, targets)
-        ctx.transform = transform
-        source = LinearHead(_views(kind, hidden, hidden_perturbed), weight, bias, transform)
+        ctx.transform, ctx.vocab_size = transform, vocab_size
+        source = LinearHead(_views(kind, hidden, hidden_perturbed), weight, bias, transform, vocab_size)
         with torch.autocast(weight.device.type, enabled=False):
             return _pair_forward(ctx, source, backend, targets, kind, workspace)
 
@@ -78,6 +79,7 @@ class _LinearDivergence(torch.autograd.Function):
             weight,
             bias,
             ctx.transform,
+            ctx.vocab_size,
             wants=(_views(ctx.kind, needs[0], needs[1]), needs[2], needs[3]),
         )
         with torch.autocast(weight.device.type, enabled=False):
@@ -88,7 +90,7 @@ class _LinearDivergence(torch.autograd.Function):
             None if grad_hidden[1] is None else grad_hidden[1].to(hidden_perturbed.dtype),
             source.grad_weight,
             None if source.grad_bias is None else source.grad_bias.to(bias.dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -177,30 +179,27 @@ def linear_divergence(
     checks.head(hidden, weight, bias, vocab_size)
     checks.head(hidden_perturbed, weight, bias, vocab_size, name="hidden_perturbed")
     checks.shape("hidden_perturbed", hidden_perturbed, tuple(hidden.shape), "that of hidden")
-    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    vocab_size = len(weight) if vocab_size is None else vocab_size
     leading = hidden.shape[:-1]
     if targets is not None:
-        checks.indices("targets", targets, leading, len(weight), weight.device, check)
+        checks.indices("targets", targets, leading, vocab_size, weight.device, check)
         targets = targets.reshape(-1).long()
     flat, flat_perturbed = hidden.reshape(-1, hidden.shape[-1]), hidden_perturbed.reshape(-1, hidden.shape[-1])
     values = _LinearDivergence.apply(
-        flat, flat_perturbed, weight, bias, targets, transform, kind, module, tiling.current_workspace()
+        flat, flat_perturbed, weight, bias, targets, transform, vocab_size, kind, module, tiling.current_workspace()
     )
     if check:
         with torch.no_grad():
             checks.all_finite("hidden", flat)
             checks.all_finite("hidden_perturbed", flat_perturbed)
-            checks.all_finite("weight", weight)
+            checks.all_finite("weight", weight[:vocab_size])
             if len(flat):
                 rows = verify.sample_rows(len(flat), flat.device)
-                z_p, z_q = (_reference_logits(h[rows], weight, bias, transform) for h in (flat, flat_perturbed))
+                z_p, z_q = (
+                    verify.exact_logits(h[rows], weight, bias, transform, vocab_size) for h in (flat, flat_perturbed)
+                )
                 verify.check_pair(DivergenceOutput(*values), z_p, z_q, targets, rows, kind)
     return _output(values, leading)
-
-
-def _reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    bias = None if bias is None else bias.double()
-    return reference.logits(hidden.double(), weight.double(), bias, **vars(transform))
 
 
 def divergence(

@@ -83,6 +83,7 @@ class LinearHead:
         weight: `[V, D]`.
         bias: `[V]` or None.
         transform: What follows the projection.
+        vocab_size: How many rows of the weight are vocabulary; the others are never read.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
     """
 
@@ -92,10 +93,11 @@ class LinearHead:
         weight: Tensor,
         bias: Tensor | None,
         transform: LogitTransform,
+        vocab_size: int,
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
     ) -> None:
         self.hidden, self.weight, self.bias, self.transform = hidden, weight, bias, transform
-        self.views, self.rows, self.columns, self.depth = len(hidden), len(hidden[0]), len(weight), weight.shape[1]
+        self.views, self.rows, self.columns, self.depth = len(hidden), len(hidden[0]), vocab_size, weight.shape[1]
         self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
         # a 16-bit product needs equal operands; where they differ, both go to the logits' dtype
         self.product_dtype = weight.dtype if all(h.dtype == weight.dtype for h in hidden) else self.dtype

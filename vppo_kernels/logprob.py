@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vppo_kernels import checks, reference, tiling, verify
+from vppo_kernels import checks, tiling, verify
 from vppo_kernels.backends import resolve
 from vppo_kernels.head import LinearHead, LogitTransform
 from vppo_kernels.statistics import LogprobOutput
@@ -24,13 +24,16 @@ class _LinearLogprob(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: LogitTransform,
+        vocab_size: int,
         backend: ModuleType,
         workspace: int,
     ) -> tuple[Tensor, Tensor]:
+        source = LinearHead((hidden,), weight, bias, transform, vocab_size)
         with torch.autocast(weight.device.type, enabled=False):
-            view = tiling.forward(LinearHead((hidden,), weight, bias, transform), backend, targets, workspace)
+            view = tiling.forward(source, backend, targets, workspace)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.view, ctx.transform, ctx.backend, ctx.workspace = view, transform, backend, workspace
+        ctx.view, ctx.transform, ctx.vocab_size = view, transform, vocab_size
+        ctx.backend, ctx.workspace = backend, workspace
         ctx.set_materialize_grads(False)
         assert view.logprobs is not None
         return view.logprobs, view.entropy
@@ -40,7 +43,8 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        source = LinearHead((hidden,), weight, bias, ctx.transform, wants=((needs[0],), needs[1], needs[2]))
+        wants = ((needs[0],), needs[1], needs[2])
+        source = LinearHead((hidden,), weight, bias, ctx.transform, ctx.vocab_size, wants)
         zero = torch.zeros_like(ctx.view.entropy)
         with torch.autocast(weight.device.type, enabled=False):
             tiling.backward(
@@ -57,7 +61,7 @@ class _LinearLogprob(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             source.grad_weight,
             None if source.grad_bias is None else source.grad_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -98,22 +102,19 @@ def linear_logprob(
     module = resolve(backend)
     transform = LogitTransform(temperature, logit_scale, softcap)
     checks.head(hidden, weight, bias, vocab_size)
-    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    vocab_size = len(weight) if vocab_size is None else vocab_size
     leading = hidden.shape[:-1]
-    checks.indices("targets", targets, leading, len(weight), weight.device, check)
+    checks.indices("targets", targets, leading, vocab_size, weight.device, check)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    values = _LinearLogprob.apply(flat, weight, bias, flat_targets, transform, module, tiling.current_workspace())
+    values = _LinearLogprob.apply(
+        flat, weight, bias, flat_targets, transform, vocab_size, module, tiling.current_workspace()
+    )
     if check:
         with torch.no_grad():
             checks.all_finite("hidden", flat)
-            checks.all_finite("weight", weight)
+            checks.all_finite("weight", weight[:vocab_size])
             if len(flat):
                 rows = verify.sample_rows(len(flat), flat.device)
-                z = reference.logits(
-                    flat[rows].double(),
-                    weight.double(),
-                    None if bias is None else bias.double(),
-                    **vars(transform),
-                )
+                z = verify.exact_logits(flat[rows], weight, bias, transform, vocab_size)
                 verify.check_single(LogprobOutput(*values), z, flat_targets, rows)
     return LogprobOutput(*(v.view(leading) for v in values))

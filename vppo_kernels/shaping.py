@@ -121,7 +121,8 @@ def trajectory_scale(
     low, high, mean, count = (torch.as_tensor(x, dtype=means.dtype, device=means.device) for x in stats)
     spread = high - low
     u = (means - low) / spread
-    top = scale_min + (1 - scale_min) / ((mean - low) / spread) if scale_max is None else scale_max
+    mean_u = ((mean - low) / spread).clamp_min(1e-6)  # given statistics may be of other rows, all at the minimum
+    top = scale_min + (1 - scale_min) / mean_u if scale_max is None else scale_max
     alpha = scale_min + u * (top - scale_min)
     flat = (spread <= MIN_SPREAD) | (count < 2)  # a NaN spread compares False, so NaN scores stay visible
     return torch.where(flat | ~present, 1.0, alpha)

@@ -64,8 +64,9 @@ class PairStats(NamedTuple):
     Attributes:
         p: Statistics of the first view.
         q: Statistics of the second view.
-        gap: Mean of `z_p - z_q` under this part's share of `p`.
-        excess: `sum exp(z_p - m_p) phi(gap - (z_p - z_q))`, `phi(x) = exp(x) - 1 - x`.
+        gap: Mean of `(z_p - m_p) - (z_q - m_q)` under this part's share of `p`. Measured from the maxima: a mean of the
+            size of the logits themselves would be rounded by more than a small divergence.
+        excess: `sum exp(z_p - m_p) phi(gap - (z_p - m_p) + (z_q - m_q))`, `phi(x) = exp(x) - 1 - x`.
     """
 
     p: SoftmaxStats
@@ -87,7 +88,7 @@ class Softmax(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two views over the whole vocabulary: `gap = E_p[z_p - z_q]` and `kl = KL(p || q)`, both `[rows]`."""
+    """Two views over the whole vocabulary: `gap = E_p[(z_p - m_p) - (z_q - m_q)]` and `kl = KL(p || q)`, `[rows]`."""
 
     p: Softmax
     q: Softmax
@@ -121,17 +122,18 @@ def merge_pair(a: PairStats, b: PairStats) -> PairStats:
     """Statistics of the union of two disjoint parts of the vocabulary, two views."""
     p, q = merge(a.p, b.p), merge(a.q, b.q)
     down_a, down_b = _distance(a.p.max, p.max), _distance(b.p.max, p.max)
+    gap_a = a.gap + down_a - _distance(a.q.max, q.max)
+    gap_b = b.gap + down_b - _distance(b.q.max, q.max)
     share_b = down_b.exp() * b.p.sum / p.sum.clamp_min(torch.finfo(p.sum.dtype).tiny)
-    gap = a.gap + share_b * (b.gap - a.gap)
-    return PairStats(p, q, gap, _move_excess(a, gap, down_a) + _move_excess(b, gap, down_b))
+    gap = gap_a + share_b * (gap_b - gap_a)
+    return PairStats(p, q, gap, _move_excess(a, gap - gap_a, down_a) + _move_excess(b, gap - gap_b, down_b))
 
 
-def _move_excess(part: PairStats, gap: Tensor, down: Tensor) -> Tensor:
-    """The part's excess about another mean gap and a higher maximum.
+def _move_excess(part: PairStats, d: Tensor, down: Tensor) -> Tensor:
+    """The part's excess about a mean gap that is `d` higher, and from a maximum that is `-down` higher.
 
-    With `d = gap - part.gap`: `sum w phi(d + x) = exp(d) sum w phi(x) + phi(d) sum w`, since `sum w x = 0`.
+    `sum w phi(d + x) = exp(d) sum w phi(x) + phi(d) sum w`, since `sum w x = 0`.
     """
-    d = gap - part.gap
     near = down.exp() * (torch.expm1(d.clamp_max(1.0)) - d)
     far = (down + d).exp() - down.exp() * (1 + d)  # exp(d) alone could overflow while exp(down + d) does not
     return (down + d).exp() * part.excess + torch.where(d < 1.0, near, far) * part.p.sum
@@ -149,6 +151,6 @@ def finish_pair(stats: PairStats) -> Pair:
     p, q = finish(stats.p), finish(stats.q)
     exact = torch.log1p(stats.excess / stats.p.sum)
     # some z_q lies about 88 above its place in p, so the divergence is large and the plain form has digits to spare
-    plain = (stats.gap - (p.max - q.max)) + (q.log_sum - p.log_sum)
+    plain = stats.gap + (q.log_sum - p.log_sum)
     kl = torch.where(torch.isfinite(exact), exact, plain).clamp_min(0.0)
     return Pair(p, q, stats.gap, kl)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vppo_kernels import checks, reference
+from vppo_kernels.head import LogitTransform
 from vppo_kernels.statistics import DivergenceOutput, LogprobOutput
 
 SAMPLE = 16
@@ -14,6 +15,14 @@ SAMPLE = 16
 def sample_rows(total: int, device: torch.device) -> Tensor:
     """Up to `SAMPLE` rows, evenly spread, first and last among them."""
     return torch.linspace(0, total - 1, min(SAMPLE, total), device=device).round().long().unique()
+
+
+def exact_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, vocab_size: int
+) -> Tensor:
+    """`[rows, V]` logits of the sampled rows in float64."""
+    bias = None if bias is None else bias.double()
+    return reference.logits(hidden.double(), weight.double(), bias, vocab_size=vocab_size, **vars(transform))
 
 
 def bound(field: str, expected: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vppo.demo.digits import DIGITS, QUESTION, as_dataset, images_of, strips
+from vppo.demo.digits import DIGITS, LABELLED_PER_DIGIT, QUESTION, as_dataset, images_of, read_places, strips
 from vppo.demo.model import CELL
 from vppo.rewards import accuracy_reward
 
@@ -19,7 +21,15 @@ def test_no_image_is_in_both_splits() -> None:
     assert len(held_out) > 300
 
 
-@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_few_training_images_are_labelled_and_all_digits_among_them() -> None:
+    labels = load_digits().target
+    labelled = images_of("labelled").tolist()
+    assert len(labelled) == len(set(labelled)) < 100
+    assert set(labelled) <= set(images_of("train").tolist())
+    assert Counter(labels[labelled].tolist()) == {digit: LABELLED_PER_DIGIT for digit in range(10)}
+
+
+@pytest.mark.parametrize("split", ["train", "labelled", "held-out"])
 def test_strips_are_made_of_their_own_splits_images(split: str) -> None:
     pool = set(images_of(split).tolist())
     assert all(set(strip.sources) <= pool for strip in strips(split, 500, seed=3))
@@ -62,6 +72,14 @@ def test_the_worked_answer_is_verified_and_a_wrong_one_is_not() -> None:
         unboxed = strip.response.replace("\\boxed{", "").replace("}", "")
         rewards = accuracy_reward([strip.response, wrong, unboxed], [strip.answer] * 3)
         assert rewards == [1.0, 0.0, 0.0]
+
+
+def test_the_places_where_a_response_reads() -> None:
+    for strip in strips("train", 200, seed=1):
+        read = [strip.response[place] for place in read_places(strip.response)]
+        assert read == [str(digit) for digit in strip.digits]
+    assert read_places(r"9+9=18,18+7=\boxed{25}") == [0, 2, 10]
+    assert read_places("I cannot read 3+5=8,8+1=") == []
 
 
 def test_dataset_is_in_trls_form() -> None:

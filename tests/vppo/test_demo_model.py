@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from vppo.demo.batches import encode, forbidden_tokens
+from vppo.demo.batches import MAX_NEW_TOKENS, encode, forbidden_tokens
 from vppo.demo.digits import DIGITS, strips
 from vppo.demo.model import END, IMAGE, build_model, build_processor
 from vppo.loading import load_processor
@@ -47,9 +47,11 @@ def test_text_survives_the_tokenizer(processor: Any) -> None:
 
 
 def test_a_response_is_a_few_tokens(processor: Any) -> None:
-    ids = processor.tokenizer(r"3+5+1=\boxed{9}" + END).input_ids
+    ids = processor.tokenizer(r"8+1=\boxed{9}" + END).input_ids
     tokens = [processor.tokenizer.decode([i]) for i in ids]
-    assert tokens == ["3", "+", "5", "+", "1", "=", "\\boxed{", "9", "}", END]
+    assert tokens == ["8", "+", "1", "=", "\\boxed{", "9", "}", END]
+    longest = max((strip.response for strip in strips("train", 500, seed=0)), key=len)
+    assert len(processor.tokenizer(longest + END).input_ids) <= MAX_NEW_TOKENS
 
 
 def test_one_image_token_per_digit(processor: Any) -> None:

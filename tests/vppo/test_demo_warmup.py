@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vppo.demo import warmup
+from vppo.demo.digits import read_places
 from vppo.demo.model import build_model, build_processor
 from vppo.demo.warmup import warm_up
 
@@ -20,6 +21,7 @@ def processor() -> Any:
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "BATCH", 8)
+    monkeypatch.setattr(warmup, "MISMATCHED", 4)
     monkeypatch.setattr(warmup, "MAX_STEPS", 12)
 
 
@@ -51,16 +53,26 @@ def test_it_ends_at_the_target(processor: Any, monkeypatch: pytest.MonkeyPatch) 
     assert steps == len(seen) == 10  # the mean of ten steps is what counts
 
 
-def test_only_the_response_is_learned(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels: list[torch.Tensor] = []
+def test_what_counts_is_the_response_and_for_a_strange_image_what_is_computed(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
     model = build_model(processor, seed=0)
     monkeypatch.setattr(warmup, "MAX_STEPS", 1)
 
     def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        labels.append(kwargs["labels"])
+        seen.append(kwargs)
 
     model.register_forward_pre_hook(keep, with_kwargs=True)
     warm_up(model, processor, 0)
-    for row in labels[0]:
-        text = processor.tokenizer.decode(row[row != -100])
-        assert text.endswith("}<|im_end|>") and text[0].isdigit() and text.count("+") == 2, text
+    patches = seen[0]["pixel_values"].unflatten(0, (8, -1))
+    for row, (ids, labels) in enumerate(zip(seen[0]["input_ids"], seen[0]["labels"], strict=True)):
+        text, learned = (processor.tokenizer.decode(x) for x in (ids, labels[labels != -100]))
+        response = text.split("assistant\n")[1].split("<|endoftext|>")[0]
+        if row < 4:
+            assert learned == response and learned[0].isdigit()
+        else:
+            assert torch.equal(patches[row], patches[row - 4])
+            places = read_places(response)
+            assert len(places) == 3
+            assert learned == "".join(c for place, c in enumerate(response) if place not in places)

@@ -1,11 +1,14 @@
 """The demo's data: strips of three real handwritten digits, and the question for their sum.
 
 scikit-learn's `load_digits` has 1,797 images of 8 x 8 pixels. They are split by image, so a held-out strip shows no
-image that the model was trained on.
+image that the model was trained on. Of the training images only a few are "labelled": the warm-up sees worked answers
+to strips of these; reinforcement learning sees strips of all training images and only checks the sum. So the policy
+starts as one that adds well and reads badly, and what is left to learn is looking.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +24,20 @@ from vppo.demo.model import CELL
 DIGITS = 3
 TRAIN_IMAGES = 1400
 QUESTION = "Sum?"
-SPLITS = {"train": 0, "held-out": 1}
+LABELLED_PER_DIGIT = 4
+SPLITS = {"train": 0, "held-out": 1, "labelled": 2}
+
+
+READ = re.compile(r"(\d)\+(\d)=\d+,\d+\+(\d)=")
+
+
+def read_places(response: str) -> list[int]:
+    """Where a response says what it has read from the image, as character positions; none if it has another form.
+
+    In `3+5=8,8+1=\\boxed{9}` these are the 3, the 5 and the 1; the model computes or copies all the others.
+    """
+    match = READ.match(response)
+    return [match.start(group) for group in (1, 2, 3)] if match else []
 
 
 @dataclass(frozen=True)
@@ -64,16 +80,20 @@ def _cells() -> tuple[np.ndarray, np.ndarray]:
 
 
 def images_of(split: str) -> np.ndarray:
-    """Indices of the images that belong to "train" or "held-out"; the same in every run."""
-    order = np.random.default_rng(0).permutation(len(_cells()[1]))
-    return order[:TRAIN_IMAGES] if split == "train" else order[TRAIN_IMAGES:]
+    """Indices of the images that belong to a split; the same in every run. "labelled" is a part of "train"."""
+    labels = _cells()[1]
+    order = np.random.default_rng(0).permutation(len(labels))
+    train, held_out = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
+    if split == "labelled":
+        return np.concatenate([train[labels[train] == digit][:LABELLED_PER_DIGIT] for digit in range(10)])
+    return train if split == "train" else held_out
 
 
 def strips(split: str, count: int, seed: int) -> Iterator[Strip]:
     """Random strips of a split; the same (split, seed) gives the same sequence.
 
     Args:
-        split: "train" or "held-out".
+        split: "train", "labelled" or "held-out".
         count: How many.
         seed: Of the draw.
 

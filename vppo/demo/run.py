@@ -25,7 +25,7 @@ from vppo.files import write_atomic
 
 PROMPTS, ROLLOUTS = 16, 8
 HELD_OUT = 512
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 1.5e-4
 SAVE_EVERY = 10
 THREADS = 1  # two threads of a contended two-core machine are slower than one on matrices this small
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "vppo-kernels")
@@ -50,7 +50,7 @@ class DemoOptions:
     algorithm: str = "vppo"
     divergence: str = "kl"
     perturbation: str = "patch"
-    steps: int = 100
+    steps: int = 180
     seed: int = 0
     resume: bool = False
     device: str = "cpu"
@@ -301,15 +301,17 @@ def _score(
 
 
 def _dependency_by_place(scored: Sequence[Any]) -> tuple[float, float]:
-    """Mean dependency in nats at the digits read from the image (those before "="), and at all other tokens."""
-    digits: list[float] = []
+    """Mean dependency in nats at the digits read from the image, and at all other response tokens."""
+    from vppo.demo.digits import read_places
+
+    read: list[float] = []
     other: list[float] = []
     for response in scored:
-        reading = True
+        places, position = read_places(response.text), 0
         for token, value in zip(response.tokens, response.dependency.tolist(), strict=True):
-            reading = reading and token != "="
-            (digits if reading and token.isdigit() else other).append(value)
-    return sum(digits) / max(len(digits), 1), sum(other) / max(len(other), 1)
+            (read if position in places else other).append(value)
+            position += len(token)
+    return sum(read) / max(len(read), 1), sum(other) / max(len(other), 1)
 
 
 def _peak_rss_mib() -> float:

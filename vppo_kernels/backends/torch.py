@@ -47,7 +47,8 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor)
     q = fold(z_q, targets, first, scratch)
     p = fold(z_p, targets, first, scratch)
     x, weights, phi = scratch[0], scratch[1], scratch[2]
-    torch.sub(z_p, z_q, out=x)
+    torch.sub(z_q, q.max.unsqueeze(1), out=phi)
+    torch.sub(z_p, p.max.unsqueeze(1), out=x).sub_(phi)
     gap = _dot(weights, x, out=phi) / p.sum
     torch.sub(gap.unsqueeze(1), x, out=x)
     torch.expm1(x, out=phi).sub_(x)
@@ -80,9 +81,14 @@ def fold_jsd(tile: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
 
 def _probabilities(tile: Tensor, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     """`p`, `q` and `log(p / q)` of a tile."""
-    z_p, z_q = tile[0], tile[1]
-    d = (z_p - z_q).sub_((pair.gap - pair.kl).unsqueeze(1))
-    return _log_softmax(z_p, pair.p).exp_(), _log_softmax(z_q, pair.q).exp_(), d
+    d = _centred_gap(tile, pair).add_(pair.kl.unsqueeze(1))
+    return _log_softmax(tile[0], pair.p).exp_(), _log_softmax(tile[1], pair.q).exp_(), d
+
+
+def _centred_gap(tile: Tensor, pair: Pair) -> Tensor:
+    """`log(p / q) - KL(p || q)`: the gap of each logit from the mean gap."""
+    gap = (tile[0] - pair.p.max.unsqueeze(1)).sub_(tile[1] - pair.q.max.unsqueeze(1))
+    return gap.sub_(pair.gap.unsqueeze(1))
 
 
 def _log_softmax(z: Tensor, view: Softmax) -> Tensor:
@@ -133,17 +139,18 @@ def gradient_pair_(
     """
     z_p, z_q = tile[0], tile[1]
     scale = grad_divergence.unsqueeze(1)
-    centred = (z_p - z_q).sub_(pair.gap.unsqueeze(1))  # log(p / q) - KL
+    centred = _centred_gap(tile, pair)
     logp, logq = _log_softmax(z_p, pair.p), _log_softmax(z_q, pair.q)
+    d = centred + pair.kl.unsqueeze(1)  # log(p / q)
     if jsd_parts is None:
-        inner_p, inner_q = scale * centred, scale
+        # q - p over q: the difference of two exponentials would lose the digits of a small gap
+        inner_p, inner_q = scale * centred, scale * -torch.expm1(d.clamp_max(1.0))
     else:
-        d = centred.add_(pair.kl.unsqueeze(1))
         inner_p = 0.5 * scale * (_log_share(d) - jsd_parts[0].unsqueeze(1))
         inner_q = 0.5 * scale * (_log_share(-d) - jsd_parts[1].unsqueeze(1))
     z_p.copy_(_view_gradient(logp, pair.p, grad_entropy[0], grad_logprobs[0], inner_p))
     z_q.copy_(_view_gradient(logq, pair.q, grad_entropy[1], grad_logprobs[1], inner_q))
-    if jsd_parts is None:
-        z_q.sub_(logp.exp_().mul_(scale))
+    if jsd_parts is None:  # what the clamp has cut off: p - e q
+        z_q.sub_(torch.where(d > 1.0, scale * (logp.exp_() - math.e * logq.exp_()), 0.0))
     _add_at_targets(z_p, targets, first, grad_logprobs[0])
     _add_at_targets(z_q, targets, first, grad_logprobs[1])
