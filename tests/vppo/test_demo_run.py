@@ -213,10 +213,9 @@ def test_killed_anywhere_and_resumed_it_ends_the_same(finished: tuple[Path, dict
 
 def killed_and_resumed(out: Path) -> None:
     """One run that dies at every kill point in turn and is resumed each time, each in a process of its own."""
-    import vppo.report
-
     import vppo.analysis
     import vppo.demo.digits
+    import vppo.report
     import vppo.trainer  # imported once, here: the children are forks  # noqa: F401
 
     for point in (*KILL_POINTS, None):
