@@ -76,9 +76,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     out = options.out
     _check_device(options.device)
     _claim(options)
-    finished = out / "summary.json"
-    if finished.exists():
-        summary = json.loads(finished.read_text(encoding="utf-8"))
+    if (out / "report.html").exists():  # the last thing that is written
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         _show(console, summary, out)
         return summary
 
@@ -119,8 +118,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} torch thread",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(out, summary=summary, metrics=read_lines(out / "metrics.jsonl"), responses=scored)
-    write_atomic(finished, json.dumps(summary, indent=2) + "\n")
     _show(console, summary, out)
     return summary
 
