@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# exp(-EXP_FLOOR) is 0 in fp32 and in fp64, and EXP_FLOOR * 0 is 0: a safe stand-in for an infinite distance
-EXP_FLOOR = 1.0e4
+# a stand-in for an infinite distance: exp(-EXP_FLOOR) and EXP_FLOOR * 0 are 0, and no logits lie further apart
+EXP_FLOOR = 1.0e30
 
 
 class LogprobOutput(NamedTuple):
@@ -64,9 +64,9 @@ class PairStats(NamedTuple):
     Attributes:
         p: Statistics of the first view.
         q: Statistics of the second view.
-        gap: Mean of `(z_p - m_p) - (z_q - m_q)` under this part's share of `p`. Measured from the maxima: a mean of the
-            size of the logits themselves would be rounded by more than a small divergence.
-        excess: `sum exp(z_p - m_p) phi(gap - (z_p - m_p) + (z_q - m_q))`, `phi(x) = exp(x) - 1 - x`.
+        gap: Mean of `g = (z_p - m_p) - (z_q - m_q)` under this part's share of `p`. Measured from the maxima: a mean of
+            the size of the logits themselves would be rounded by more than a small divergence.
+        excess: `sum exp(z_p - m_p) phi(gap - g)`, `phi(x) = exp(x) - 1 - x`.
     """
 
     p: SoftmaxStats
@@ -122,21 +122,29 @@ def merge_pair(a: PairStats, b: PairStats) -> PairStats:
     """Statistics of the union of two disjoint parts of the vocabulary, two views."""
     p, q = merge(a.p, b.p), merge(a.q, b.q)
     down_a, down_b = _distance(a.p.max, p.max), _distance(b.p.max, p.max)
-    gap_a = a.gap + down_a - _distance(a.q.max, q.max)
-    gap_b = b.gap + down_b - _distance(b.q.max, q.max)
-    share_b = down_b.exp() * b.p.sum / p.sum.clamp_min(torch.finfo(p.sum.dtype).tiny)
-    gap = gap_a + share_b * (gap_b - gap_a)
-    return PairStats(p, q, gap, _move_excess(a, gap - gap_a, down_a) + _move_excess(b, gap - gap_b, down_b))
+    lower_a, lower_b = _distance(a.q.max, q.max), _distance(b.q.max, q.max)
+    gap_a, gap_b = a.gap + (down_a - lower_a), b.gap + (down_b - lower_b)
+    weight_a, weight_b = down_a.exp() * a.p.sum, down_b.exp() * b.p.sum
+    total = p.sum.clamp_min(torch.finfo(p.sum.dtype).tiny)
+    # from the heavier part's side: a large gap in a part without weight must not round the other's away
+    gap = torch.where(
+        weight_a > weight_b,
+        gap_a + weight_b / total * (gap_b - gap_a),
+        gap_b + weight_a / total * (gap_a - gap_b),
+    )
+    excess_a = _move_excess(a, gap - gap_a, down_a, lower_a + (gap - a.gap))
+    excess_b = _move_excess(b, gap - gap_b, down_b, lower_b + (gap - b.gap))
+    return PairStats(p, q, gap, excess_a + excess_b)
 
 
-def _move_excess(part: PairStats, d: Tensor, down: Tensor) -> Tensor:
-    """The part's excess about a mean gap that is `d` higher, and from a maximum that is `-down` higher.
+def _move_excess(part: PairStats, d: Tensor, down: Tensor, both: Tensor) -> Tensor:
+    """The part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`.
 
     `sum w phi(d + x) = exp(d) sum w phi(x) + phi(d) sum w`, since `sum w x = 0`.
     """
     near = down.exp() * (torch.expm1(d.clamp_max(1.0)) - d)
-    far = (down + d).exp() - down.exp() * (1 + d)  # exp(d) alone could overflow while exp(down + d) does not
-    return (down + d).exp() * part.excess + torch.where(d < 1.0, near, far) * part.p.sum
+    far = both.exp() - down.exp() * (1 + d)  # exp(d) alone could overflow while exp(down + d) does not
+    return both.exp() * part.excess + torch.where(d < 1.0, near, far) * part.p.sum
 
 
 def finish(stats: SoftmaxStats) -> Softmax:

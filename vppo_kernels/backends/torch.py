@@ -47,8 +47,7 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor)
     q = fold(z_q, targets, first, scratch)
     p = fold(z_p, targets, first, scratch)
     x, weights, phi = scratch[0], scratch[1], scratch[2]
-    torch.sub(z_q, q.max.unsqueeze(1), out=phi)
-    torch.sub(z_p, p.max.unsqueeze(1), out=x).sub_(phi)
+    torch.sub(z_p, z_q, out=x).sub_((p.max - q.max).unsqueeze(1))
     gap = _dot(weights, x, out=phi) / p.sum
     torch.sub(gap.unsqueeze(1), x, out=x)
     torch.expm1(x, out=phi).sub_(x)
@@ -56,15 +55,15 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor)
     overflowed = ~torch.isfinite(excess)
     if overflowed.any():
         excess[overflowed] = _excess_of_far_views(
-            x[overflowed], weights[overflowed], (z_p[overflowed] - p.max[overflowed].unsqueeze(1))
+            x[overflowed], weights[overflowed], (z_q - q.max.unsqueeze(1))[overflowed] + gap[overflowed].unsqueeze(1)
         )
     return PairStats(p, q, gap, excess)
 
 
-def _excess_of_far_views(x: Tensor, weights: Tensor, shifted: Tensor) -> Tensor:
-    """The excess where `exp(x)` overflows: `exp(shifted + x)` stays finite wherever the weight makes up for it."""
+def _excess_of_far_views(x: Tensor, weights: Tensor, both: Tensor) -> Tensor:
+    """The excess where `exp(x)` overflows; `both`, `x` plus the weight's logarithm, stays where q has any weight."""
     near = weights * (torch.expm1(x.clamp_max(1.0)) - x)
-    far = (shifted + x).exp() - weights * (1 + x)
+    far = both.exp() - weights * (1 + x)
     return torch.where(x < 1.0, near, far).sum(1)
 
 
@@ -87,7 +86,7 @@ def _probabilities(tile: Tensor, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 def _centred_gap(tile: Tensor, pair: Pair) -> Tensor:
     """`log(p / q) - KL(p || q)`: the gap of each logit from the mean gap."""
-    gap = (tile[0] - pair.p.max.unsqueeze(1)).sub_(tile[1] - pair.q.max.unsqueeze(1))
+    gap = (tile[0] - tile[1]).sub_((pair.p.max - pair.q.max).unsqueeze(1))
     return gap.sub_(pair.gap.unsqueeze(1))
 
 
