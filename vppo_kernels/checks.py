@@ -68,8 +68,8 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | 
     """Hidden states against a head: `[..., D]`, `[V, D]` and `[V]`."""
     floating(name, hidden)
     floating("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight: got shape {list(weight.shape)}, takes [V, D]")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, takes [V, D], both at least 1")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name}: got shape {list(hidden.shape)}, takes [..., {weight.shape[1]}] (weight is {list(weight.shape)})"
@@ -79,10 +79,14 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | 
         floating("bias", bias)
         shape("bias", bias, (weight.shape[0],), "one entry per row of weight")
         same_device("bias", bias, weight.device, "weight")
-    if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:
-        raise ValueError(f"vocab_size: got {vocab_size}, takes 1..{weight.shape[0]} (the rows of weight)")
-    if weight.shape[0] == 0:
-        raise ValueError("weight: got no rows, takes at least one vocabulary entry")
+    vocabulary(vocab_size, weight.shape[0], "the rows of weight")
+
+
+def vocabulary(vocab_size: Any, total: int, of: str) -> None:
+    if vocab_size is None:
+        return
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= total:
+        raise ValueError(f"vocab_size: got {vocab_size!r}, takes None or an integer from 1 to {total} ({of})")
 
 
 def indices(name: str, value: Tensor, leading: torch.Size, size: int, device: torch.device, check: bool) -> None:
@@ -108,6 +112,13 @@ def all_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None:
         index = bad.nonzero()[0].tolist()
         worst = "NaN" if bool(torch.isnan(value[tuple(index)])) else "inf"
         raise ValueError(f"{name}: got {worst} at row {index[0]} (index {index}), takes finite values")
+
+
+def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> None:
+    """Raise on NaN or inf in the vocabulary's part of a head."""
+    all_finite("weight", weight[:vocab_size])
+    if bias is not None:
+        all_finite("bias", bias[:vocab_size])
 
 
 def wanted(check: bool | None, value: Tensor) -> bool:

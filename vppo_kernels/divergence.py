@@ -102,13 +102,14 @@ class _Divergence(torch.autograd.Function):
         logits_perturbed: Tensor,
         targets: Tensor | None,
         transform: LogitTransform,
+        vocab_size: int,
         kind: str,
         backend: ModuleType,
         workspace: int,
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(logits, logits_perturbed, targets)
-        ctx.transform = transform
-        source = GivenLogits(_views(kind, logits, logits_perturbed), transform)
+        ctx.transform, ctx.vocab_size = transform, vocab_size
+        source = GivenLogits(_views(kind, logits, logits_perturbed), transform, vocab_size)
         return _pair_forward(ctx, source, backend, targets, kind, workspace)
 
     @staticmethod
@@ -116,9 +117,9 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, logits_perturbed, targets = ctx.saved_tensors
         wants = _views(ctx.kind, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        source = GivenLogits(_views(ctx.kind, logits, logits_perturbed), ctx.transform, wants)
+        source = GivenLogits(_views(ctx.kind, logits, logits_perturbed), ctx.transform, ctx.vocab_size, wants)
         _pair_backward(ctx, source, targets, grads)
-        return *_views(ctx.kind, *source.grad_raw), *(None,) * 5
+        return *_views(ctx.kind, *source.grad_raw), *(None,) * 6
 
 
 def _output(values: tuple[Tensor | None, ...], leading: torch.Size) -> DivergenceOutput:
@@ -190,9 +191,9 @@ def linear_divergence(
     )
     if check:
         with torch.no_grad():
+            checks.finite_head(weight, bias, vocab_size)
             checks.all_finite("hidden", flat)
             checks.all_finite("hidden_perturbed", flat_perturbed)
-            checks.all_finite("weight", weight[:vocab_size])
             if len(flat):
                 rows = verify.sample_rows(len(flat), flat.device)
                 z_p, z_q = (
@@ -241,21 +242,21 @@ def divergence(
         raise ValueError(f"logits: got shape {list(logits.shape)}, takes [..., V] with V of at least 1")
     checks.shape("logits_perturbed", logits_perturbed, tuple(logits.shape), "that of logits")
     checks.same_device("logits_perturbed", logits_perturbed, logits.device, "logits")
-    if vocab_size is not None and not 1 <= vocab_size <= logits.shape[-1]:
-        raise ValueError(f"vocab_size: got {vocab_size}, takes 1..{logits.shape[-1]} (the columns of logits)")
+    checks.vocabulary(vocab_size, logits.shape[-1], "the columns of logits")
+    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
     leading = logits.shape[:-1]
-    z_p, z_q = (z.reshape(-1, z.shape[-1])[:, :vocab_size] for z in (logits, logits_perturbed))
+    z_p, z_q = (z.reshape(-1, z.shape[-1]) for z in (logits, logits_perturbed))
     if targets is not None:
-        checks.indices("targets", targets, leading, z_p.shape[1], logits.device, check)
+        checks.indices("targets", targets, leading, vocab_size, logits.device, check)
         targets = targets.reshape(-1).long()
     if check:
-        checks.all_finite("logits", z_p)
-        checks.all_finite("logits_perturbed", z_q)
-    values = _Divergence.apply(z_p, z_q, targets, transform, kind, module, tiling.current_workspace())
+        checks.all_finite("logits", z_p[:, :vocab_size])
+        checks.all_finite("logits_perturbed", z_q[:, :vocab_size])
+    values = _Divergence.apply(z_p, z_q, targets, transform, vocab_size, kind, module, tiling.current_workspace())
     if check and len(z_p):
         with torch.no_grad():
             rows = verify.sample_rows(len(z_p), z_p.device)
-            exact = [reference.transform(z[rows].double(), **vars(transform)) for z in (z_p, z_q)]
+            exact = [reference.transform(z[rows, :vocab_size].double(), **vars(transform)) for z in (z_p, z_q)]
             verify.check_pair(DivergenceOutput(*values), exact[0], exact[1], targets, rows, kind)
     return _output(values, leading)
 

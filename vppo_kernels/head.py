@@ -150,13 +150,19 @@ class LinearHead:
 
 
 class GivenLogits:
-    """Logits that the caller holds, one `[rows, V]` tensor per view, any floating dtype."""
+    """Logits that the caller holds, one `[rows, V]` tensor per view, any floating dtype; `vocab_size` as above."""
 
     depth = 0
 
-    def __init__(self, raw: tuple[Tensor, ...], transform: LogitTransform, wants: tuple[bool, ...] | None = None):
+    def __init__(
+        self,
+        raw: tuple[Tensor, ...],
+        transform: LogitTransform,
+        vocab_size: int,
+        wants: tuple[bool, ...] | None = None,
+    ) -> None:
         self.raw, self.transform = raw, transform
-        self.views, self.rows, self.columns = len(raw), raw[0].shape[0], raw[0].shape[1]
+        self.views, self.rows, self.columns = len(raw), len(raw[0]), vocab_size
         self.device, self.dtype = raw[0].device, logit_dtype(*raw)
         if wants is not None:
             self.grad_raw = [torch.zeros_like(z) if w else None for z, w in zip(raw, wants, strict=True)]

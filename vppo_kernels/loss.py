@@ -35,7 +35,7 @@ def aggregate(values: Tensor, mask: Tensor, loss_agg: str, denominator: Tensor |
     if loss_agg == "token-mean":
         return values.sum() / (mask.sum().clamp_min(1) if denominator is None else denominator)
     if loss_agg == "seq-mean-token-sum-norm":
-        return values.sum() / (mask.shape[1] if denominator is None else denominator)
+        return values.sum() / (max(mask.shape[1], 1) if denominator is None else denominator)
     length = mask.sum(1)
     per_sequence = values.sum(1) / length.clamp_min(1) if loss_agg == "seq-mean-token-mean" else values.sum(1)
     return per_sequence.sum() / ((length > 0).sum().clamp_min(1) if denominator is None else denominator)
@@ -76,6 +76,8 @@ class LossOptions:
             checks.finite(name, getattr(self, name))
         if self.loss_agg in ("none", "token-sum") and self.denominator is not None:
             raise ValueError(f"denominator: got {self.denominator!r}, takes None with loss_agg {self.loss_agg!r}")
+        if isinstance(self.denominator, int | float):
+            checks.positive("denominator", self.denominator)
 
     @property
     def every_token(self) -> bool:
@@ -98,7 +100,9 @@ def _per_token(name: str, value: Tensor | None, like: Tensor, mask: Tensor, chec
 def _shape(advantages: Tensor, mask: Tensor, dependency: Tensor | None, options: LossOptions, check: bool) -> Shaped:
     """Shaped advantages; without a dependency every response token is kept and every factor is 1."""
     if dependency is not None:
+        checks.tensor("dependency", dependency)
         checks.shape("dependency", dependency, tuple(mask.shape), "that of the mask")
+        checks.same_device("dependency", dependency, mask.device, "the mask")
         return shape_advantages(
             advantages,
             dependency,
@@ -160,7 +164,8 @@ def _loss(
             metrics["clip_fraction_dual"] = _mean(((ratio > dual) & falling).float(), active)
         if dependency is not None:
             alpha = shaped.alpha if len(shaped.alpha) else shaped.alpha.new_ones(1)
-            metrics["dependency_mean"] = _mean(dependency, mask)
+            seen = mask if options.has_image is None else mask & (options.has_image != 0).unsqueeze(1)
+            metrics["dependency_mean"] = _mean(dependency, seen)
             metrics |= {"alpha_min": alpha.amin(), "alpha_mean": alpha.mean(), "alpha_max": alpha.amax()}
         if entropy is not None:
             metrics["entropy_mean"] = _mean(entropy, mask)
@@ -234,8 +239,8 @@ def vppo_loss(
     Returns:
         The loss (a scalar, `[B, T]` for "none") and detached scalar metrics. Of the response tokens: kept_fraction and
         active_fraction (shaped advantage not 0). Of the active ones: ratio_mean, clip_fraction_low, clip_fraction_high,
-        clip_fraction_dual, approx_kl. With a dependency: dependency_mean, alpha_min, alpha_mean, alpha_max. Where
-        given: entropy_mean, ref_kl.
+        clip_fraction_dual, approx_kl. With a dependency: dependency_mean (of the rows with an image), alpha_min,
+        alpha_mean, alpha_max. Where given: entropy_mean, ref_kl.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
@@ -317,7 +322,7 @@ def linear_vppo_loss(
         bias: `[V]` or None.
         temperature, logit_scale, softcap, vocab_size, backend: As in `linear_divergence`.
         process_group: Statistics over all ranks, as in `vppo_advantages`.
-        check: As in `topk_mask`.
+        check: As in `topk_mask`; True also compares a sample of rows with the definition.
         (others): As in `vppo_loss`; the entropies are computed here.
 
     Returns:
@@ -337,10 +342,14 @@ def linear_vppo_loss(
     if hidden.dim() != 3:
         raise ValueError(f"hidden: got shape {list(hidden.shape)}, takes [B, T, D]")
     checks.shape("old_logprobs", old_logprobs, tuple(hidden.shape[:2]), "the leading dimensions of hidden")
+    checks.same_device("old_logprobs", old_logprobs, weight.device, "weight")
     checks.tensor("targets", targets)
     checks.shape("targets", targets, tuple(hidden.shape[:2]), "the leading dimensions of hidden")
+    checks.same_device("targets", targets, weight.device, "weight")
     valid = checks.token_mask(mask, old_logprobs)
     look = checks.wanted(check, old_logprobs)
+    targets = torch.where(valid, targets, 0)
+    checks.indices("targets", targets, hidden.shape[:2], vocab_size or len(weight), weight.device, look)
     shaped = _shape(advantages, valid, dependency, options, look)
 
     def clean(name: str, value: Tensor | None) -> Tensor | None:
@@ -362,6 +371,7 @@ def linear_vppo_loss(
         softcap=softcap,
         vocab_size=vocab_size,
         backend=backend,
+        check=bool(check),
     )
     # a dropped token has ratio 1 and advantage 0
     logprobs = old.detach().to(computed.logprobs.dtype).index_put(rows, computed.logprobs)

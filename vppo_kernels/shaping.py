@@ -150,6 +150,7 @@ def shape_advantages(
         if has_image is not None:
             checks.tensor("has_image", has_image)
             checks.shape("has_image", has_image, (dependency.shape[0],), "one entry per trajectory")
+            checks.same_device("has_image", has_image, dependency.device, "dependency")
             seen = valid & (has_image != 0).unsqueeze(1)
         if checks.wanted(check, dependency):
             checks.all_finite("dependency", dependency, seen)
