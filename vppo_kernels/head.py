@@ -69,10 +69,24 @@ def logit_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b` accumulated and returned in `dtype`; 16-bit operands stay 16-bit where the device multiplies them so."""
-    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.to(dtype), b.to(dtype))
+    """`a @ b` accumulated and returned in `dtype`."""
+    return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def _difference_(hidden: Tensor, perturbed: Tensor) -> Tensor:
+    """Overwrite `perturbed` with its difference from `hidden` in the rows where both are alike; `[rows, 1]`, 1 there.
+
+    The second view's logits are then the first's plus a small product, so that the rounding of the large product,
+    several times that of one addition, is the same in both views and drops out of the divergence.
+    """
+    difference = perturbed - hidden
+    alike = _norm(difference) < 0.5 * _norm(perturbed)
+    torch.where(alike, difference, perturbed, out=perturbed)
+    return alike.to(hidden.dtype)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
 class LinearHead:
@@ -83,7 +97,8 @@ class LinearHead:
         weight: `[V, D]`.
         bias: `[V]` or None.
         transform: What follows the projection.
-        vocab_size: How many rows of the weight are vocabulary; the others are never read.
+        vocab_size: How many rows of the weight are vocabulary; the others are never read. A slice would not do:
+            autograd would build a second weight gradient to undo it.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
     """
 
@@ -99,8 +114,9 @@ class LinearHead:
         self.hidden, self.weight, self.bias, self.transform = hidden, weight, bias, transform
         self.views, self.rows, self.columns, self.depth = len(hidden), len(hidden[0]), vocab_size, weight.shape[1]
         self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
-        # a 16-bit product needs equal operands; where they differ, both go to the logits' dtype
-        self.product_dtype = weight.dtype if all(h.dtype == weight.dtype for h in hidden) else self.dtype
+        # only CUDA multiplies 16-bit operands, equal ones, with a sum in float32; all else goes to the logits' dtype
+        narrow = weight.is_cuda and all(h.dtype == weight.dtype for h in hidden)
+        self.product_dtype = weight.dtype if narrow else self.dtype
         if wants is not None:
             want_hidden, want_weight, want_bias = wants
             self.grad_hidden = [
@@ -119,10 +135,14 @@ class LinearHead:
     def logits(self, rows: slice | Tensor, columns: slice, out: Tensor) -> Tensor:
         hidden, weight = self._stacked(rows), self.weight[columns].to(self.product_dtype).T
         flat = out.view(-1, out.shape[-1])
-        if hidden.dtype == out.dtype:
+        if hidden.dtype != out.dtype:
+            flat.copy_(_product(hidden, weight, out.dtype))
+        elif self.views == 1:
             torch.mm(hidden, weight, out=flat)
         else:
-            flat.copy_(_product(hidden, weight, out.dtype))
+            alike = _difference_(*hidden.chunk(2))
+            torch.mm(hidden, weight, out=flat)
+            out[1].addcmul_(out[0], alike)
         if self.bias is not None:
             flat.add_(self.bias[columns])
         self.transform.apply_(flat)

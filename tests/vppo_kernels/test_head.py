@@ -1,0 +1,56 @@
+"""From hidden states to finished logits, and the slope on the way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from views import make_views
+
+from vppo_kernels import reference
+from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform
+
+TRANSFORMS = {
+    "none": {},
+    "temperature": dict(temperature=0.6),
+    "scale": dict(logit_scale=-0.3),
+    "softcap": dict(softcap=5.0),
+    "all": dict(temperature=1.7, logit_scale=2.0, softcap=10.0),
+}
+
+
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transform_and_its_slope(options: dict) -> None:
+    raw = torch.linspace(-20, 20, 101, dtype=torch.float64, requires_grad=True)
+    plain = reference.transform(raw, **options)
+    transform = LogitTransform(**options)
+    finished = transform.apply_(raw.detach().clone())
+    assert torch.allclose(finished, plain)
+    (slope,) = torch.autograd.grad(plain.sum(), raw)
+    assert torch.allclose(torch.ones_like(finished) * transform.slope(finished), slope, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [slice(2, 9), torch.tensor([8, 0, 3])], ids=["slice", "index"])
+@pytest.mark.parametrize("columns", [slice(0, 100), slice(13, 14), slice(37, 95)], ids=str)
+def test_any_tile_of_a_head(rows: slice | torch.Tensor, columns: slice) -> None:
+    views = make_views(rows=10, vocab=100, depth=8, dtype=torch.float64)
+    options = dict(temperature=0.9, softcap=20.0)
+    hidden = (views.hidden, views.perturbed)
+    plain = torch.stack(views.logits(bias=True, **options))
+    tile = plain[:, rows, columns]
+    sources = (
+        LinearHead(hidden, views.weight, views.bias, LogitTransform(**options), 100),
+        GivenLogits(tuple(h @ views.weight.T + views.bias for h in hidden), LogitTransform(**options), 100),
+    )
+    for source in sources:
+        assert (source.views, source.rows, source.columns) == (2, 10, 100)
+        assert torch.allclose(source.logits(rows, columns, torch.empty(tile.shape, dtype=torch.float64)), tile)
+
+
+def test_far_views_do_not_lend_each_other_their_rounding() -> None:
+    """A view with huge logits beside a view with small ones: the small ones keep their digits."""
+    weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    hidden = torch.full((3, 8), 1e5)
+    perturbed = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    head = LinearHead((hidden, perturbed), weight, None, LogitTransform(), 50)
+    logits = head.logits(slice(0, 3), slice(0, 50), torch.empty(2, 3, 50))
+    assert torch.allclose(logits[1].double(), perturbed.double() @ weight.double().T, atol=1e-5)
