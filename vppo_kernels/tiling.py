@@ -21,7 +21,8 @@ from vppo_kernels.statistics import Pair, Softmax, finish, finish_pair, merge, m
 
 MIB = 1 << 20
 DEFAULT_WORKSPACE = 256 * MIB
-SCRATCH = 3  # tiles of working space that a backend may use beside each view's logits
+SCRATCH = 3  # tiles of working space that a fold may use beside each view's logits
+PEAK = 14  # tiles alive in the hungriest step, counted: the gradient of the Jensen-Shannon divergence, or far views
 
 _workspace: ContextVar[int] = ContextVar("vppo_kernels_workspace", default=DEFAULT_WORKSPACE)
 
@@ -31,8 +32,9 @@ def workspace_limit(nbytes: int) -> Iterator[None]:
     """Bound the working memory of the operations called inside the block (and of their backward).
 
     Args:
-        nbytes: Bytes beyond inputs, outputs and gradients, at least 1 MiB; 256 MiB unless set. The bound gives way only
-            where a single row of the vocabulary exceeds it.
+        nbytes: Bytes beyond inputs, outputs and gradients, at least 1 MiB; 256 MiB unless set. Gradients of 16-bit
+            hidden states are summed in float32 and count as such. The bound gives way only where a single row of the
+            vocabulary exceeds it.
 
     Raises:
         ValueError: Less than 1 MiB.
@@ -86,19 +88,23 @@ def choose_tiling(source: Source, workspace: int, keep_tiles: bool = False) -> T
         keep_tiles: All column tiles of a row block stay in memory until the block is done.
     """
     size = source.dtype.itemsize
+    budget = workspace // (4 if keep_tiles else 2)
+    per_row = (source.views + 1) * source.depth * size  # stacked rows, and their difference or a gradient to be added
+    per_column = 4 * source.depth * size  # converted weights, their gradient, its sum, and that rounded
+    per_entry = PEAK * size
+
     rows = min(max(source.rows, 1), 512 if source.device.type == "cpu" else 4096)
+    rows = min(rows, budget // 2 // max(per_row, 128 * per_entry))
     if keep_tiles:
-        rows = max(1, min(rows, workspace // 2 // (source.columns * source.views * size)))
-    tiles = source.views + SCRATCH
-
-    def columns_within(nbytes: int, extra_per_column: int) -> int:
-        return max(128, nbytes // (rows * tiles * size + extra_per_column) // 128 * 128)
-
-    # beside its tile, a column tile holds converted weights and the sum of their gradient
+        rows = min(rows, workspace // 2 // (source.columns * source.views * size))
+    rows = max(rows, 1)
     columns = min(
-        columns_within(_cache_bytes(source.device), 0), columns_within(workspace // 2, 3 * source.depth * size)
+        _cache_bytes(source.device) // (rows * (source.views + SCRATCH) * size),
+        budget // (rows * per_entry + per_column),
     )
-    return Tiling(rows, min(columns, max(source.columns, 1)))
+    if columns > 128:
+        columns = columns // 128 * 128
+    return Tiling(rows, max(1, min(columns, source.columns)))
 
 
 def _buffer(source: Source, tiling: Tiling, tiles: int) -> Tensor:
