@@ -254,5 +254,5 @@ def test_estimators(kind: str) -> None:
     p, q = -3 * torch.rand(50).double(), -3 * torch.rand(50).double()
     d = q - p
     expected = {"k1": -d, "abs_k1": d.abs(), "k2": d * d / 2, "k3": d.exp() - d - 1, "prob_drop": p.exp() - q.exp()}
-    assert torch.allclose(vk.sampled_divergence(p, q, kind=kind), expected[kind])
+    assert torch.allclose(vk.sampled_divergence(p, q, kind=kind, clamp=None), expected[kind])
     assert vk.sampled_divergence(p, q + 1000, kind=kind).abs().max() <= 10
