@@ -39,7 +39,7 @@ def test_every_option_of_demo_is_explained() -> None:
         ("--algorithm", "vppo"),
         ("--divergence", "kl"),
         ("--perturbation", "patch"),
-        ("--steps", "100"),
+        ("--steps", "180"),
         ("--seed", "0"),
         ("--out", "runs/demo"),
         ("--device", "cpu"),
