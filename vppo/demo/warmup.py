@@ -38,7 +38,7 @@ def warm_up(
     Returns:
         The number of steps taken.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / RAMP, total_iters=RAMP)
     data = strips("labelled", BATCH * MAX_STEPS, seed)
     model.train()
