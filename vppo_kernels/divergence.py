@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vppo_kernels import checks, reference, tiling, verify
-from vppo_kernels.backends import resolve
-from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform, Source
+from vppo_kernels import checks, parallel, tiling, verify
+from vppo_kernels.head import LogitTransform
+from vppo_kernels.ops import sweep
 from vppo_kernels.statistics import DivergenceOutput
 
 KINDS = ("kl", "reverse_kl", "jsd")
@@ -19,111 +17,9 @@ SAMPLED_KINDS = ("k1", "abs_k1", "k2", "k3", "prob_drop")
 LOG_RATIO_LIMIT = 20.0
 
 
-def _pair_forward(
-    ctx: Any, source: Source, backend: ModuleType, targets: Tensor | None, kind: str, workspace: int
-) -> tuple[Tensor | None, ...]:
-    """Run the sweep and note on `ctx` what the backward needs. Reverse KL is KL of the source's swapped views."""
-    pair, halves = tiling.forward_pair(source, backend, targets, workspace, jsd=kind == "jsd")
-    ctx.pair, ctx.halves, ctx.backend, ctx.kind, ctx.workspace = pair, halves, backend, kind, workspace
-    ctx.set_materialize_grads(False)
-    value = pair.kl if halves is None else (0.5 * (halves[0] + halves[1])).clamp_min(0.0)
-    first, second = (pair.q, pair.p) if kind == "reverse_kl" else (pair.p, pair.q)
-    return value, first.entropy, second.entropy, first.logprobs, second.logprobs
-
-
-def _pair_backward(ctx: Any, source: Source, targets: Tensor | None, grads: tuple[Tensor | None, ...]) -> None:
-    def of(grad: Tensor | None) -> Tensor:
-        return torch.zeros_like(ctx.pair.kl) if grad is None else grad.to(ctx.pair.kl.dtype)
-
-    entropies = (of(grads[1]), of(grads[2]))
-    logprobs: tuple[Tensor | None, Tensor | None] = (None, None) if targets is None else (of(grads[3]), of(grads[4]))
-    if ctx.kind == "reverse_kl":
-        entropies, logprobs = entropies[::-1], logprobs[::-1]
-    tiling.backward_pair(
-        source, ctx.backend, ctx.pair, ctx.halves, targets, of(grads[0]), entropies, logprobs, ctx.workspace
-    )
-
-
-def _views(kind: str, first: Any, second: Any) -> tuple[Any, Any]:
-    return (second, first) if kind == "reverse_kl" else (first, second)
-
-
-class _LinearDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        hidden_perturbed: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor | None,
-        transform: LogitTransform,
-        vocab_size: int,
-        kind: str,
-        backend: ModuleType,
-        workspace: int,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(hidden, hidden_perturbed, weight, bias, targets)
-        ctx.transform, ctx.vocab_size = transform, vocab_size
-        source = LinearHead(_views(kind, hidden, hidden_perturbed), weight, bias, transform, vocab_size)
-        with torch.autocast(weight.device.type, enabled=False):
-            return _pair_forward(ctx, source, backend, targets, kind, workspace)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, hidden_perturbed, weight, bias, targets = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        source = LinearHead(
-            _views(ctx.kind, hidden, hidden_perturbed),
-            weight,
-            bias,
-            ctx.transform,
-            ctx.vocab_size,
-            wants=(_views(ctx.kind, needs[0], needs[1]), needs[2], needs[3]),
-        )
-        with torch.autocast(weight.device.type, enabled=False):
-            _pair_backward(ctx, source, targets, grads)
-        grad_hidden = _views(ctx.kind, *source.grad_hidden)
-        return (
-            None if grad_hidden[0] is None else grad_hidden[0].to(hidden.dtype),
-            None if grad_hidden[1] is None else grad_hidden[1].to(hidden_perturbed.dtype),
-            source.grad_weight,
-            None if source.grad_bias is None else source.grad_bias.to(bias.dtype),
-            *(None,) * 6,
-        )
-
-
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        logits_perturbed: Tensor,
-        targets: Tensor | None,
-        transform: LogitTransform,
-        vocab_size: int,
-        kind: str,
-        backend: ModuleType,
-        workspace: int,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(logits, logits_perturbed, targets)
-        ctx.transform, ctx.vocab_size = transform, vocab_size
-        source = GivenLogits(_views(kind, logits, logits_perturbed), transform, vocab_size)
-        return _pair_forward(ctx, source, backend, targets, kind, workspace)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, logits_perturbed, targets = ctx.saved_tensors
-        wants = _views(ctx.kind, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        source = GivenLogits(_views(ctx.kind, logits, logits_perturbed), ctx.transform, ctx.vocab_size, wants)
-        _pair_backward(ctx, source, targets, grads)
-        return *_views(ctx.kind, *source.grad_raw), *(None,) * 6
-
-
-def _output(values: tuple[Tensor | None, ...], leading: torch.Size) -> DivergenceOutput:
-    return DivergenceOutput(*(None if v is None else v.view(leading) for v in values))  # type: ignore[arg-type]
+def _output(values: Tensor, leading: torch.Size) -> DivergenceOutput:
+    rows = [value.view(leading) for value in values.unbind(0)]
+    return DivergenceOutput(*rows, *(None,) * (5 - len(rows)))
 
 
 def linear_divergence(
@@ -157,9 +53,12 @@ def linear_divergence(
         temperature: Divides the logits; above 0.
         logit_scale: Multiplies the projection, before the cap.
         softcap: Logits are bounded by it through tanh, as Gemma does; None for no cap.
-        vocab_size: Only the first `vocab_size` rows of `weight` are vocabulary, the others padding.
-        process_group: Not supported yet.
-        backend: "auto" or "torch".
+        vocab_size: Only the first `vocab_size` rows of the whole weight are vocabulary, the others padding.
+        process_group: Its ranks hold consecutive parts of the vocabulary, of any sizes, in rank order (tensor
+            parallel): `weight` and `bias` are this rank's, everything else, upstream gradients too, is the same on all
+            ranks. Results and gradients of hidden states are of the whole vocabulary. None for a whole weight; a
+            weight that is a DTensor sharded on dimension 0 brings its own group.
+        backend: "auto", "torch", "triton", or "triton_fused", which never holds logits at all.
         check: Look for NaN and inf in the inputs, and compare up to 16 rows with the float64 definition.
 
     Returns:
@@ -171,35 +70,34 @@ def linear_divergence(
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape, device, target or number is out of range; with `check`, an input is not finite.
         RuntimeError: With `check`, a row disagrees with the definition.
-        NotImplementedError: `process_group` is given.
     """
-    checks.no_process_group(process_group)
     checks.one_of("kind", kind, KINDS)
-    module = resolve(backend)
     transform = LogitTransform(temperature, logit_scale, softcap)
-    checks.head(hidden, weight, bias, vocab_size)
-    checks.head(hidden_perturbed, weight, bias, vocab_size, name="hidden_perturbed")
+    weight, bias, process_group = parallel.localize(weight, bias, process_group)
+    hidden = parallel.local_hidden("hidden", hidden)
+    hidden_perturbed = parallel.local_hidden("hidden_perturbed", hidden_perturbed)
+    checks.head(hidden, weight, bias, empty=process_group is not None)
+    checks.head(hidden_perturbed, weight, bias, "hidden_perturbed", empty=process_group is not None)
     checks.shape("hidden_perturbed", hidden_perturbed, tuple(hidden.shape), "that of hidden")
-    vocab_size = len(weight) if vocab_size is None else vocab_size
+    views = [hidden.reshape(-1, hidden.shape[-1]), hidden_perturbed.reshape(-1, hidden.shape[-1])]
+    shard = parallel.shard_of(process_group, views, len(weight), vocab_size, "weight")
     leading = hidden.shape[:-1]
     if targets is not None:
-        checks.indices("targets", targets, leading, vocab_size, weight.device, check)
+        checks.indices("targets", targets, leading, shard.total, weight.device, check)
         targets = targets.reshape(-1).long()
-    flat, flat_perturbed = hidden.reshape(-1, hidden.shape[-1]), hidden_perturbed.reshape(-1, hidden.shape[-1])
-    values = _LinearDivergence.apply(
-        flat, flat_perturbed, weight, bias, targets, transform, vocab_size, kind, module, tiling.current_workspace()
-    )
+    values, _ = sweep(
+        views, weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
+        tiling.current_workspace(),
+    )  # fmt: skip
     if check:
         with torch.no_grad():
-            checks.finite_head(weight, bias, vocab_size)
-            checks.all_finite("hidden", flat)
-            checks.all_finite("hidden_perturbed", flat_perturbed)
-            if len(flat):
-                rows = verify.sample_rows(len(flat), flat.device)
-                z_p, z_q = (
-                    verify.exact_logits(h[rows], weight, bias, transform, vocab_size) for h in (flat, flat_perturbed)
-                )
-                verify.check_pair(DivergenceOutput(*values), z_p, z_q, targets, rows, kind)
+            checks.finite_head(weight, bias, shard.columns)
+            checks.all_finite("hidden", views[0])
+            checks.all_finite("hidden_perturbed", views[1])
+            if len(views[0]):
+                rows = verify.sample_rows(len(views[0]), weight.device)
+                z_p, z_q = (verify.exact_logits(h[rows], weight, bias, transform, shard) for h in views)
+                verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind)
     return _output(values, leading)
 
 
@@ -230,34 +128,34 @@ def divergence(
         `DivergenceOutput`, each `[...]` float32, in nats; differentiable, once, in both logits through every output.
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: As `linear_divergence`.
+        TypeError, ValueError, RuntimeError: As `linear_divergence`.
     """
-    checks.no_process_group(process_group)
     checks.one_of("kind", kind, KINDS)
-    module = resolve(backend)
     transform = LogitTransform(temperature, logit_scale, softcap)
     checks.floating("logits", logits)
     checks.floating("logits_perturbed", logits_perturbed)
-    if logits.dim() < 1 or logits.shape[-1] == 0:
+    if logits.dim() < 1 or (logits.shape[-1] == 0 and process_group is None):
         raise ValueError(f"logits: got shape {list(logits.shape)}, takes [..., V] with V of at least 1")
     checks.shape("logits_perturbed", logits_perturbed, tuple(logits.shape), "that of logits")
     checks.same_device("logits_perturbed", logits_perturbed, logits.device, "logits")
-    checks.vocabulary(vocab_size, logits.shape[-1], "the columns of logits")
-    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
     leading = logits.shape[:-1]
-    z_p, z_q = (z.reshape(-1, z.shape[-1]) for z in (logits, logits_perturbed))
+    views = [z.reshape(leading.numel(), z.shape[-1]) for z in (logits, logits_perturbed)]
+    shard = parallel.shard_of(process_group, views, logits.shape[-1], vocab_size, "logits")
     if targets is not None:
-        checks.indices("targets", targets, leading, vocab_size, logits.device, check)
+        checks.indices("targets", targets, leading, shard.total, logits.device, check)
         targets = targets.reshape(-1).long()
     if check:
-        checks.all_finite("logits", z_p[:, :vocab_size])
-        checks.all_finite("logits_perturbed", z_q[:, :vocab_size])
-    values = _Divergence.apply(z_p, z_q, targets, transform, vocab_size, kind, module, tiling.current_workspace())
-    if check and len(z_p):
+        checks.all_finite("logits", views[0][:, : shard.columns])
+        checks.all_finite("logits_perturbed", views[1][:, : shard.columns])
+    values, _ = sweep(
+        views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
+        tiling.current_workspace(),
+    )  # fmt: skip
+    if check and len(views[0]):
         with torch.no_grad():
-            rows = verify.sample_rows(len(z_p), z_p.device)
-            exact = [reference.transform(z[rows, :vocab_size].double(), **vars(transform)) for z in (z_p, z_q)]
-            verify.check_pair(DivergenceOutput(*values), exact[0], exact[1], targets, rows, kind)
+            rows = verify.sample_rows(len(views[0]), logits.device)
+            z_p, z_q = (verify.exact_transform(z[rows, : shard.columns], transform, shard) for z in views)
+            verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind)
     return _output(values, leading)
 
 

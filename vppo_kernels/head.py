@@ -6,6 +6,8 @@ all that a sweep over the vocabulary knows about its inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vppo_kernels import checks
+from vppo_kernels.parallel import Shard, sum_ranks
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class LogitTransform:
         if self.softcap is not None:
             checks.positive("softcap", self.softcap)
 
+    def fields(self) -> list[float]:
+        """What rebuilds it: `LogitTransform(*fields)`."""
+        return [self.temperature, self.logit_scale, *(() if self.softcap is None else (self.softcap,))]
+
     def apply_(self, tile: Tensor) -> Tensor:
         if self.softcap is not None:
             return tile.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
@@ -44,22 +51,35 @@ class LogitTransform:
 
 
 class Source(Protocol):
-    """Tiles of logits for one or two views over the same rows and vocabulary."""
+    """Tiles of logits for one or two views over the same rows and vocabulary.
+
+    Attributes:
+        views: 1 or 2.
+        rows: Rows that take part: all, or in a backward the active ones.
+        columns: Vocabulary columns that this process holds, the first of which is `first` of the whole vocabulary.
+        widest: The most columns that any rank holds.
+        depth: Inner dimension of the matrix products, 0 if there are none.
+        dtype: Of the logits: float32, or float64 for float64 inputs.
+        transform: What follows the projection.
+    """
 
     views: int
     rows: int
     columns: int
-    depth: int  # inner dimension of the matrix products, 0 if there are none
+    first: int
+    widest: int
+    group: str
+    depth: int
     device: torch.device
-    dtype: torch.dtype  # of the logits: float32, or float64 for float64 inputs
+    dtype: torch.dtype
     transform: LogitTransform
 
-    def logits(self, rows: slice | Tensor, columns: slice, out: Tensor) -> Tensor:
+    def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """Fill `out`, `[views, rows, columns]`, with finished logits."""
         ...
 
-    def accumulate(self, rows: Tensor, columns: slice, grad: Tensor) -> None:
-        """Take the gradient of raw logits, `[views, rows, columns]`; every tile comes once, column by column."""
+    def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
+        """Take, and overwrite, the gradient of raw logits; every tile comes once, column by column."""
         ...
 
 
@@ -68,9 +88,30 @@ def logit_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 products in float32 (no TF32, no bfloat16, no autocast), and kernels started on this device."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with torch.autocast(device.type, enabled=False), on_device:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """`a @ b` accumulated and returned in `dtype`."""
     return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, accumulated in the dtype of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
 
 
 def _difference_(hidden: Tensor, perturbed: Tensor) -> Tensor:
@@ -89,111 +130,151 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
+def _scatter(packed: Tensor, active: Tensor | None, like: Tensor) -> Tensor:
+    """Gradients of the active rows, in their places and in the dtype of `like`."""
+    packed = packed.to(like.dtype)
+    return packed if active is None else torch.zeros_like(like).index_copy_(0, active, packed)
+
+
 class LinearHead:
     """Logits of one or two sets of hidden states under one head.
 
     Args:
         hidden: One `[rows, D]` tensor per view.
-        weight: `[V, D]`.
+        weight: `[V, D]`, this process's part of it.
         bias: `[V]` or None.
         transform: What follows the projection.
-        vocab_size: How many rows of the weight are vocabulary; the others are never read. A slice would not do:
-            autograd would build a second weight gradient to undo it.
+        shard: How many rows of the weight are vocabulary; the others are never read. (A slice would not do: autograd
+            would build a second weight gradient to undo it.)
+        active: Indices of the rows that take part; None for all.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
     """
 
     def __init__(
         self,
-        hidden: tuple[Tensor, ...],
+        hidden: list[Tensor],
         weight: Tensor,
         bias: Tensor | None,
         transform: LogitTransform,
-        vocab_size: int,
+        shard: Shard,
+        active: Tensor | None = None,
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
     ) -> None:
-        self.hidden, self.weight, self.bias, self.transform = hidden, weight, bias, transform
-        self.views, self.rows, self.columns, self.depth = len(hidden), len(hidden[0]), vocab_size, weight.shape[1]
+        self.hidden, self.weight, self.bias, self.transform, self.active = hidden, weight, bias, transform, active
+        self.first, self.columns, self.widest, _, self.group = shard
+        self.views, self.rows, self.depth = len(hidden), len(hidden[0] if active is None else active), weight.shape[1]
         self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
         # only CUDA multiplies 16-bit operands, equal ones, with a sum in float32; all else goes to the logits' dtype
         narrow = weight.is_cuda and all(h.dtype == weight.dtype for h in hidden)
         self.product_dtype = weight.dtype if narrow else self.dtype
+        self._stack: tuple[slice, Tensor, Tensor | None] | None = None
         if wants is not None:
             want_hidden, want_weight, want_bias = wants
-            self.grad_hidden = [
-                torch.zeros_like(h, dtype=self.dtype) if want else None
+            self._grad_hidden = [
+                h.new_zeros(self.rows, self.depth, dtype=self.dtype) if want else None
                 for h, want in zip(hidden, want_hidden, strict=True)
             ]
             self.grad_weight = torch.zeros_like(weight) if want_weight else None
-            self.grad_bias = torch.zeros_like(weight[:, 0], dtype=self.dtype) if want_bias else None
-            self._columns: slice | None = None
-            self._grad_columns: Tensor | None = None
+            self._grad_bias = torch.zeros_like(weight[:, 0], dtype=self.dtype) if want_bias else None
+            self._tile_sum: tuple[slice, Tensor] | None = None
 
-    def _stacked(self, rows: slice | Tensor) -> Tensor:
-        """Both views' rows under each other, so that one product reads the weight once."""
-        return torch.cat([h[rows].to(self.product_dtype) for h in self.hidden])
+    def stacked(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Both views' rows under each other, so that one product reads the weight once; see `_difference_`."""
+        if self._stack is None or self._stack[0] != rows:
+            picked = [h[rows] if self.active is None else h[self.active[rows]] for h in self.hidden]
+            stacked = torch.cat([h.to(self.product_dtype) for h in picked])
+            exact = self.views == 2 and self.product_dtype == self.dtype
+            self._stack = rows, stacked, _difference_(*stacked.chunk(2)) if exact else None
+        return self._stack[1:]
 
-    def logits(self, rows: slice | Tensor, columns: slice, out: Tensor) -> Tensor:
-        hidden, weight = self._stacked(rows), self.weight[columns].to(self.product_dtype).T
-        flat = out.view(-1, out.shape[-1])
-        if hidden.dtype != out.dtype:
-            flat.copy_(_product(hidden, weight, out.dtype))
-        elif self.views == 1:
-            torch.mm(hidden, weight, out=flat)
+    def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        stacked, alike = self.stacked(rows)
+        weight, flat = self.weight[columns].to(self.product_dtype).T, out.view(-1, out.shape[-1])
+        if stacked.dtype == out.dtype:
+            torch.mm(stacked, weight, out=flat)
         else:
-            alike = _difference_(*hidden.chunk(2))
-            torch.mm(hidden, weight, out=flat)
+            torch.ops.aten.mm.dtype_out(stacked, weight, out.dtype, out=flat)
+        if alike is not None:
             out[1].addcmul_(out[0], alike)
         if self.bias is not None:
             flat.add_(self.bias[columns])
         self.transform.apply_(flat)
         return out
 
-    def accumulate(self, rows: Tensor, columns: slice, grad: Tensor) -> None:
+    def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
         weight = self.weight[columns].to(self.product_dtype)
-        for view, into in enumerate(self.grad_hidden):
-            if into is not None:
-                into.index_add_(0, rows, _product(grad[view].to(weight.dtype), weight, self.dtype))
-        flat = grad.view(-1, grad.shape[-1])
-        if self.grad_bias is not None:
-            self.grad_bias[columns] += flat.sum(0)
+        narrow = grad.to(weight.dtype)
+        for view, total in enumerate(self._grad_hidden):
+            if total is not None:
+                _add_product_(total[rows], narrow[view], weight)
+        if self._grad_bias is not None:
+            self._grad_bias[columns] += grad.sum((0, 1))
         if self.grad_weight is not None:
-            self._accumulate_weight(columns, _product(flat.T.to(weight.dtype), self._stacked(rows), self.dtype))
+            stacked, alike = self.stacked(rows)
+            if alike is not None:  # the second view's hidden states are the first's plus what stands in the stack
+                narrow[0].addcmul_(narrow[1], alike)
+            self._accumulate_weight(columns, narrow.view(-1, narrow.shape[-1]).T, stacked)
 
-    def _accumulate_weight(self, columns: slice, grad: Tensor) -> None:
-        """Rows of one column tile follow each other, so its gradient is summed in fp32 and rounded once."""
+    def _accumulate_weight(self, columns: slice, grad: Tensor, stacked: Tensor) -> None:
+        """Row blocks of one column tile follow each other, so their gradient is summed in fp32 and rounded once."""
         assert self.grad_weight is not None
-        if self._columns == columns and self._grad_columns is not None:
-            self._grad_columns += grad
+        if self.grad_weight.dtype == self.dtype:
+            _add_product_(self.grad_weight[columns], grad, stacked)
+            return
+        if self._tile_sum is not None and self._tile_sum[0] == columns:
+            _add_product_(self._tile_sum[1], grad, stacked)
         else:
-            self._columns, self._grad_columns = columns, grad
-        self.grad_weight[columns] = self._grad_columns.to(self.grad_weight.dtype)
+            self._tile_sum = columns, _product(grad, stacked, self.dtype)
+        self.grad_weight[columns] = self._tile_sum[1].to(self.grad_weight.dtype)
+
+    def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]:
+        """What `accumulate` has collected: one gradient per view, of the weight and of the bias.
+
+        The weight's and the bias's are of this rank's part, the hidden states' of the whole vocabulary.
+        """
+        hidden = tuple(
+            None if total is None else _scatter(sum_ranks(total, self.group), self.active, h)
+            for total, h in zip(self._grad_hidden, self.hidden, strict=True)
+        )
+        bias = None if self._grad_bias is None or self.bias is None else self._grad_bias.to(self.bias.dtype)
+        return hidden, self.grad_weight, bias
 
 
 class GivenLogits:
-    """Logits that the caller holds, one `[rows, V]` tensor per view, any floating dtype; `vocab_size` as above."""
+    """Logits that the caller holds, one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
 
     depth = 0
 
     def __init__(
         self,
-        raw: tuple[Tensor, ...],
+        raw: list[Tensor],
         transform: LogitTransform,
-        vocab_size: int,
+        shard: Shard,
+        active: Tensor | None = None,
         wants: tuple[bool, ...] | None = None,
     ) -> None:
-        self.raw, self.transform = raw, transform
-        self.views, self.rows, self.columns = len(raw), len(raw[0]), vocab_size
+        self.raw, self.transform, self.active = raw, transform, active
+        self.first, self.columns, self.widest, _, self.group = shard
+        self.views, self.rows = len(raw), len(raw[0] if active is None else active)
         self.device, self.dtype = raw[0].device, logit_dtype(*raw)
         if wants is not None:
             self.grad_raw = [torch.zeros_like(z) if w else None for z, w in zip(raw, wants, strict=True)]
 
-    def logits(self, rows: slice | Tensor, columns: slice, out: Tensor) -> Tensor:
+    def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         for view, raw in enumerate(self.raw):
-            out[view].copy_(raw[rows, columns])
+            out[view].copy_(raw[rows, columns] if self.active is None else raw[self.active[rows], columns])
         self.transform.apply_(out)
         return out
 
-    def accumulate(self, rows: Tensor, columns: slice, grad: Tensor) -> None:
+    def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
         for view, into in enumerate(self.grad_raw):
-            if into is not None:
-                into[:, columns].index_copy_(0, rows, grad[view].to(into.dtype))
+            if into is None:
+                continue
+            if self.active is None:
+                into[rows, columns] = grad[view].to(into.dtype)
+            else:
+                into[:, columns].index_copy_(0, self.active[rows], grad[view].to(into.dtype))
+
+    def gradients(self) -> tuple[tuple[Tensor | None, ...]]:
+        """What `accumulate` has collected, one gradient per view."""
+        return (tuple(self.grad_raw),)

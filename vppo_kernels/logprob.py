@@ -2,67 +2,15 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vppo_kernels import checks, tiling, verify
-from vppo_kernels.backends import resolve
-from vppo_kernels.head import LinearHead, LogitTransform
+from vppo_kernels import checks, parallel, tiling, verify
+from vppo_kernels.head import LogitTransform
+from vppo_kernels.ops import sweep
 from vppo_kernels.statistics import LogprobOutput
-
-
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: LogitTransform,
-        vocab_size: int,
-        backend: ModuleType,
-        workspace: int,
-    ) -> tuple[Tensor, Tensor]:
-        source = LinearHead((hidden,), weight, bias, transform, vocab_size)
-        with torch.autocast(weight.device.type, enabled=False):
-            view = tiling.forward(source, backend, targets, workspace)
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.view, ctx.transform, ctx.vocab_size = view, transform, vocab_size
-        ctx.backend, ctx.workspace = backend, workspace
-        ctx.set_materialize_grads(False)
-        assert view.logprobs is not None
-        return view.logprobs, view.entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        wants = ((needs[0],), needs[1], needs[2])
-        source = LinearHead((hidden,), weight, bias, ctx.transform, ctx.vocab_size, wants)
-        zero = torch.zeros_like(ctx.view.entropy)
-        with torch.autocast(weight.device.type, enabled=False):
-            tiling.backward(
-                source,
-                ctx.backend,
-                ctx.view,
-                targets,
-                zero if grad_entropy is None else grad_entropy.to(zero.dtype),
-                zero if grad_logprobs is None else grad_logprobs.to(zero.dtype),
-                ctx.workspace,
-            )
-        grad_hidden = source.grad_hidden[0]
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            source.grad_weight,
-            None if source.grad_bias is None else source.grad_bias.to(bias.dtype),
-            *(None,) * 5,
-        )
 
 
 def linear_logprob(
@@ -96,25 +44,27 @@ def linear_logprob(
         once, in hidden, weight and bias, through both.
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: As `linear_divergence`.
+        TypeError, ValueError, RuntimeError: As `linear_divergence`.
     """
-    checks.no_process_group(process_group)
-    module = resolve(backend)
     transform = LogitTransform(temperature, logit_scale, softcap)
-    checks.head(hidden, weight, bias, vocab_size)
-    vocab_size = len(weight) if vocab_size is None else vocab_size
-    leading = hidden.shape[:-1]
-    checks.indices("targets", targets, leading, vocab_size, weight.device, check)
-    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    values = _LinearLogprob.apply(
-        flat, weight, bias, flat_targets, transform, vocab_size, module, tiling.current_workspace()
-    )
+    weight, bias, process_group = parallel.localize(weight, bias, process_group)
+    hidden = parallel.local_hidden("hidden", hidden)
+    checks.head(hidden, weight, bias, empty=process_group is not None)
+    leading, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
+    shard = parallel.shard_of(process_group, [flat], len(weight), vocab_size, "weight")
+    checks.indices("targets", targets, leading, shard.total, weight.device, check)
+    flat_targets = targets.reshape(-1).long()
+    values, _ = sweep(
+        [flat], weight, bias, flat_targets, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
+        tiling.current_workspace(),
+    )  # fmt: skip
+    logprobs, entropy = values.unbind(0)
     if check:
         with torch.no_grad():
-            checks.finite_head(weight, bias, vocab_size)
+            checks.finite_head(weight, bias, shard.columns)
             checks.all_finite("hidden", flat)
             if len(flat):
                 rows = verify.sample_rows(len(flat), flat.device)
-                z = verify.exact_logits(flat[rows], weight, bias, transform, vocab_size)
-                verify.check_single(LogprobOutput(*values), z, flat_targets, rows)
-    return LogprobOutput(*(v.view(leading) for v in values))
+                z = verify.exact_logits(flat[rows], weight, bias, transform, shard)
+                verify.check_single(LogprobOutput(logprobs, entropy), z, flat_targets, rows)
+    return LogprobOutput(logprobs.view(leading), entropy.view(leading))

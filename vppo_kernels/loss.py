@@ -335,7 +335,8 @@ def linear_vppo_loss(
         keep_ratio, scale_min, scale_max, has_image, stats, process_group,
         clip_low, clip_high, clip_dual, loss_agg, denominator, nll_coef, entropy_coef, kl_coef,
     )  # fmt: skip
-    checks.head(hidden, weight, bias, vocab_size)
+    checks.head(hidden, weight, bias)
+    checks.vocabulary(vocab_size, len(weight), "the rows of weight")
     checks.matrix("old_logprobs", old_logprobs)
     if kl_coef and ref_logprobs is None:
         raise ValueError("ref_logprobs: got None, takes [B, T] log-probabilities where kl_coef is not 0")

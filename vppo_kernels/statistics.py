@@ -49,13 +49,13 @@ class SoftmaxStats(NamedTuple):
         max: Largest logit `m`.
         sum: `sum exp(z - m)`.
         moment: `sum exp(z - m) (z - m)`.
-        target: Logit of the target if it lies in this part, else -inf; None when there are no targets.
+        target: Logit of the target if it lies in this part, else -inf.
     """
 
     max: Tensor
     sum: Tensor
     moment: Tensor
-    target: Tensor | None
+    target: Tensor
 
 
 class PairStats(NamedTuple):
@@ -78,13 +78,14 @@ class PairStats(NamedTuple):
 class Softmax(NamedTuple):
     """One view over the whole vocabulary, each `[rows]`: what a backward needs besides the logits themselves.
 
-    The normaliser stays split in two because `max + log_sum` would round away digits where logits are large.
+    The normaliser stays split in two because `max + log_sum` would round away digits where logits are large. Without
+    targets `logprobs` is -inf.
     """
 
     max: Tensor
     log_sum: Tensor
     entropy: Tensor
-    logprobs: Tensor | None
+    logprobs: Tensor
 
 
 class Pair(NamedTuple):
@@ -96,13 +97,47 @@ class Pair(NamedTuple):
     kl: Tensor
 
 
+# Between sweep, kernels and ranks statistics travel packed, one row of a `[fields, rows]` tensor per field.
+
+
+def pack(stats: SoftmaxStats | PairStats | Softmax | Pair) -> Tensor:
+    """Statistics as one tensor: `[4, rows]` for one view, `[10, rows]` for two (p, q, gap, excess or kl)."""
+    if isinstance(stats, SoftmaxStats | Softmax):
+        return torch.stack(stats)
+    return torch.stack([*stats.p, *stats.q, *stats[2:]])
+
+
+def unpack_stats(packed: Tensor) -> SoftmaxStats:
+    """`[4, rows]` to `SoftmaxStats`."""
+    return SoftmaxStats(*packed)
+
+
+def unpack_pair_stats(packed: Tensor) -> PairStats:
+    """`[10, rows]` to `PairStats`."""
+    return PairStats(SoftmaxStats(*packed[0:4]), SoftmaxStats(*packed[4:8]), packed[8], packed[9])
+
+
+def unpack_softmax(packed: Tensor) -> Softmax:
+    """`[4, rows]` to `Softmax`."""
+    return Softmax(*packed)
+
+
+def unpack_pair(packed: Tensor) -> Pair:
+    """`[10, rows]` to `Pair`."""
+    return Pair(Softmax(*packed[0:4]), Softmax(*packed[4:8]), packed[8], packed[9])
+
+
+def nothing(views: int, rows: int, like: Tensor) -> Tensor:
+    """Packed statistics of an empty part of the vocabulary: what merging leaves as it is."""
+    packed = like.new_zeros(4 if views == 1 else 10, rows)
+    for view in range(views):
+        packed[4 * view] = packed[4 * view + 3] = -torch.inf  # max and target
+    return packed
+
+
 def _distance(part: Tensor, whole: Tensor) -> Tensor:
     """`part - whole <= 0`, finite also where one or both are -inf."""
     return torch.where(part == whole, 0.0, part - whole).clamp_min(-EXP_FLOOR)
-
-
-def _merge_targets(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else torch.maximum(a, b)
 
 
 def merge(a: SoftmaxStats, b: SoftmaxStats) -> SoftmaxStats:
@@ -114,7 +149,7 @@ def merge(a: SoftmaxStats, b: SoftmaxStats) -> SoftmaxStats:
         top,
         scale_a * a.sum + scale_b * b.sum,
         scale_a * (a.moment + down_a * a.sum) + scale_b * (b.moment + down_b * b.sum),
-        _merge_targets(a.target, b.target),
+        torch.maximum(a.target, b.target),
     )
 
 
@@ -150,7 +185,7 @@ def _move_excess(part: PairStats, d: Tensor, down: Tensor, both: Tensor) -> Tens
 def finish(stats: SoftmaxStats) -> Softmax:
     """Normaliser, entropy and target log-probability of a view whose statistics cover the whole vocabulary."""
     log_sum = stats.sum.log()
-    logprobs = None if stats.target is None else (stats.target - stats.max) - log_sum
+    logprobs = (stats.target - stats.max) - log_sum
     return Softmax(stats.max, log_sum, log_sum - stats.moment / stats.sum, logprobs)
 
 

@@ -11,18 +11,27 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vppo_kernels.head import Source
-from vppo_kernels.statistics import Pair, Softmax, finish, finish_pair, merge, merge_pair
+from vppo_kernels.head import LinearHead, Source
+from vppo_kernels.parallel import merge_ranks, sum_ranks
+from vppo_kernels.statistics import (
+    finish,
+    finish_pair,
+    merge,
+    merge_pair,
+    nothing,
+    pack,
+    unpack_pair_stats,
+    unpack_stats,
+)
 
 MIB = 1 << 20
 DEFAULT_WORKSPACE = 256 * MIB
-SCRATCH = 3  # tiles of working space that a fold may use beside each view's logits
-PEAK = 14  # tiles alive in the hungriest step, counted: the gradient of the Jensen-Shannon divergence, or far views
+WHOLE = 128  # tiles are multiples of this many columns, which is what matrix products like
+CPU_ROWS, GPU_ROWS = 512, 4096
 
 _workspace: ContextVar[int] = ContextVar("vppo_kernels_workspace", default=DEFAULT_WORKSPACE)
 
@@ -49,8 +58,8 @@ def workspace_limit(nbytes: int) -> Iterator[None]:
 
 
 def current_workspace() -> int:
-    """The bound in force here, in bytes."""
-    return _workspace.get()
+    """The bound in force here, in bytes; 0 while tracing, for the one in force where the trace is run."""
+    return 0 if torch.compiler.is_compiling() else _workspace.get()
 
 
 @dataclass(frozen=True)
@@ -72,39 +81,44 @@ def _slices(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _cache_bytes(device: torch.device) -> int:
-    """Memory that a tile should stay in between the product that writes it and the fold that reads it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size // 2
-    return 16 * MIB  # half of a 32 MiB last-level cache: 2,048 columns beat 16,384 by a quarter at 512 rows
-
-
-def choose_tiling(source: Source, workspace: int, keep_tiles: bool = False) -> Tiling:
+def choose_tiling(source: Source, backend: ModuleType, workspace: int, keep_tiles: bool = False) -> Tiling:
     """Tile shape for a source: as many rows as keep a product busy, then as many columns as the cache holds.
 
     Args:
         source: What the tiles are cut from.
-        workspace: Bound in bytes.
+        backend: Its `SCRATCH` and `PEAK` say how many tiles of one view it holds at a time.
+        workspace: Bound in bytes; 0 for the one in force.
         keep_tiles: All column tiles of a row block stay in memory until the block is done.
     """
     size = source.dtype.itemsize
+    workspace = workspace or current_workspace()
     budget = workspace // (4 if keep_tiles else 2)
     per_row = (source.views + 1) * source.depth * size  # stacked rows, and their difference or a gradient to be added
     per_column = 4 * source.depth * size  # converted weights, their gradient, its sum, and that rounded
-    per_entry = PEAK * size
+    per_entry = backend.PEAK * size
 
-    rows = min(max(source.rows, 1), 512 if source.device.type == "cpu" else 4096)
-    rows = min(rows, budget // 2 // max(per_row, 128 * per_entry))
+    rows = min(max(source.rows, 1), CPU_ROWS if source.device.type == "cpu" else GPU_ROWS)
+    rows = min(rows, budget // 2 // max(per_row, WHOLE * per_entry))
     if keep_tiles:
-        rows = min(rows, workspace // 2 // (source.columns * source.views * size))
+        rows = min(rows, workspace // 2 // max(source.widest * source.views * size, 1))
     rows = max(rows, 1)
-    columns = min(
-        _cache_bytes(source.device) // (rows * (source.views + SCRATCH) * size),
-        budget // (rows * per_entry + per_column),
-    )
-    if columns > 128:
-        columns = columns // 128 * 128
-    return Tiling(rows, max(1, min(columns, source.columns)))
+    columns = min(_cached_columns(source, backend, rows), budget // (rows * per_entry + per_column))
+    if columns > WHOLE:
+        columns = columns // WHOLE * WHOLE
+    return Tiling(rows, max(1, min(columns, source.widest)))
+
+
+def _cached_columns(source: Source, backend: ModuleType, rows: int) -> int:
+    """Columns of a tile that is still in the cache when the fold reads what the product wrote."""
+    per_column = rows * (source.views + backend.SCRATCH) * source.dtype.itemsize
+    if source.device.type == "cpu":
+        return 16 * MIB // per_column  # half of a 32 MiB last-level cache: 2,048 columns beat 16,384 by a quarter
+    chip = torch.cuda.get_device_properties(source.device)
+    columns = 2 * chip.L2_cache_size // 3 // per_column
+    # A product runs in rounds of one 128 x 256 block per multiprocessor: a tile that fills whole rounds idles none.
+    blocks_down = -(-source.views * rows // 128)
+    rounds = blocks_down * (columns // 256) // chip.multi_processor_count
+    return max(rounds * chip.multi_processor_count // blocks_down * 256, 256) if rounds else columns
 
 
 def _buffer(source: Source, tiling: Tiling, tiles: int) -> Tensor:
@@ -117,135 +131,139 @@ def _tile(buffer: Tensor, tiles: int, rows: int, columns: slice) -> Tensor:
     return buffer[: tiles * rows * width].view(tiles, rows, width)
 
 
-def _concatenate(blocks: list) -> Any:
-    """Join the per-row results of row blocks, nested named tuples of `[rows]` tensors."""
-    first = blocks[0]
-    if first is None:
-        return None
-    if isinstance(first, Tensor):
-        return torch.cat(blocks)
-    return _rebuild(first, [_concatenate([block[i] for block in blocks]) for i in range(len(first))])
-
-
-def _select(values: Any, rows: Tensor) -> Any:
-    """The given rows of nested (named) tuples of `[rows]` tensors."""
-    if values is None:
-        return None
-    if isinstance(values, Tensor):
-        return values[rows]
-    return _rebuild(values, [_select(value, rows) for value in values])
-
-
-def _rebuild(like: tuple, fields: list) -> Any:
-    return type(like)(*fields) if hasattr(like, "_fields") else tuple(fields)
-
-
 def _row_blocks(source: Source, tiling: Tiling) -> Iterator[slice]:
     """Row tiles; one empty tile where there are no rows, so that results have their shapes all the same."""
     yield from tiling.row_tiles(source.rows) if source.rows else [slice(0, 0)]
 
 
-def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int) -> Softmax:
-    """One view: normaliser, entropy and log-probability of every row."""
-    tiling = choose_tiling(source, workspace)
-    buffer, scratch = _buffer(source, tiling, 1), _buffer(source, tiling, SCRATCH)
-    blocks = []
+def _merge(a: Tensor, b: Tensor) -> Tensor:
+    return pack(merge(unpack_stats(a), unpack_stats(b)))
+
+
+def _merge_pair(a: Tensor, b: Tensor) -> Tensor:
+    return pack(merge_pair(unpack_pair_stats(a), unpack_pair_stats(b)))
+
+
+def _fuses(source: Source, backend: ModuleType) -> bool:
+    """Whether the backend multiplies and folds in one kernel, without any tile."""
+    return hasattr(backend, "sweep_pair") and isinstance(source, LinearHead) and source.columns > 0
+
+
+def _fold_tiles(
+    source: Source,
+    backend: ModuleType,
+    targets: Tensor | None,
+    rows: slice,
+    column_tiles: list[slice],
+    buffers: list[Tensor],
+    scratch: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """Packed statistics of a block of rows, and its tiles; those stay what they are if there is a buffer for each."""
+    count = rows.stop - rows.start
+    stats, tiles = nothing(source.views, count, scratch), []
+    for index, columns in enumerate(column_tiles if count else []):
+        tile = source.logits(rows, columns, _tile(buffers[index % len(buffers)], source.views, count, columns))
+        work, first = _tile(scratch, backend.SCRATCH, count, columns), source.first + columns.start
+        if source.views == 1:
+            assert targets is not None
+            stats = backend.fold(tile[0], targets, first, stats, work)
+        else:
+            stats = backend.fold_pair(tile, targets, first, stats, work)
+        tiles.append(tile)
+    return stats, tiles
+
+
+def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int) -> Tensor:
+    """One view: normaliser, entropy and log-probability of every row, a packed `Softmax`, `[4, rows]`."""
+    tiling = choose_tiling(source, backend, workspace)
+    fused = _fuses(source, backend)
+    buffers = [] if fused else [_buffer(source, tiling, 1)]
+    scratch = _buffer(source, tiling, backend.SCRATCH)
+    column_tiles, blocks = list(tiling.column_tiles(source.columns)), []
     for rows in _row_blocks(source, tiling):
-        count, stats = rows.stop - rows.start, None
-        for columns in tiling.column_tiles(source.columns):
-            tile = source.logits(rows, columns, _tile(buffer, 1, count, columns))
-            part = backend.fold(tile[0], targets[rows], columns.start, _tile(scratch, SCRATCH, count, columns))
-            stats = part if stats is None else merge(stats, part)
-        assert stats is not None
-        blocks.append(finish(stats))
-    return _concatenate(blocks)
+        if fused and source.rows:
+            stats = backend.sweep(source, rows, targets[rows])
+        else:
+            stats, _ = _fold_tiles(source, backend, targets[rows], rows, column_tiles, buffers, scratch)
+        blocks.append(pack(finish(unpack_stats(merge_ranks(stats, source.group, _merge)))))
+    return torch.cat(blocks, dim=1)
 
 
 def forward_pair(
     source: Source, backend: ModuleType, targets: Tensor | None, workspace: int, jsd: bool
-) -> tuple[Pair, tuple[Tensor, Tensor] | None]:
-    """Two views: both softmaxes and `KL(p || q)` of every row; with `jsd` also the two halves of that divergence.
+) -> tuple[Tensor, Tensor | None]:
+    """Two views: both softmaxes and `KL(p || q)` of every row, a packed `Pair`, `[10, rows]`.
 
-    The Jensen-Shannon divergence needs both normalisers first, so a second fold follows over the tiles of the row
-    block, which are kept: no product is done twice.
+    With `jsd` also `[2, rows]`: the two halves of that divergence. It needs both normalisers first, so a second fold
+    follows over the tiles of the row block, which are kept: no product is done twice.
     """
-    tiling = choose_tiling(source, workspace, keep_tiles=jsd)
-    scratch = _buffer(source, tiling, SCRATCH)
+    tiling = choose_tiling(source, backend, workspace, keep_tiles=jsd)
+    fused = _fuses(source, backend) and not jsd
     column_tiles = list(tiling.column_tiles(source.columns))
-    buffers = [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
+    buffers = [] if fused else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
+    scratch = _buffer(source, tiling, backend.SCRATCH)
     blocks, halves = [], []
     for rows in _row_blocks(source, tiling):
-        count, stats, kept = rows.stop - rows.start, None, []
-        rows_targets = None if targets is None else targets[rows]
-        for index, columns in enumerate(column_tiles):
-            tile = source.logits(rows, columns, _tile(buffers[index if jsd else 0], 2, count, columns))
-            part = backend.fold_pair(tile, rows_targets, columns.start, _tile(scratch, SCRATCH, count, columns))
-            stats = part if stats is None else merge_pair(stats, part)
-            kept.append(tile)
-        assert stats is not None
-        pair = finish_pair(stats)
+        chosen = None if targets is None else targets[rows]
+        if fused and source.rows:
+            tiles: list[Tensor] = []
+            stats = backend.sweep_pair(source, rows, chosen)
+        else:
+            stats, tiles = _fold_tiles(source, backend, chosen, rows, column_tiles, buffers, scratch)
+        pair = pack(finish_pair(unpack_pair_stats(merge_ranks(stats, source.group, _merge_pair))))
         blocks.append(pair)
         if jsd:
-            parts = [backend.fold_jsd(tile, pair) for tile in kept]
-            halves.append(tuple(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))
-    return _concatenate(blocks), _concatenate(halves) if jsd else None
+            half = stats.new_zeros(2, rows.stop - rows.start)
+            for tile in tiles:
+                half = backend.fold_jsd(tile, pair, half)
+            halves.append(sum_ranks(half, source.group))
+    return torch.cat(blocks, dim=1), torch.cat(halves, dim=1) if jsd else None
 
 
-def _backward_tiles(source: Source, active: Tensor, workspace: int) -> Iterator[tuple[Tensor, slice, Tensor]]:
-    """Recomputed tiles of the active rows, all rows of a column tile before the next column tile."""
-    tiling = choose_tiling(source, workspace)
+def _backward_tiles(source: Source, backend: ModuleType, workspace: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Recomputed tiles, all rows of a column tile before the next column tile; none where there are no rows."""
+    tiling = choose_tiling(source, backend, workspace)
     buffer = _buffer(source, tiling, source.views)
-    if len(active) == 0:
-        return
     for columns in tiling.column_tiles(source.columns):
-        for block in tiling.row_tiles(len(active)):
-            rows = active[block]
-            yield rows, columns, source.logits(rows, columns, _tile(buffer, source.views, len(rows), columns))
+        for rows in tiling.row_tiles(source.rows):
+            tile = _tile(buffer, source.views, rows.stop - rows.start, columns)
+            yield rows, columns, source.logits(rows, columns, tile)
 
 
-def backward(
-    source: Source,
-    backend: ModuleType,
-    view: Softmax,
-    targets: Tensor,
-    grad_entropy: Tensor,
-    grad_logprobs: Tensor,
-    workspace: int,
-) -> None:
-    """Hand the source the gradient of all its tiles; rows whose upstream gradient is zero meet no product."""
-    active = ((grad_entropy != 0) | (grad_logprobs != 0)).nonzero().flatten()
-    for rows, columns, tile in _backward_tiles(source, active, workspace):
-        slope = source.transform.slope(tile)
-        backend.gradient_(
-            tile[0], _select(view, rows), targets[rows], columns.start, grad_entropy[rows], grad_logprobs[rows]
-        )
-        source.accumulate(rows, columns, tile.mul_(slope))
+def backward(source: Source, backend: ModuleType, view: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
+    """Hand the source the gradient of all its tiles.
+
+    Args:
+        source: Of the active rows, as are all the others.
+        view: `[4, rows]`, what `forward` returned.
+        targets: `[rows]`.
+        grads: `[2, rows]`, upstream of log-probability and entropy.
+        backend, workspace: As in the forward.
+    """
+    for rows, columns, tile in _backward_tiles(source, backend, workspace):
+        first = source.first + columns.start
+        backend.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+        source.accumulate(rows, columns, tile)
 
 
 def backward_pair(
     source: Source,
     backend: ModuleType,
-    pair: Pair,
-    jsd_parts: tuple[Tensor, Tensor] | None,
+    pair: Tensor,
+    halves: Tensor | None,
     targets: Tensor | None,
-    grad_divergence: Tensor,
-    grad_entropy: tuple[Tensor, Tensor],
-    grad_logprobs: tuple[Tensor | None, Tensor | None],
+    grads: Tensor,
     workspace: int,
 ) -> None:
-    """The same for two views and their divergence."""
-    upstream = [grad_divergence, *grad_entropy, *(g for g in grad_logprobs if g is not None)]
-    active = torch.stack([g != 0 for g in upstream]).any(0).nonzero().flatten()
-    for rows, columns, tile in _backward_tiles(source, active, workspace):
-        slope = source.transform.slope(tile)
+    """The same for two views; `grads` is upstream of (divergence, both entropies, both log-probabilities)."""
+    for rows, columns, tile in _backward_tiles(source, backend, workspace):
         backend.gradient_pair_(
             tile,
-            _select(pair, rows),
-            _select(jsd_parts, rows),
-            _select(targets, rows),
-            columns.start,
-            grad_divergence[rows],
-            _select(grad_entropy, rows),
-            _select(grad_logprobs, rows),
+            pair[:, rows],
+            None if halves is None else halves[:, rows],
+            None if targets is None else targets[rows],
+            source.first + columns.start,
+            grads[:, rows],
+            source.transform,
         )
-        source.accumulate(rows, columns, tile.mul_(slope))
+        source.accumulate(rows, columns, tile)

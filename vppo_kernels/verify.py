@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vppo_kernels import checks, reference
 from vppo_kernels.head import LogitTransform
+from vppo_kernels.parallel import Shard, gather_columns
 from vppo_kernels.statistics import DivergenceOutput, LogprobOutput
 
 SAMPLE = 16
@@ -18,11 +19,17 @@ def sample_rows(total: int, device: torch.device) -> Tensor:
 
 
 def exact_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, vocab_size: int
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, shard: Shard
 ) -> Tensor:
-    """`[rows, V]` logits of the sampled rows in float64."""
+    """`[rows, V]` logits of the sampled rows in float64, of all ranks' columns."""
     bias = None if bias is None else bias.double()
-    return reference.logits(hidden.double(), weight.double(), bias, vocab_size=vocab_size, **vars(transform))
+    local = reference.logits(hidden.double(), weight.double(), bias, vocab_size=shard.columns, **vars(transform))
+    return gather_columns(local, shard)
+
+
+def exact_transform(logits: Tensor, transform: LogitTransform, shard: Shard) -> Tensor:
+    """The same from `[rows, columns]` raw logits of this rank."""
+    return gather_columns(reference.transform(logits.double(), **vars(transform)), shard)
 
 
 def bound(field: str, expected: Tensor) -> Tensor:

@@ -1,11 +1,23 @@
 """What all tests of the kernels share: every test that computes runs once per backend."""
 
+import os
+
 import pytest
+import torch
 
-from vppo_kernels.backends import BACKENDS
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
+
+from vppo_kernels.backends import available
 
 
-@pytest.fixture(params=sorted(BACKENDS), scope="session")
+@pytest.fixture(params=available("cpu" if not torch.cuda.is_available() else "cuda"), scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
-    """Name of a backend of this installation."""
+    """Name of a backend that runs here."""
+    return request.param
+
+
+@pytest.fixture(params=available("cpu", torch.float64), scope="session")
+def backend_float64(request: pytest.FixtureRequest) -> str:
+    """Name of a backend that takes float64, for gradcheck."""
     return request.param

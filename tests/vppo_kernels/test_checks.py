@@ -157,8 +157,7 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
     (LOSSES, dict(entropy_coef="a"), ValueError, ("entropy_coef: got 'a'",)),
     (LOSSES, dict(kl_coef=0.1), ValueError, ("ref_logprobs: got None", "kl_coef")),
     ((vppo_loss,), dict(entropy_coef=0.1), ValueError, ("entropy: got None", "entropy_coef")),
-    # not there yet
-    ((linear_divergence, linear_logprob, divergence), dict(process_group=1), NotImplementedError, ("process_group",)),
+    ((linear_divergence, linear_logprob, divergence), dict(process_group=1), TypeError, ("process_group: got int",)),
 ]
 CASES = [
     pytest.param(function, change, error, parts, id=f"{function.__name__}-{parts[0]}")

@@ -189,7 +189,7 @@ def test_gradcheck_of_given_logits(backend: str, kind: str) -> None:
 def test_differentiable_once(backend: str) -> None:
     views = small_views()
     (first,) = torch.autograd.grad(run(views, backend).divergence.square().sum(), views.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         first.sum().backward()
 
 

@@ -8,6 +8,7 @@ from views import make_views
 
 from vppo_kernels import reference
 from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform
+from vppo_kernels.parallel import Shard
 
 TRANSFORMS = {
     "none": {},
@@ -29,20 +30,22 @@ def test_transform_and_its_slope(options: dict) -> None:
     assert torch.allclose(torch.ones_like(finished) * transform.slope(finished), slope, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [slice(2, 9), torch.tensor([8, 0, 3])], ids=["slice", "index"])
+@pytest.mark.parametrize("active", [None, torch.tensor([8, 0, 3, 9])], ids=["all rows", "some"])
 @pytest.mark.parametrize("columns", [slice(0, 100), slice(13, 14), slice(37, 95)], ids=str)
-def test_any_tile_of_a_head(rows: slice | torch.Tensor, columns: slice) -> None:
+def test_any_tile_of_a_head(active: torch.Tensor | None, columns: slice) -> None:
     views = make_views(rows=10, vocab=100, depth=8, dtype=torch.float64)
     options = dict(temperature=0.9, softcap=20.0)
-    hidden = (views.hidden, views.perturbed)
+    hidden = [views.hidden, views.perturbed]
     plain = torch.stack(views.logits(bias=True, **options))
-    tile = plain[:, rows, columns]
+    rows, shard = slice(1, 3), Shard(0, 100, 100, 100)
+    tile = (plain if active is None else plain[:, active])[:, rows, columns]
+    raw = [h @ views.weight.T + views.bias for h in hidden]
     sources = (
-        LinearHead(hidden, views.weight, views.bias, LogitTransform(**options), 100),
-        GivenLogits(tuple(h @ views.weight.T + views.bias for h in hidden), LogitTransform(**options), 100),
+        LinearHead(hidden, views.weight, views.bias, LogitTransform(**options), shard, active),
+        GivenLogits(raw, LogitTransform(**options), shard, active),
     )
     for source in sources:
-        assert (source.views, source.rows, source.columns) == (2, 10, 100)
+        assert (source.views, source.rows, source.columns) == (2, 10 if active is None else 4, 100)
         assert torch.allclose(source.logits(rows, columns, torch.empty(tile.shape, dtype=torch.float64)), tile)
 
 
@@ -51,6 +54,6 @@ def test_far_views_do_not_lend_each_other_their_rounding() -> None:
     weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     hidden = torch.full((3, 8), 1e5)
     perturbed = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    head = LinearHead((hidden, perturbed), weight, None, LogitTransform(), 50)
+    head = LinearHead([hidden, perturbed], weight, None, LogitTransform(), Shard(0, 50, 50, 50))
     logits = head.logits(slice(0, 3), slice(0, 50), torch.empty(2, 3, 50))
     assert torch.allclose(logits[1].double(), perturbed.double() @ weight.double().T, atol=1e-5)

@@ -1,156 +1,183 @@
-"""Selection and shaping: by property, against the plain definitions, and over two processes."""
+"""Trajectory factors and folded advantages: the definition, invariances, statistics from elsewhere and over ranks."""
 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import vppo_kernels as vk
-from vppo_kernels import reference
-from vppo_kernels.selection import keep_counts
-
-NAN = float("nan")
-RATIOS = [0.4, 0.07, 0.1, 1 / 3, 1e-6, 1.0]
+from vppo_kernels import (
+    TrajectoryStats,
+    reference,
+    topk_mask,
+    trajectory_scale,
+    trajectory_stats,
+    vppo_advantages,
+)
+from vppo_kernels.shaping import shape_advantages
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Scores with ties, `[B, T]`, and a mask with holes and empty rows; padding holds NaN."""
-    rows, length = draw(st.integers(1, 5)), draw(st.integers(1, 12))
-    values = draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 2.0, 7.0]), min_size=rows * length, max_size=rows * length))
-    flags = draw(st.lists(st.booleans(), min_size=rows * length, max_size=rows * length))
-    scores, mask = torch.tensor(values, dtype=torch.float64).view(rows, length), torch.tensor(flags).view(rows, length)
-    return torch.where(mask, scores, NAN), mask
+    rows, length = draw(st.integers(0, 6)), draw(st.integers(1, 12))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    scores = torch.rand(rows, length, generator=g) * draw(st.sampled_from([0.0, 1e-7, 0.1, 10.0]))
+    mask = torch.rand(rows, length, generator=g) < draw(st.sampled_from([0.1, 0.6, 1.0]))
+    return scores, mask
 
 
-@settings(max_examples=150, deadline=None)
-@given(batches(), st.sampled_from(RATIOS))
-def test_the_mask_is_the_definition(batch: tuple[Tensor, Tensor], ratio: float) -> None:
+scales = st.sampled_from([(0.9, None), (0.5, None), (0.9, 1.1), (1.0, 2.0), (0.3, 0.2)])
+
+
+@given(batches(), scales)
+def test_alpha_agrees_with_the_definition(batch: tuple[Tensor, Tensor], scale: tuple[float, float | None]) -> None:
     scores, mask = batch
-    keep = vk.topk_mask(scores, mask, ratio)
-    assert torch.equal(keep, reference.topk_mask(scores, mask, ratio))
-    assert not (keep & ~mask).any()
-    written = scores.clone()
-    assert vk.topk_mask_(written, mask, ratio) is written
-    assert torch.equal(written, keep.double())
+    alpha = trajectory_scale(scores, mask, scale_min=scale[0], scale_max=scale[1])
+    expected = reference.trajectory_scale(scores.double(), mask, *scale)
+    assert alpha.shape == (len(scores),) and alpha.dtype == torch.float32
+    # means one rounding apart are spread over the whole range where the spread is tiny
+    assert torch.allclose(alpha.double(), expected, atol=1e-4)
+    double = trajectory_scale(scores.double(), mask, scale_min=scale[0], scale_max=scale[1])
+    assert double.dtype == torch.float64 and torch.allclose(double, expected, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
-@given(batches(), st.randoms())
-def test_rows_and_padding_do_not_see_each_other(batch: tuple[Tensor, Tensor], random: object) -> None:
+@given(batches(), st.floats(0.1, 1.0))
+def test_dynamic_scale_has_mean_one_and_starts_at_scale_min(batch: tuple[Tensor, Tensor], low: float) -> None:
     scores, mask = batch
-    order = torch.randperm(len(scores))
-    assert torch.equal(vk.topk_mask(scores[order], mask[order], 0.4), vk.topk_mask(scores, mask, 0.4)[order])
-    alpha = vk.trajectory_scale(scores, mask)
-    assert torch.allclose(vk.trajectory_scale(scores[order], mask[order]), alpha[order])
-    wide = torch.cat([torch.full_like(scores, NAN), scores], dim=1)
-    wide_mask = torch.cat([torch.zeros_like(mask), mask], dim=1)
-    assert torch.equal(vk.topk_mask(wide, wide_mask, 0.4)[:, scores.shape[1] :], vk.topk_mask(scores, mask, 0.4))
-    assert torch.allclose(vk.trajectory_scale(wide, wide_mask), alpha)
+    alpha = trajectory_scale(scores.double(), mask, scale_min=low)
+    rows = mask.any(1)
+    assert (alpha[~rows] == 1).all()
+    if rows.any():
+        assert math.isclose(float(alpha[rows].mean()), 1, rel_tol=1e-9)
+        shaped = (alpha[rows] != 1).any()
+        assert not shaped or math.isclose(float(alpha[rows].min()), low, rel_tol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
-@given(batches(), st.sampled_from([None, 1.3]))
-def test_the_factor_is_the_definition(batch: tuple[Tensor, Tensor], scale_max: float | None) -> None:
+@given(batches(), scales, st.randoms(use_true_random=False), st.integers(0, 4), st.sampled_from([math.nan, 7.0]))
+def test_order_and_padding_do_not_matter(
+    batch: tuple[Tensor, Tensor], scale: tuple[float, float | None], random: Any, pad: int, value: float
+) -> None:
+    scores, mask = batch[0].double(), batch[1]
+    advantages = torch.randn(len(scores), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    options = dict(scale_min=scale[0], scale_max=scale[1])
+    shaped = vppo_advantages(advantages, scores, mask, **options)
+    rows = torch.tensor(random.sample(range(len(scores)), len(scores)), dtype=torch.long)
+    moved = vppo_advantages(advantages[rows], scores[rows], mask[rows], **options)
+    assert torch.allclose(moved, shaped[rows], rtol=1e-9)
+    padded = torch.nn.functional.pad(torch.where(mask, scores, value), (pad, 2), value=value)
+    wider = vppo_advantages(advantages, padded, torch.nn.functional.pad(mask, (pad, 2)), **options)
+    length = scores.shape[1]
+    assert torch.allclose(wider[:, pad : pad + length], shaped, rtol=1e-9)
+    assert not wider[:, :pad].any() and not wider[:, pad + length :].any()
+
+
+@given(batches(), scales, st.sampled_from([0.4, 1e-9, 1.0]), st.booleans())
+def test_advantages_are_alpha_times_advantage_times_mask(
+    batch: tuple[Tensor, Tensor], scale: tuple[float, float | None], ratio: float, per_token: bool
+) -> None:
     scores, mask = batch
-    alpha = vk.trajectory_scale(scores, mask, scale_max=scale_max)
-    assert torch.allclose(alpha, reference.trajectory_scale(scores, mask, scale_max=scale_max), atol=1e-12)
-    present = mask.any(1)
-    assert (alpha[~present] == 1).all()
-    if scale_max is None and present.any():
-        assert alpha[present].mean().item() == pytest.approx(1.0)
+    g = torch.Generator().manual_seed(1)
+    advantages = torch.randn(scores.shape if per_token else scores.shape[:1], generator=g)
+    options = dict(scale_min=scale[0], scale_max=scale[1])
+    shaped = shape_advantages(advantages, scores, mask, keep_ratio=ratio, **options)
+    keep, alpha = topk_mask(scores, mask, ratio), trajectory_scale(scores, mask, **options)
+    expanded = advantages if per_token else advantages.unsqueeze(1).expand_as(scores)
+    assert torch.equal(shaped.keep, keep) and torch.equal(shaped.alpha, alpha)
+    assert torch.equal(shaped.advantages, torch.where(keep, expanded * alpha.unsqueeze(1), 0))
+    assert torch.equal(vppo_advantages(advantages, scores, mask, keep_ratio=ratio, **options), shaped.advantages)
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_counts_are_exact_ceilings(ratio: float) -> None:
-    lengths = torch.arange(2001)
-    expected = [math.ceil(Fraction(str(ratio)) * n) for n in range(2001)]
-    assert keep_counts(lengths, ratio).tolist() == expected
+def test_single_trajectory_and_small_spread_are_not_shaped() -> None:
+    scores = torch.rand(1, 8)
+    assert trajectory_scale(scores, torch.ones(1, 8)).tolist() == [1.0]
+    one_full = torch.zeros(3, 8)
+    one_full[1] = 1
+    assert trajectory_scale(torch.rand(3, 8), one_full).tolist() == [1.0] * 3
+    base = torch.tensor([[0.25], [0.25], [0.25]], dtype=torch.float64)
+    for spread, shaped in ((0.0, False), (0.9e-6, False), (1.1e-6, True)):
+        alpha = trajectory_scale(base + spread * torch.tensor([[0.0], [0.5], [1.0]]), torch.ones(3, 1))
+        assert ((alpha != 1).any() == shaped) and torch.allclose(alpha.mean(), torch.ones((), dtype=torch.float64))
 
 
-def test_the_earlier_token_wins_a_tie() -> None:
-    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 1.0]])
-    assert vk.topk_mask(scores, torch.ones(1, 5), 0.4).tolist() == [[False, True, True, False, False]]
+def test_alpha_by_hand() -> None:
+    scores = torch.tensor([[0.0, 0.2], [0.5, 9.0], [0.4, 0.2]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
+    # means 0.1, 0.5, 0.3: u = 0, 1, 1/2
+    assert torch.allclose(trajectory_scale(scores, mask), torch.tensor([0.9, 1.1, 1.0]))
+    assert torch.allclose(trajectory_scale(scores, mask, scale_max=1.3), torch.tensor([0.9, 1.3, 1.1]))
+    stats = trajectory_stats(scores, mask)
+    assert [round(float(x), 6) for x in stats] == [0.1, 0.5, 0.3, 3]
 
 
-def test_one_trajectory_and_a_small_spread_are_left_alone() -> None:
-    scores = torch.rand(3, 8)
-    assert (vk.trajectory_scale(scores[:1], torch.ones(1, 8)) == 1).all()
-    flat = torch.ones(3, 8) + torch.tensor([0.0, 1e-7, 9e-7]).unsqueeze(1)
-    assert (vk.trajectory_scale(flat, torch.ones(3, 8)) == 1).all()
+@given(batches(), scales)
+def test_statistics_passed_in_are_those_used(batch: tuple[Tensor, Tensor], scale: tuple[float, float | None]) -> None:
+    scores, mask = batch[0].double(), batch[1]
+    options = dict(scale_min=scale[0], scale_max=scale[1])
+    own = trajectory_stats(scores, mask)
+    whole = trajectory_scale(scores, mask, **options)
+    assert torch.equal(trajectory_scale(scores, mask, stats=own, **options), whole)
+    assume(len(scores) > 1)
+    parts = [trajectory_scale(scores[i : i + 1], mask[i : i + 1], stats=own, **options) for i in range(len(scores))]
+    assert torch.allclose(torch.cat(parts), whole, rtol=1e-12)
+    numbers = TrajectoryStats(*(float(x) for x in own))
+    assert torch.allclose(trajectory_scale(scores, mask, stats=numbers, **options), whole, rtol=1e-12)
 
 
-def test_statistics_from_elsewhere() -> None:
-    scores, mask = torch.rand(6, 8), torch.ones(6, 8)
-    whole = vk.trajectory_stats(scores, mask)
-    parts = [vk.trajectory_scale(scores[i : i + 2], mask[i : i + 2], stats=whole) for i in (0, 2, 4)]
-    assert torch.allclose(torch.cat(parts), vk.trajectory_scale(scores, mask))
-    with pytest.raises(ValueError, match="stats: given together with process_group"):
-        vk.trajectory_scale(scores, mask, stats=whole, process_group=object())
-    alone = vk.TrajectoryStats(0.5, 1.0, 0.5, 4)  # a micro-batch whose only row is the minimum
-    assert vk.trajectory_scale(torch.full((1, 3), 0.5), torch.ones(1, 3), stats=alone).tolist() == pytest.approx([0.9])
+def test_text_only_rows_are_left_out() -> None:
+    scores, mask, advantages = torch.rand(4, 6), torch.ones(4, 6), torch.randn(4)
+    has_image = torch.tensor([1, 0, 1, 1])
+    shaped = shape_advantages(advantages, scores, mask, has_image=has_image)
+    seen = [0, 2, 3]
+    alone = shape_advantages(advantages[seen], scores[seen], mask[seen])
+    assert torch.equal(shaped.alpha[seen], alone.alpha) and shaped.alpha[1] == 1
+    assert torch.equal(shaped.keep[seen], alone.keep) and shaped.keep[1].all()
+    none = shape_advantages(advantages, scores, mask, has_image=torch.zeros(4))
+    assert torch.equal(none.advantages, advantages.unsqueeze(1).expand(4, 6))
 
 
-def test_text_only_rows_keep_everything_and_enter_nothing() -> None:
-    dependency, mask = torch.rand(4, 10), torch.ones(4, 10, dtype=torch.bool)
-    mask[:, 8:] = False
-    dependency[2] = NAN  # whatever a row without an image holds
-    has_image = torch.tensor([True, True, False, True])
-    got = vk.vppo_advantages(torch.tensor([1.0, -2.0, 3.0, 0.5]), dependency, mask, has_image=has_image)
-    assert (got[2, :8] == 3.0).all() and (got[:, 8:] == 0).all()
-    rest = [0, 1, 3]
-    expected = vk.vppo_advantages(torch.tensor([1.0, -2.0, 0.5]), dependency[rest], mask[rest])
-    assert torch.equal(got[rest], expected)
-    assert ((expected != 0).sum(1) == 4).all()  # ceil(0.4 * 8)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_scores_are_averaged_in_float32(dtype: torch.dtype) -> None:
+    scores = torch.rand(3, 3000).to(dtype) * 60
+    alpha = trajectory_scale(scores, torch.ones(3, 3000))
+    assert alpha.dtype == torch.float32
+    assert torch.allclose(alpha.double(), reference.trajectory_scale(scores.double(), torch.ones(3, 3000)), atol=1e-4)
+    assert vppo_advantages(torch.ones(3, dtype=dtype), scores, torch.ones(3, 3000)).dtype == dtype
 
 
-def test_an_empty_trajectory_contributes_nothing() -> None:
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    mask[1] = False
-    dependency = torch.where(mask, torch.rand(3, 5), NAN)
-    got = vk.vppo_advantages(torch.ones(3), dependency, mask)
-    assert (got[1] == 0).all() and torch.isfinite(got).all()
+# --- two processes
+
+SCORES = torch.rand(6, 5, generator=torch.Generator().manual_seed(4))
+MASK = torch.rand(6, 5, generator=torch.Generator().manual_seed(5)) < 0.6
+MASK[4:] = False
+SPLITS = ((slice(0, 2), slice(2, 6)), (slice(0, 4), slice(4, 6)), (slice(0, 0), slice(0, 6)))
 
 
-@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-def test_a_bad_score_is_an_error_or_poisons_what_it_touches(bad: float) -> None:
-    dependency, mask = torch.rand(3, 5), torch.ones(3, 5)
-    dependency[1, 2] = bad
-    for call in (
-        lambda: vk.topk_mask(dependency, mask, 0.4),
-        lambda: vk.trajectory_scale(dependency, mask),
-    ):
-        with pytest.raises(ValueError, match=r"scores: got (NaN|inf) at row 1"):
-            call()
-    with pytest.raises(ValueError, match=r"dependency: got (NaN|inf) at row 1"):
-        vk.vppo_advantages(torch.ones(3), dependency, mask)
-    assert torch.isnan(vk.vppo_advantages(torch.ones(3), dependency, mask, check=False)).any()
-
-
-@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, NAN])
-def test_a_ratio_outside_its_range_is_named(ratio: float) -> None:
-    with pytest.raises(ValueError, match="keep_ratio: got"):
-        vk.topk_mask(torch.rand(2, 3), torch.ones(2, 3), ratio)
-
-
-def _rank(rank: int, store: str, scores: Tensor, mask: Tensor, expected: Tensor) -> None:
+def _rank(rank: int, store: str) -> None:
+    """What each process computes: its slice of the batch, shaped by the statistics of both."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    half = slice(0, 2) if rank == 0 else slice(2, 5)
-    alpha = vk.trajectory_scale(scores[half], mask[half], process_group=dist.group.WORLD)
-    assert torch.allclose(alpha, expected[half])
-    dist.destroy_process_group()
+    try:
+        group, advantages = dist.group.WORLD, torch.arange(1.0, 7.0)
+        whole = shape_advantages(advantages, SCORES, MASK)
+        for split in SPLITS:
+            part = split[rank]
+            stats = trajectory_stats(SCORES[part], MASK[part], process_group=group)
+            torch.testing.assert_close(tuple(stats), tuple(trajectory_stats(SCORES, MASK)))
+            alpha = trajectory_scale(SCORES[part], MASK[part], process_group=group)
+            torch.testing.assert_close(alpha, whole.alpha[part])
+            folded = vppo_advantages(advantages[part], SCORES[part], MASK[part], process_group=group)
+            torch.testing.assert_close(folded, whole.advantages[part])
+    finally:
+        dist.destroy_process_group()
 
 
-def test_two_processes_have_the_statistics_of_one(tmp_path: Path) -> None:
-    scores, mask = torch.rand(5, 7), torch.rand(5, 7) < 0.7
-    expected = vk.trajectory_scale(scores, mask)
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), scores, mask, expected), nprocs=2)
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Ranks with unequal shares, with a share of empty rows, and with none at all."""
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)

@@ -14,7 +14,17 @@ from views import ABSOLUTE, divergence_bound
 
 from vppo_kernels import reference
 from vppo_kernels.backends import resolve
-from vppo_kernels.statistics import PairStats, SoftmaxStats, finish, finish_pair, merge, merge_pair
+from vppo_kernels.statistics import (
+    PairStats,
+    finish,
+    finish_pair,
+    merge,
+    merge_pair,
+    nothing,
+    pack,
+    unpack_pair_stats,
+    unpack_stats,
+)
 
 ROWS = 5
 
@@ -29,7 +39,9 @@ def logits(seed: int, columns: int, dtype: torch.dtype = torch.float32, distance
 
 def fold(backend: str, tile: Tensor, first: int = 0, targets: Tensor | None = None) -> PairStats:
     scratch = torch.full((3, *tile.shape[1:]), math.nan, dtype=tile.dtype)
-    return resolve(backend).fold_pair(tile.contiguous(), targets, first, scratch)
+    module = resolve(backend, tile.device, tile.dtype)
+    empty = nothing(2, tile.shape[1], tile)
+    return unpack_pair_stats(module.fold_pair(tile.contiguous(), targets, first, empty, scratch))
 
 
 def fold_parts(backend: str, tile: Tensor, cuts: list[int], targets: Tensor | None = None) -> list[PairStats]:
@@ -37,8 +49,8 @@ def fold_parts(backend: str, tile: Tensor, cuts: list[int], targets: Tensor | No
     return [fold(backend, tile[:, :, a:b], a, targets) for a, b in itertools.pairwise(edges)]
 
 
-def leaves(stats: tuple) -> list[Tensor]:
-    return [x for field in stats for x in (leaves(field) if isinstance(field, tuple) else [field]) if x is not None]
+def leaves(stats: PairStats) -> list[Tensor]:
+    return list(pack(stats))
 
 
 def assert_close(a: PairStats, b: PairStats, tolerance: float) -> None:
@@ -46,35 +58,29 @@ def assert_close(a: PairStats, b: PairStats, tolerance: float) -> None:
         assert torch.allclose(x, y, rtol=tolerance, atol=tolerance), (x, y)
 
 
-def identity(like: SoftmaxStats) -> SoftmaxStats:
-    zero = torch.zeros_like(like.max)
-    return SoftmaxStats(zero - math.inf, zero, zero, None if like.target is None else zero - math.inf)
-
-
 cuts = st.lists(st.integers(1, 39), max_size=12, unique=True).map(sorted)
 
 
 @given(st.integers(0, 10**6), cuts)
-def test_merged_folds_are_the_fold_of_the_whole(backend: str, seed: int, cuts: list[int]) -> None:
+def test_merged_folds_are_the_fold_of_the_whole(seed: int, cuts: list[int]) -> None:
     tile, targets = logits(seed, 40, torch.float64), torch.arange(ROWS) * 9
-    whole = fold(backend, tile, targets=targets)
-    merged, *rest = fold_parts(backend, tile, cuts, targets)
+    whole = fold("torch", tile, targets=targets)
+    merged, *rest = fold_parts("torch", tile, cuts, targets)
     for part in rest:
         merged = merge_pair(merged, part)
     assert_close(merged, whole, 1e-10)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 20), st.integers(21, 39))
-def test_merge_is_associative_and_commutative(backend: str, seed: int, first: int, second: int) -> None:
-    a, b, c = fold_parts(backend, logits(seed, 40, torch.float64), [first, second], torch.arange(ROWS))
+def test_merge_is_associative_and_commutative(seed: int, first: int, second: int) -> None:
+    a, b, c = fold_parts("torch", logits(seed, 40, torch.float64), [first, second], torch.arange(ROWS))
     assert_close(merge_pair(merge_pair(a, b), c), merge_pair(a, merge_pair(b, c)), 1e-10)
     assert_close(merge_pair(a, b), merge_pair(b, a), 1e-12)
 
 
 def test_an_empty_part_is_the_identity(backend: str) -> None:
     part = fold(backend, logits(0, 20), targets=torch.arange(ROWS))
-    zero = torch.zeros(ROWS)
-    empty = PairStats(identity(part.p), identity(part.q), zero, zero)
+    empty = unpack_pair_stats(nothing(2, ROWS, torch.empty(0)))
     for merged in (merge_pair(part, empty), merge_pair(empty, part), merge_pair(merge_pair(empty, empty), part)):
         assert_close(merged, part, 1e-6)
     both = merge_pair(empty, empty)
@@ -130,8 +136,11 @@ def test_a_column_that_only_the_second_view_sees(backend: str, cut: list[int], d
 
 def test_one_view_merges_and_finishes_alone(backend: str) -> None:
     tile, targets = logits(4, 50)[0], torch.arange(ROWS) * 12
-    folder = resolve(backend).fold
-    parts = [folder(tile[:, a:b].contiguous(), targets, a, torch.empty(3, ROWS, b - a)) for a, b in ((0, 7), (7, 50))]
+    module, empty = resolve(backend, tile.device, tile.dtype), nothing(1, ROWS, tile)
+    parts = [
+        unpack_stats(module.fold(tile[:, a:b].contiguous(), targets, a, empty.clone(), torch.empty(3, ROWS, b - a)))
+        for a, b in ((0, 7), (7, 50))
+    ]
     view = finish(merge(*parts))
     truth = reference.logprob_output(tile.double(), targets)
     assert torch.allclose(view.logprobs.double(), truth.logprobs, atol=ABSOLUTE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 from views import make_views
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob, linear_vppo_loss
@@ -19,20 +21,36 @@ def spoiled(function: Callable[..., Any], spoil: Callable[[Any], Any]) -> Callab
     return lambda *args, **kwargs: spoil(function(*args, **kwargs))
 
 
+def scaled(row: int, factor: float) -> Callable[[Tensor], Tensor]:
+    """A fault in one row of packed statistics: p's max, sum, moment, target, the same of q, gap, excess."""
+
+    def spoil(stats: Tensor) -> Tensor:
+        stats = stats.clone()
+        stats[row] *= factor
+        return stats
+
+    return spoil
+
+
 FAULTS: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
     # backend function, its fault, kind, the output that gives it away
-    "excess": ("fold_pair", lambda s: s._replace(excess=s.excess * 1.01), "kl", "divergence"),
-    "sum of p": ("fold_pair", lambda s: s._replace(p=s.p._replace(sum=s.p.sum * 1.01)), "kl", "divergence"),
-    "moment of q": (
-        "fold_pair",
-        lambda s: s._replace(q=s.q._replace(moment=s.q.moment * 1.01)),
-        "kl",
-        "entropy_perturbed",
-    ),
-    "target of p": ("fold_pair", lambda s: s._replace(p=s.p._replace(target=s.p.target * 1.01)), "kl", "logprobs"),
-    "halves": ("fold_jsd", lambda halves: tuple(1.01 * half for half in halves), "jsd", "divergence"),
-    "reverse": ("fold_pair", lambda s: s._replace(excess=s.excess * 0.99), "reverse_kl", "divergence"),
+    "excess": ("fold_pair", scaled(9, 1.01), "kl", "divergence"),
+    "sum of p": ("fold_pair", scaled(1, 1.01), "kl", "divergence"),
+    "moment of q": ("fold_pair", scaled(6, 1.01), "kl", "entropy_perturbed"),
+    "target of p": ("fold_pair", scaled(3, 1.01), "kl", "logprobs"),
+    "halves": ("fold_jsd", lambda halves: 1.01 * halves, "jsd", "divergence"),
+    "reverse": ("fold_pair", scaled(9, 0.99), "reverse_kl", "divergence"),
 }
+
+
+def faulty(backend: str, name: str, spoil: Callable[[Any], Any]) -> Any:
+    """The backend with a fault in one of its operations, and in the fused sweep that stands in for it."""
+    module = resolve(backend, torch.device("cpu"), torch.float32)
+    patches = contextlib.ExitStack()
+    for each in (name, name.replace("fold", "sweep")):
+        if hasattr(module, each):
+            patches.enter_context(mock.patch.object(module, each, spoiled(getattr(module, each), spoil)))
+    return patches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -52,21 +70,18 @@ def test_good_results_pass(backend: str, kind: str, dtype: torch.dtype) -> None:
 def test_a_pair_that_is_off_by_one_per_cent_is_caught(backend: str, fault: str) -> None:
     name, spoil, kind, output = FAULTS[fault]
     views = make_views(rows=40, vocab=500, divergences=(1e-3, 1.0))
-    module = resolve(backend)
     options: dict[str, Any] = dict(targets=views.targets, kind=kind, backend=backend, check=True)
-    with mock.patch.object(module, name, spoiled(getattr(module, name), spoil)):
+    with faulty(backend, name, spoil):
         with pytest.raises(RuntimeError, match=rf"check: {output} of row \d+ is .*reference gives .*bound"):
             linear_divergence(views.hidden, views.perturbed, views.weight, **options)
         with pytest.raises(RuntimeError, match=rf"check: {output} of row"):
             divergence(*views.logits(), **options)
 
 
-@pytest.mark.parametrize("field", ["sum", "moment", "target"])
-def test_a_view_that_is_off_by_one_per_cent_is_caught(backend: str, field: str) -> None:
+@pytest.mark.parametrize("row", [1, 2, 3], ids=["sum", "moment", "target"])
+def test_a_view_that_is_off_by_one_per_cent_is_caught(backend: str, row: int) -> None:
     views = make_views(rows=40, vocab=500)
-    module = resolve(backend)
-    fault = spoiled(module.fold, lambda s: s._replace(**{field: getattr(s, field) * 1.01}))
-    with mock.patch.object(module, "fold", fault):
+    with faulty(backend, "fold", scaled(row, 1.01)):
         with pytest.raises(RuntimeError, match=r"check: (logprobs|entropy) of row"):
             linear_logprob(views.hidden, views.weight, views.targets, backend=backend, check=True)
         with pytest.raises(RuntimeError, match=r"check: (logprobs|entropy) of row"):
@@ -85,14 +100,14 @@ def test_a_view_that_is_off_by_one_per_cent_is_caught(backend: str, field: str) 
 def test_one_bad_row_is_caught_and_named(backend: str) -> None:
     """The last row is always among the sample."""
     views = make_views(rows=33, vocab=100)
-    module = resolve(backend)
 
-    def spoil(stats: Any) -> Any:
-        stats.excess[-1] *= 2
+    def spoil(stats: Tensor) -> Tensor:
+        stats = stats.clone()
+        stats[9, -1] *= 2
         return stats
 
     with (
-        mock.patch.object(module, "fold_pair", spoiled(module.fold_pair, spoil)),
+        faulty(backend, "fold_pair", spoil),
         pytest.raises(RuntimeError, match="divergence of row 32"),
     ):
         linear_divergence(views.hidden, views.perturbed, views.weight, backend=backend, check=True)

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vppo_kernels import reference, tiling
+from vppo_kernels import ops, reference, tiling
 from vppo_kernels.statistics import DivergenceOutput
 
 ABSOLUTE = 2e-5  # log-probabilities and entropies, nats
@@ -109,7 +109,7 @@ def tiles_of(rows: int, columns: int) -> Iterator[None]:
     """Cut everything into tiles of this shape, whatever the tiling would choose."""
 
     def chosen(source: Any, *_: Any, **__: Any) -> tiling.Tiling:
-        return tiling.Tiling(min(rows, max(source.rows, 1)), min(columns, source.columns))
+        return tiling.Tiling(min(rows, max(source.rows, 1)), min(columns, max(source.columns, 1)))
 
     with mock.patch.object(tiling, "choose_tiling", chosen):
         yield
@@ -138,14 +138,26 @@ def poisoned_buffers() -> Iterator[None]:
 def counted_products() -> Iterator[list[int]]:
     """Multiply-adds of every matrix product inside the block."""
     counts: list[int] = []
-    plain = torch.mm
 
-    def counting(a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
-        counts.append(a.shape[0] * a.shape[1] * b.shape[1])
-        return plain(a, b, **kwargs)
+    def counting(product: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            a, b = args[first : first + 2]
+            counts.append(a.shape[0] * a.shape[1] * b.shape[1])
+            return product(*args, **kwargs)
 
-    with mock.patch.object(torch, "mm", counting):
+        return counted
+
+    with (
+        mock.patch.object(torch, "mm", counting(torch.mm, 0)),
+        mock.patch.object(Tensor, "addmm_", counting(Tensor.addmm_, 1)),
+    ):
         yield counts
+
+
+OPENED = {
+    torch.ops.vppo_kernels.sweep.default: ops.run_sweep,
+    torch.ops.vppo_kernels.sweep_backward.default: ops.run_sweep_backward,
+}
 
 
 class PeakMemory(TorchDispatchMode):
@@ -161,7 +173,11 @@ class PeakMemory(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._see(tensor, given=True)
-        out = func(*args, **(kwargs or {}))
+        if func in OPENED:  # what an operator does inside is seen by entering again
+            with self:
+                out = OPENED[func](*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor, given=False)

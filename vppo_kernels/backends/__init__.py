@@ -1,22 +1,64 @@
-"""The tile operations, once per kind of machine. A backend folds tiles and writes gradients; it knows nothing else."""
+"""The tile operations, once per kind of machine. A backend folds tiles and writes gradients; it knows nothing else.
+
+Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and `gradient_pair_` (`torch.py` says what
+each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
+`PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
-from vppo_kernels.backends import torch as torch_backend
+from torch import device as Device
+from torch import dtype as Dtype
+from torch import float32, float64
 
-BACKENDS: dict[str, ModuleType] = {"torch": torch_backend}
+NAMES = ("torch", "triton", "triton_fused")
 
 
-def resolve(name: str) -> ModuleType:
-    """The backend module of that name; "auto" takes the best one present.
+def _missing(name: str, device: Device, dtype: Dtype) -> str:
+    """Why a backend cannot take tensors of this device and dtype; "" if it can."""
+    if name == "torch":
+        return ""
+    if not _installed("triton"):
+        return "Triton is not installed"
+    if dtype == float64:
+        return "it takes float32, bfloat16 and float16"
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return "Triton needs a GPU (or TRITON_INTERPRET=1)"
+    return ""
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]:
+    """Names of the backends that take tensors of this device and dtype."""
+    return [name for name in NAMES if not _missing(name, Device(device), dtype)]
+
+
+def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
+    """The backend module of that name; "auto" takes Triton's on a GPU, plain torch everywhere else.
 
     Raises:
-        ValueError: `name` is no backend of this installation.
+        ValueError: There is no such backend, or not for these tensors.
     """
     if name == "auto":
-        return torch_backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, takes one of {['auto', *BACKENDS]}")
-    return BACKENDS[name]
+        name = "triton" if device.type == "cuda" and not _missing("triton", device, dtype) else "torch"
+    if name not in NAMES:
+        raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
+    reason = _missing(name, device, dtype)
+    if reason:
+        raise ValueError(f"backend: got {name!r}, takes one of {['auto', *available(device, dtype)]} here: {reason}")
+    return import_module(f"vppo_kernels.backends.{name}")

@@ -12,7 +12,23 @@ import math
 import torch
 from torch import Tensor
 
-from vppo_kernels.statistics import Pair, PairStats, Softmax, SoftmaxStats
+from vppo_kernels.head import LogitTransform
+from vppo_kernels.statistics import (
+    Pair,
+    PairStats,
+    Softmax,
+    SoftmaxStats,
+    merge,
+    merge_pair,
+    pack,
+    unpack_pair,
+    unpack_pair_stats,
+    unpack_softmax,
+    unpack_stats,
+)
+
+SCRATCH = 3  # tiles of working space that a fold uses beside each view's logits
+PEAK = 14  # tiles alive in the hungriest step, counted: the gradient of the Jensen-Shannon divergence, or far views
 
 
 def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -20,20 +36,27 @@ def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mul(a, b, out=out).sum(1)
 
 
-def _target_logit(tile: Tensor, targets: Tensor | None, first: int) -> Tensor | None:
+def _target_logit(tile: Tensor, targets: Tensor | None, first: int) -> Tensor:
     if targets is None:
-        return None
+        return tile.new_full((len(tile),), -math.inf)
     column = targets - first
     inside = (column >= 0) & (column < tile.shape[1])
     value = tile.gather(1, column.clamp(0, tile.shape[1] - 1).unsqueeze(1)).squeeze(1)
     return torch.where(inside, value, -math.inf)
 
 
-def fold(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> SoftmaxStats:
-    """Statistics of one view of one tile; `first` is the vocabulary index of its first column.
+def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
+    """Statistics of one view, `[4, rows]`, with one more tile; `first` is the vocabulary index of its first column."""
+    return pack(merge(unpack_stats(stats), _part(tile, targets, first, scratch)))
 
-    Leaves `exp(tile - max)` in `scratch[1]`.
-    """
+
+def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
+    """Statistics of both views, `[10, rows]`, with one more tile."""
+    return pack(merge_pair(unpack_pair_stats(stats), _part_pair(tile, targets, first, scratch)))
+
+
+def _part(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> SoftmaxStats:
+    """Statistics of one tile alone; leaves `exp(tile - max)` in `scratch[1]`."""
     shifted, weights = scratch[0], scratch[1]
     top = tile.amax(1)
     torch.sub(tile, top.unsqueeze(1), out=shifted)
@@ -41,11 +64,11 @@ def fold(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> S
     return SoftmaxStats(top, weights.sum(1), _dot(weights, shifted, out=shifted), _target_logit(tile, targets, first))
 
 
-def fold_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> PairStats:
-    """Statistics of both views of one tile, with the mean gap and the excess about it."""
+def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> PairStats:
+    """The same for both views, with the mean gap and the excess about it."""
     z_p, z_q = tile[0], tile[1]
-    q = fold(z_q, targets, first, scratch)
-    p = fold(z_p, targets, first, scratch)
+    q = _part(z_q, targets, first, scratch)
+    p = _part(z_p, targets, first, scratch)
     x, weights, phi = scratch[0], scratch[1], scratch[2]
     torch.sub(z_p, z_q, out=x).sub_((p.max - q.max).unsqueeze(1))
     gap = _dot(weights, x, out=phi) / p.sum
@@ -72,10 +95,10 @@ def _log_share(d: Tensor) -> Tensor:
     return torch.where(d > -1.0, torch.log1p(torch.tanh(0.5 * d)), math.log(2) - torch.nn.functional.softplus(-d))
 
 
-def fold_jsd(tile: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
-    """This tile's part of `(KL(p || m), KL(q || m))`, `[rows]` each; their mean is the Jensen-Shannon divergence."""
-    p, q, d = _probabilities(tile, pair)
-    return p.mul_(_log_share(d)).sum(1), q.mul_(_log_share(-d)).sum(1)
+def fold_jsd(tile: Tensor, pair: Tensor, halves: Tensor) -> Tensor:
+    """`(KL(p || m), KL(q || m))`, `[2, rows]`, with one more tile; their mean is the Jensen-Shannon divergence."""
+    p, q, d = _probabilities(tile, unpack_pair(pair))
+    return halves.add_(torch.stack([p.mul_(_log_share(d)).sum(1), q.mul_(_log_share(-d)).sum(1)]))
 
 
 def _probabilities(tile: Tensor, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,9 +117,7 @@ def _log_softmax(z: Tensor, view: Softmax) -> Tensor:
     return (z - view.max.unsqueeze(1)).sub_(view.log_sum.unsqueeze(1))
 
 
-def _add_at_targets(grad: Tensor, targets: Tensor | None, first: int, value: Tensor | None) -> None:
-    if targets is None or value is None:
-        return
+def _add_at_targets(grad: Tensor, targets: Tensor, first: int, value: Tensor) -> None:
     column = targets - first
     inside = (column >= 0) & (column < grad.shape[1])
     value = torch.where(inside, value, 0.0)
@@ -114,42 +135,57 @@ def _view_gradient(
 
 
 def gradient_(
-    tile: Tensor, view: Softmax, targets: Tensor, first: int, grad_entropy: Tensor, grad_logprobs: Tensor
+    tile: Tensor, view: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
 ) -> None:
-    """Overwrite one view's tile with the gradient of its log-probability and entropy, given theirs (`[rows]`)."""
-    logp = _log_softmax(tile, view)
-    tile.copy_(_view_gradient(logp, view, grad_entropy, grad_logprobs, 0.0))
-    _add_at_targets(tile, targets, first, grad_logprobs)
+    """Overwrite one view's tile with the gradient of raw logits, given `grads`, `[2, rows]`: log-probability, entropy.
+
+    `view` is a packed `Softmax`, `[4, rows]`.
+    """
+    slope, softmax = transform.slope(tile), unpack_softmax(view)
+    logp = _log_softmax(tile, softmax)
+    tile.copy_(_view_gradient(logp, softmax, grads[1], grads[0], 0.0))
+    _add_at_targets(tile, targets, first, grads[0])
+    tile.mul_(slope)
 
 
 def gradient_pair_(
     tile: Tensor,
-    pair: Pair,
-    jsd_parts: tuple[Tensor, Tensor] | None,
+    pair: Tensor,
+    halves: Tensor | None,
     targets: Tensor | None,
     first: int,
-    grad_divergence: Tensor,
-    grad_entropy: tuple[Tensor, Tensor],
-    grad_logprobs: tuple[Tensor | None, Tensor | None],
+    grads: Tensor,
+    transform: LogitTransform,
 ) -> None:
-    """Overwrite both views' tile with the gradient of all outputs, given theirs (`[rows]`).
+    """Overwrite both views' tile with the gradient of raw logits, given that of all outputs.
 
-    The divergence is `KL(p || q)`, or the Jensen-Shannon divergence when its two halves are given as `jsd_parts`.
+    Args:
+        tile: `[2, rows, columns]`.
+        pair: A packed `Pair`, `[10, rows]`.
+        halves: `[2, rows]` where the divergence is Jensen-Shannon's; None where it is `KL(p || q)`.
+        targets: `[rows]` or None.
+        first: Vocabulary index of the tile's first column.
+        grads: `[5, rows]`, of divergence, entropy of p and q, log-probability of p and q; `[3, rows]` without targets.
+        transform: Of raw logits to these.
     """
+    slope, both = transform.slope(tile), unpack_pair(pair)
     z_p, z_q = tile[0], tile[1]
-    scale = grad_divergence.unsqueeze(1)
-    centred = _centred_gap(tile, pair)
-    logp, logq = _log_softmax(z_p, pair.p), _log_softmax(z_q, pair.q)
-    d = centred + pair.kl.unsqueeze(1)  # log(p / q)
-    if jsd_parts is None:
+    scale = grads[0].unsqueeze(1)
+    centred = _centred_gap(tile, both)
+    logp, logq = _log_softmax(z_p, both.p), _log_softmax(z_q, both.q)
+    d = centred + both.kl.unsqueeze(1)  # log(p / q)
+    if halves is None:
         # q - p over q: the difference of two exponentials would lose the digits of a small gap
         inner_p, inner_q = scale * centred, scale * -torch.expm1(d.clamp_max(1.0))
     else:
-        inner_p = 0.5 * scale * (_log_share(d) - jsd_parts[0].unsqueeze(1))
-        inner_q = 0.5 * scale * (_log_share(-d) - jsd_parts[1].unsqueeze(1))
-    z_p.copy_(_view_gradient(logp, pair.p, grad_entropy[0], grad_logprobs[0], inner_p))
-    z_q.copy_(_view_gradient(logq, pair.q, grad_entropy[1], grad_logprobs[1], inner_q))
-    if jsd_parts is None:  # what the clamp has cut off: p - e q
+        inner_p = 0.5 * scale * (_log_share(d) - halves[0].unsqueeze(1))
+        inner_q = 0.5 * scale * (_log_share(-d) - halves[1].unsqueeze(1))
+    grad_logprobs = (None, None) if targets is None else (grads[3], grads[4])
+    z_p.copy_(_view_gradient(logp, both.p, grads[1], grad_logprobs[0], inner_p))
+    z_q.copy_(_view_gradient(logq, both.q, grads[2], grad_logprobs[1], inner_q))
+    if halves is None:  # what the clamp has cut off: p - e q
         z_q.sub_(torch.where(d > 1.0, scale * (logp.exp_() - math.e * logq.exp_()), 0.0))
-    _add_at_targets(z_p, targets, first, grad_logprobs[0])
-    _add_at_targets(z_q, targets, first, grad_logprobs[1])
+    if targets is not None:
+        _add_at_targets(z_p, targets, first, grads[3])
+        _add_at_targets(z_q, targets, first, grads[4])
+    tile.mul_(slope)

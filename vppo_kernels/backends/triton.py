@@ -1,0 +1,257 @@
+"""The tile operations as Triton kernels: one program per row and one sweep over its tile, or elementwise in place.
+
+Contracts are those of `backends/torch.py`. Statistics stay in registers while a program walks its row and are merged
+with those of earlier tiles before they are written back, in place. Under `TRITON_INTERPRET=1` all of it runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vppo_kernels.backends.triton_math import fold_block, fold_block_pair, log_share, merge, merge_pair, phi
+from vppo_kernels.head import LogitTransform
+
+SCRATCH = 0  # nothing but the tile itself
+PEAK = 4  # tiles of one view alive at a time: two of logits, and their gradient in 16 bits
+WARPS = 4
+# Rows of a program and columns that it takes at a time. The interpreter pays by the operation, not by the element.
+ROWS, BLOCK = (64, 1024) if triton.knobs.runtime.interpret else (1, 1024)
+
+
+@triton.jit
+def _fold_kernel(
+    z_ptr, stats_ptr, targets_ptr, first, rows, columns,
+    HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    stats, z_ptr = stats_ptr + row, z_ptr + row * columns
+    top = tl.load(stats, mask=there, other=0.0)
+    total = tl.load(stats + rows, mask=there, other=0.0)
+    moment = tl.load(stats + 2 * rows, mask=there, other=0.0)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        inside = there[:, None] & (column < columns)
+        z = tl.load(z_ptr[:, None] + column, mask=inside, other=float("-inf"))
+        part_top, part_total, part_moment, _, _ = fold_block(z, inside)
+        top, total, moment = merge(top, total, moment, part_top, part_total, part_moment)
+    tl.store(stats, top, mask=there)
+    tl.store(stats + rows, total, mask=there)
+    tl.store(stats + 2 * rows, moment, mask=there)
+    if HAS_TARGETS:
+        target = tl.load(targets_ptr + row, mask=there, other=-1) - first
+        hit = there & (target >= 0) & (target < columns)
+        tl.store(stats + 3 * rows, tl.load(z_ptr + target, mask=hit, other=0.0), mask=hit)
+
+
+@triton.jit
+def _fold_pair_kernel(
+    z_ptr, stats_ptr, targets_ptr, first, rows, columns,
+    HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    stats, p_ptr, q_ptr = stats_ptr + row, z_ptr + row * columns, z_ptr + (rows + row) * columns
+    max_p = tl.load(stats, mask=there, other=0.0)
+    sum_p = tl.load(stats + rows, mask=there, other=0.0)
+    moment_p = tl.load(stats + 2 * rows, mask=there, other=0.0)
+    max_q = tl.load(stats + 4 * rows, mask=there, other=0.0)
+    sum_q = tl.load(stats + 5 * rows, mask=there, other=0.0)
+    moment_q = tl.load(stats + 6 * rows, mask=there, other=0.0)
+    gap = tl.load(stats + 8 * rows, mask=there, other=0.0)
+    excess = tl.load(stats + 9 * rows, mask=there, other=0.0)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        inside = there[:, None] & (column < columns)
+        z_p = tl.load(p_ptr[:, None] + column, mask=inside, other=float("-inf"))
+        z_q = tl.load(q_ptr[:, None] + column, mask=inside, other=float("-inf"))
+        a, b, c, d, e, f, g, h = fold_block_pair(z_p, z_q, inside)
+        max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
+            max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c, d, e, f, g, h
+        )
+    tl.store(stats, max_p, mask=there)
+    tl.store(stats + rows, sum_p, mask=there)
+    tl.store(stats + 2 * rows, moment_p, mask=there)
+    tl.store(stats + 4 * rows, max_q, mask=there)
+    tl.store(stats + 5 * rows, sum_q, mask=there)
+    tl.store(stats + 6 * rows, moment_q, mask=there)
+    tl.store(stats + 8 * rows, gap, mask=there)
+    tl.store(stats + 9 * rows, excess, mask=there)
+    if HAS_TARGETS:
+        target = tl.load(targets_ptr + row, mask=there, other=-1) - first
+        hit = there & (target >= 0) & (target < columns)
+        tl.store(stats + 3 * rows, tl.load(p_ptr + target, mask=hit, other=0.0), mask=hit)
+        tl.store(stats + 7 * rows, tl.load(q_ptr + target, mask=hit, other=0.0), mask=hit)
+
+
+@triton.jit
+def _field(packed, index, stride, there):
+    """One field of packed statistics, `[rows, 1]`."""
+    return tl.load(packed + index * stride, mask=there, other=0.0)[:, None]
+
+
+@triton.jit
+def _log_probabilities(z_p, z_q, pair, stride, there):
+    """`log p`, `log q`, and the gap of each column from the mean gap, `log(p / q) - KL`."""
+    max_p, max_q = _field(pair, 0, stride, there), _field(pair, 4, stride, there)
+    centred = (z_p - z_q) - (max_p - max_q) - _field(pair, 8, stride, there)
+    log_p, log_q = (z_p - max_p) - _field(pair, 1, stride, there), (z_q - max_q) - _field(pair, 5, stride, there)
+    return log_p, log_q, centred
+
+
+@triton.jit
+def _fold_jsd_kernel(
+    z_ptr, pair_ptr, pair_stride, halves_ptr, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    pair, p_ptr, q_ptr = pair_ptr + row, z_ptr + row * columns, z_ptr + (rows + row) * columns
+    half_p = tl.load(halves_ptr + row, mask=there, other=0.0)
+    half_q = tl.load(halves_ptr + row + rows, mask=there, other=0.0)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        inside = there[:, None] & (column < columns)
+        z_p = tl.load(p_ptr[:, None] + column, mask=inside, other=0.0)
+        z_q = tl.load(q_ptr[:, None] + column, mask=inside, other=0.0)
+        log_p, log_q, centred = _log_probabilities(z_p, z_q, pair, pair_stride, there)
+        d = centred + _field(pair, 9, pair_stride, there)
+        half_p += tl.sum(tl.where(inside, tl.exp(log_p) * log_share(d), 0.0), 1)
+        half_q += tl.sum(tl.where(inside, tl.exp(log_q) * log_share(-d), 0.0), 1)
+    tl.store(halves_ptr + row, half_p, mask=there)
+    tl.store(halves_ptr + row + rows, half_q, mask=there)
+
+
+@triton.jit
+def _slope(z, scale, to_cap, SOFTCAP: tl.constexpr):
+    """Derivative of finished logits by raw ones, from the finished ones."""
+    if SOFTCAP:
+        return scale * (1 - (z * to_cap) * (z * to_cap))
+    else:
+        return scale
+
+
+@triton.jit
+def _gradient_kernel(
+    z_ptr, view_ptr, view_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns, scale, to_cap,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    there = row < rows
+    inside = there[:, None] & (column < columns)
+    z_ptr, view, grads = z_ptr + (row * columns)[:, None] + column, view_ptr + row, grads_ptr + row
+    z = tl.load(z_ptr, mask=inside, other=0.0)
+    log_p = (z - _field(view, 0, view_stride, there)) - _field(view, 1, view_stride, there)
+    grad_logprob, grad_entropy = _field(grads, 0, grads_stride, there), _field(grads, 1, grads_stride, there)
+    grad = tl.exp(log_p) * (-grad_entropy * (log_p + _field(view, 2, view_stride, there)) - grad_logprob)
+    target = tl.load(targets_ptr + row, mask=there, other=-1)[:, None] - first
+    grad += tl.where(column == target, grad_logprob, 0.0)
+    tl.store(z_ptr, grad * _slope(z, scale, to_cap, SOFTCAP), mask=inside)
+
+
+@triton.jit
+def _gradient_pair_kernel(
+    z_ptr, pair_ptr, pair_stride, halves_ptr, halves_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns,
+    scale, to_cap, HAS_TARGETS: tl.constexpr, JSD: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    there = row < rows
+    inside = there[:, None] & (column < columns)
+    p_ptr, q_ptr = z_ptr + (row * columns)[:, None] + column, z_ptr + ((rows + row) * columns)[:, None] + column
+    pair, grads = pair_ptr + row, grads_ptr + row
+    z_p, z_q = tl.load(p_ptr, mask=inside, other=0.0), tl.load(q_ptr, mask=inside, other=0.0)
+    log_p, log_q, centred = _log_probabilities(z_p, z_q, pair, pair_stride, there)
+    d = centred + _field(pair, 9, pair_stride, there)  # log(p / q)
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    upstream = _field(grads, 0, grads_stride, there)
+    if JSD:
+        grad_p = 0.5 * upstream * p * (log_share(d) - _field(halves_ptr + row, 0, halves_stride, there))
+        grad_q = 0.5 * upstream * q * (log_share(-d) - _field(halves_ptr + row, 1, halves_stride, there))
+    else:
+        near = tl.minimum(d, 1.0)
+        grad_p = upstream * p * centred
+        # q - p over q: the difference of two exponentials would lose the digits of a small gap
+        grad_q = upstream * tl.where(d > 1.0, q - p, -q * (phi(near) + near))
+    grad_p -= _field(grads, 1, grads_stride, there) * p * (log_p + _field(pair, 2, pair_stride, there))
+    grad_q -= _field(grads, 2, grads_stride, there) * q * (log_q + _field(pair, 6, pair_stride, there))
+    if HAS_TARGETS:
+        target = tl.load(targets_ptr + row, mask=there, other=-1)[:, None] - first
+        hit = tl.where(column == target, 1.0, 0.0)
+        grad_p += _field(grads, 3, grads_stride, there) * (hit - p)
+        grad_q += _field(grads, 4, grads_stride, there) * (hit - q)
+    tl.store(p_ptr, grad_p * _slope(z_p, scale, to_cap, SOFTCAP), mask=inside)
+    tl.store(q_ptr, grad_q * _slope(z_q, scale, to_cap, SOFTCAP), mask=inside)
+
+
+def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
+    """See `backends/torch.py`; `stats` is updated in place."""
+    rows, columns = tile.shape
+    if tile.numel():
+        _fold_kernel[_grid(rows)](
+            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, num_warps=WARPS
+        )
+    return stats
+
+
+def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
+    """See `backends/torch.py`; `stats` is updated in place."""
+    _, rows, columns = tile.shape
+    if tile.numel():
+        _fold_pair_kernel[_grid(rows)](
+            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, num_warps=WARPS
+        )
+    return stats
+
+
+def fold_jsd(tile: Tensor, pair: Tensor, halves: Tensor) -> Tensor:
+    """See `backends/torch.py`; `halves` is updated in place."""
+    _, rows, columns = tile.shape
+    if tile.numel():
+        _fold_jsd_kernel[_grid(rows)](tile, pair, pair.stride(0), halves, rows, columns, ROWS, BLOCK, num_warps=WARPS)
+    return halves
+
+
+def gradient_(
+    tile: Tensor, view: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+) -> None:
+    """See `backends/torch.py`."""
+    rows, columns = tile.shape
+    if tile.numel():
+        _gradient_kernel[_grid(rows, columns)](
+            tile, view, view.stride(0), targets, grads, grads.stride(0), first, rows, columns,
+            *_slope_arguments(transform), ROWS, BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def gradient_pair_(
+    tile: Tensor,
+    pair: Tensor,
+    halves: Tensor | None,
+    targets: Tensor | None,
+    first: int,
+    grads: Tensor,
+    transform: LogitTransform,
+) -> None:
+    """See `backends/torch.py`."""
+    _, rows, columns = tile.shape
+    scale, to_cap, softcap = _slope_arguments(transform)
+    if tile.numel():
+        _gradient_pair_kernel[_grid(rows, columns)](
+            tile, pair, pair.stride(0), halves, 0 if halves is None else halves.stride(0), targets,
+            grads, grads.stride(0), first, rows, columns, scale, to_cap,
+            targets is not None, halves is not None, softcap, ROWS, BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def _grid(rows: int, columns: int = 1) -> tuple[int, int]:
+    return triton.cdiv(rows, ROWS), triton.cdiv(columns, BLOCK)
+
+
+def _slope_arguments(transform: LogitTransform) -> tuple[float, float, bool]:
+    cap = transform.softcap
+    to_cap = 0.0 if cap is None else transform.temperature / cap
+    return transform.logit_scale / transform.temperature, to_cap, cap is not None

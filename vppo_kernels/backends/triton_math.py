@@ -1,0 +1,107 @@
+"""The statistics of `vppo_kernels.statistics` inside a kernel: folding a block of logits, merging two parts.
+
+`z` is a `[rows, columns]` block of logits, -inf outside; statistics are `[rows]` vectors. Formulas and their reasons
+are those of `statistics.py` and `backends/torch.py`; only what hardware exponentials lack is added here.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def phi(x):
+    """`exp(x) - 1 - x`; a series where the difference would lose its digits (error 1e-9 of the value)."""
+    series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880)))
+    series = 0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series)))
+    return tl.where(tl.abs(x) < 0.5, x * x * series, tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def log_share(d):
+    """`log(p / m)` for `d = log(p / q)` and `m = (p + q) / 2`: `d / 2 - log cosh(d / 2)`."""
+    s = 0.25 * d * d
+    log_cosh = s * (0.5 + s * (-1 / 12 + s * (1 / 45 + s * (-17 / 2520 + s * (31 / 14175)))))
+    return tl.where(tl.abs(d) < 0.5, 0.5 * d - log_cosh, tl.minimum(d, 0.0) + LN_2 - tl.log(1 + tl.exp(-tl.abs(d))))
+
+
+@triton.jit
+def fold_block(z, inside):
+    """One view: (max, sum, moment), and of each column its weight and its distance from the maximum."""
+    top = tl.max(z, 1)
+    shifted = tl.where(inside, z - top[:, None], 0.0)
+    weights = tl.where(inside, tl.exp(shifted), 0.0)
+    return top, tl.sum(weights, 1), tl.sum(weights * shifted, 1), weights, shifted
+
+
+@triton.jit
+def fold_block_pair(z_p, z_q, inside):
+    """Two views: (max, sum, moment) of p and of q, gap, excess."""
+    max_p, sum_p, moment_p, weights, _ = fold_block(z_p, inside)
+    max_q, sum_q, moment_q, _, shifted_q = fold_block(z_q, inside)
+    x = tl.where(inside, (z_p - z_q) - (max_p - max_q)[:, None], 0.0)
+    gap = tl.sum(weights * x, 1) / sum_p
+    d = gap[:, None] - x
+    near = weights * phi(tl.minimum(d, 1.0))
+    far = tl.exp(shifted_q + gap[:, None]) - weights * (1 + d)  # exp(d) alone could overflow
+    excess = tl.sum(tl.where(inside, tl.where(d < 1.0, near, far), 0.0), 1)
+    return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
+
+
+@triton.jit
+def distance(part, whole):
+    """`part - whole <= 0`, finite also where one or both are -inf."""
+    return tl.maximum(tl.where(part == whole, 0.0, part - whole), -1.0e30)
+
+
+@triton.jit
+def merge(max_a, sum_a, moment_a, max_b, sum_b, moment_b):
+    """Statistics of the union of two disjoint parts, one view."""
+    top = tl.maximum(max_a, max_b)
+    down_a, down_b = distance(max_a, top), distance(max_b, top)
+    scale_a, scale_b = tl.exp(down_a), tl.exp(down_b)
+    total = scale_a * sum_a + scale_b * sum_b
+    moment = scale_a * (moment_a + down_a * sum_a) + scale_b * (moment_b + down_b * sum_b)
+    return top, total, moment
+
+
+@triton.jit
+def move_excess(excess, weight, d, down, both):
+    """A part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`."""
+    near = tl.exp(down) * phi(tl.minimum(d, 1.0))
+    far = tl.exp(both) - tl.exp(down) * (1 + d)
+    return tl.exp(both) * excess + tl.where(d < 1.0, near, far) * weight
+
+
+@triton.jit
+def merge_pair(
+    max_p_a, sum_p_a, moment_p_a, max_q_a, sum_q_a, moment_q_a, gap_a, excess_a,
+    max_p_b, sum_p_b, moment_p_b, max_q_b, sum_q_b, moment_q_b, gap_b, excess_b,
+):  # fmt: skip
+    """Statistics of the union of two disjoint parts, two views."""
+    max_p, sum_p, moment_p = merge(max_p_a, sum_p_a, moment_p_a, max_p_b, sum_p_b, moment_p_b)
+    max_q, sum_q, moment_q = merge(max_q_a, sum_q_a, moment_q_a, max_q_b, sum_q_b, moment_q_b)
+    down_a, down_b = distance(max_p_a, max_p), distance(max_p_b, max_p)
+    lower_a, lower_b = distance(max_q_a, max_q), distance(max_q_b, max_q)
+    mean_a, mean_b = gap_a + (down_a - lower_a), gap_b + (down_b - lower_b)
+    weight_a, weight_b = tl.exp(down_a) * sum_p_a, tl.exp(down_b) * sum_p_b
+    total = tl.maximum(sum_p, 1.0e-37)
+    gap = tl.where(
+        weight_a > weight_b,
+        mean_a + weight_b / total * (mean_b - mean_a),
+        mean_b + weight_a / total * (mean_a - mean_b),
+    )
+    excess = move_excess(excess_a, sum_p_a, gap - mean_a, down_a, lower_a + (gap - gap_a))
+    excess += move_excess(excess_b, sum_p_b, gap - mean_b, down_b, lower_b + (gap - gap_b))
+    return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent to a few ulp, near zero too."""
+    size = tl.minimum(tl.abs(x), 15.0)
+    e = phi(2 * size) + 2 * size  # exp(2 |x|) - 1
+    return tl.where(x < 0, -e, e) / (e + 2)

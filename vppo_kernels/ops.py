@@ -1,0 +1,170 @@
+"""The sweep and its backward as torch sees them: two opaque operators, which `torch.compile` passes over unopened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vppo_kernels import tiling
+from vppo_kernels.backends import resolve
+from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
+from vppo_kernels.parallel import Shard
+from vppo_kernels.statistics import unpack_pair, unpack_softmax
+
+FIELDS = {"logprob": 4, "kl": 10, "reverse_kl": 10, "jsd": 12}  # rows of `saved`
+
+
+def _order(kind: str, both: Any) -> Any:
+    """Reverse KL is KL of the swapped views."""
+    return both[::-1] if kind == "reverse_kl" else both
+
+
+def _shard(numbers: list[int], group: str) -> Shard:
+    first, columns, widest, total = numbers
+    return Shard(first, columns, widest, total, group)
+
+
+def _outputs(kind: str, targets: Tensor | None) -> int:
+    """Rows of `values`: (logprobs, entropy), or the fields of `DivergenceOutput`, of which two need targets."""
+    return 2 if kind == "logprob" else 3 if targets is None else 5
+
+
+def run_sweep(
+    views: list[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    transform: list[float],
+    shard: list[int],
+    group: str,
+    kind: str,
+    backend: str,
+    workspace: int,
+) -> tuple[Tensor, Tensor]:
+    """All rows against the whole vocabulary.
+
+    Args:
+        views: One or two `[rows, D]` hidden states, or without a weight `[rows, V]` logits.
+        weight, bias: `[V, D]` and `[V]`.
+        targets: `[rows]` int64.
+        transform: Fields of a `LogitTransform`, the last left out if there is no cap.
+        shard, group: Fields of a `Shard`.
+        kind: "logprob" for one view; "kl", "reverse_kl" or "jsd" for two.
+        backend: Its name.
+        workspace: Bound on working memory in bytes, 0 for the one in force.
+
+    Returns:
+        `values`, `[2, rows]` (logprobs, entropy) or `[3 or 5, rows]` (divergence, entropies, logprobs), through which
+        gradient flows, and `saved`, what the backward needs.
+    """
+    views = _order(kind, views)
+    options, part = LogitTransform(*transform), _shard(shard, group)
+    source = GivenLogits(views, options, part) if weight is None else LinearHead(views, weight, bias, options, part)
+    module = resolve(backend, source.device, source.dtype)
+    with full_precision(source.device):
+        if kind == "logprob":
+            assert targets is not None
+            saved = tiling.forward(source, module, targets, workspace)
+            view = unpack_softmax(saved)
+            return torch.stack([view.logprobs, view.entropy]), saved
+        packed, halves = tiling.forward_pair(source, module, targets, workspace, jsd=kind == "jsd")
+    pair = unpack_pair(packed)
+    value = pair.kl if halves is None else (0.5 * (halves[0] + halves[1])).clamp_min(0.0)
+    first, second = _order(kind, (pair.p, pair.q))
+    rows = [value, first.entropy, second.entropy, first.logprobs, second.logprobs]
+    saved = packed if halves is None else torch.cat([packed, halves])
+    return torch.stack(rows[: _outputs(kind, targets)]), saved
+
+
+def run_sweep_backward(
+    grad: Tensor,
+    saved: Tensor,
+    views: list[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    transform: list[float],
+    shard: list[int],
+    group: str,
+    kind: str,
+    backend: str,
+    workspace: int,
+    wants: list[bool],
+) -> list[Tensor]:
+    """Gradients of the views, then of weight and bias if there are any; of shape `[0]` where `wants` says no.
+
+    `grad` is that of `values`; rows where all of it is exactly zero meet no product.
+    """
+    rows = (grad != 0).any(0).nonzero().flatten()
+    active = None if len(rows) == grad.shape[1] else rows
+    if active is not None:
+        grad, saved = grad[:, active], saved[:, active]
+        targets = None if targets is None else targets[active]
+    if kind == "reverse_kl":
+        grad = grad[[0, 2, 1, 4, 3][: len(grad)]]
+
+    swapped, options, part = _order(kind, views), LogitTransform(*transform), _shard(shard, group)
+    want_views = tuple(_order(kind, wants[: len(views)]))
+    source: GivenLogits | LinearHead
+    if weight is None:
+        source = GivenLogits(swapped, options, part, active, want_views)
+    else:
+        want_bias = bias is not None and wants[-1]
+        source = LinearHead(swapped, weight, bias, options, part, active, (want_views, wants[len(views)], want_bias))
+    module = resolve(backend, source.device, source.dtype)
+    with full_precision(source.device):
+        if kind == "logprob":
+            assert targets is not None
+            tiling.backward(source, module, saved, targets, grad, workspace)
+        else:
+            halves = saved[10:] if kind == "jsd" else None
+            tiling.backward_pair(source, module, saved[:10], halves, targets, grad, workspace)
+    grad_views, *grad_head = source.gradients()
+    grads = [*_order(kind, grad_views), *grad_head][: len(wants)]
+    return [grad.new_empty(0) if g is None else g for g in grads]
+
+
+def _inputs(views: list[Tensor], weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+    """The tensors that can have a gradient."""
+    return [*views, *(x for x in (weight, bias) if x is not None)]
+
+
+# The plain functions keep names of their own: a test that follows every tensor cannot look into an operator.
+sweep = torch.library.custom_op("vppo_kernels::sweep", run_sweep, mutates_args=())
+sweep_backward = torch.library.custom_op("vppo_kernels::sweep_backward", run_sweep_backward, mutates_args=())
+
+
+@sweep.register_fake
+def _(views, weight, bias, targets, transform, shard, group, kind, backend, workspace):  # type: ignore[no-untyped-def]
+    dtype, rows = logit_dtype(*_inputs(views, weight, None)), views[0].shape[0]
+    empty = views[0].new_empty
+    return empty(_outputs(kind, targets), rows, dtype=dtype), empty(FIELDS[kind], rows, dtype=dtype)
+
+
+@sweep_backward.register_fake
+def _(grad, saved, views, weight, bias, targets, transform, shard, group, kind, backend, workspace, wants):  # type: ignore[no-untyped-def]
+    inputs = _inputs(views, weight, bias)
+    return [torch.empty_like(x) if want else grad.new_empty(0) for x, want in zip(inputs, wants, strict=True)]
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    views, weight, bias, targets, *ctx.options = inputs
+    ctx.views = len(views)
+    ctx.save_for_backward(*views, weight, bias, targets, output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *views, weight, bias, targets, saved = ctx.saved_tensors
+    want_views, want_weight, want_bias = ctx.needs_input_grad[:3]
+    wants = list(want_views)
+    if weight is not None:
+        wants += [want_weight] if bias is None else [want_weight, want_bias]
+    grads = sweep_backward(grad, saved, views, weight, bias, targets, *ctx.options, wants)
+    given = [g if want else None for g, want in zip(grads, wants, strict=True)] + [None, None]
+    count = ctx.views
+    return given[:count], given[count], given[count + 1], *(None,) * 7
+
+
+sweep.register_autograd(_gradients, setup_context=_save)
