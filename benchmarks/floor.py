@@ -10,9 +10,7 @@ from torch import Tensor
 COLUMNS = 32_768  # vocabulary entries per product: wide enough to run at full rate
 
 
-def head_products(
-    hidden: Tensor, weight: Tensor, backward: bool
-) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+def head_products(hidden: Tensor, weight: Tensor, backward: bool) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
     """The products of a head over all rows at once, tile by tile, into memory that is allocated here.
 
     Args:
@@ -30,7 +28,7 @@ def head_products(
     grad_hidden = grad_weight = None
     if backward:
         # not zeros, on which a GPU draws less power and clocks higher
-        grad_logits = 1e-3 * torch.randn(rows * columns, device=hidden.device).to(hidden.dtype)
+        grad_logits = 1e-3 * torch.randn(rows * columns, device=hidden.device, dtype=hidden.dtype)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
 

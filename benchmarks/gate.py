@@ -34,7 +34,9 @@ def judge_divergence(role: Role, value: Tensor, truth: Tensor) -> tuple[float, s
     multiple = _number(error / divergence_bound(truth))
     if role == "ours":
         negative = bool((value < 0).any())
-        wrong = "a negative divergence" if negative else f"error {multiple:.3g} x the bound" if not multiple <= 1 else ""
+        wrong = (
+            "a negative divergence" if negative else f"error {multiple:.3g} x the bound" if not multiple <= 1 else ""
+        )
         return multiple, wrong
     large = truth > PEER_ROWS
     share = _number(error[large].sum() / truth[large].sum()) if large.any() else 0.0

@@ -116,7 +116,7 @@ def _views(weight: Tensor, rows: int, generator: torch.Generator) -> tuple[Tenso
 
 
 def _log_shares(scores: Tensor, vocab: int, entropy: Tensor) -> Tensor:
-    """`[rows, GROUP]` log-probabilities, `log(1 - TAIL)` together: the softmax of scaled scores, with these entropies."""
+    """`[rows, GROUP]` log-probabilities with these entropies, `1 - TAIL` in all: the softmax of scaled scores."""
     scores, tail = scores.double(), TAIL * (math.log(vocab) - math.log(TAIL))
 
     def negative_entropy(sharpness: Tensor) -> Tensor:

@@ -122,17 +122,15 @@ class Truth:
         for view in views:
             got = gradients[view]
             assert got is not None
-            truth = sum(self._slopes[view][:, columns] @ w for columns, w in self._tiles())
-            errors.append(_relative(got[self.rows].double() - truth, truth))
+            truth = torch.zeros_like(self._hidden[view])
+            for columns, weight in self._tiles():
+                truth.addmm_(self._slopes[view][:, columns], weight)
+            errors.append(float((got[self.rows].double() - truth).norm() / truth.norm()))
         if gradients[2] is not None:
             wrong = size = 0.0
             for columns, _ in self._tiles():
-                truth = sum(self._slopes[view][:, columns].T @ self._hidden[view] for view in views)
+                truth = torch.stack([self._slopes[view][:, columns].T @ self._hidden[view] for view in views]).sum(0)
                 wrong += float((gradients[2][columns].double() - truth).square().sum())
                 size += float(truth.square().sum())
             errors.append((wrong / size) ** 0.5)
         return max(errors)
-
-
-def _relative(error: Tensor, truth: Tensor) -> float:
-    return float(error.norm() / truth.norm())

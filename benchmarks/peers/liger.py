@@ -1,4 +1,4 @@
-"""Liger's fused linear JSD, at the end of its scale where it is KL(teacher || student); the clean view is the teacher."""
+"""Liger's fused linear JSD with beta 0, which is KL(teacher || student); the clean view is the teacher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.pair import Pair
 
-NOTE = "mean over rows only; computes the perturbed view's gradient in the forward, always"
+NOTE = "returns the mean only; its forward computes the gradient already, of the perturbed view only"
 
 
 def divergence(pair: Pair) -> Callable[[], Tensor]:

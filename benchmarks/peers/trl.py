@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.pair import Pair
 
-NOTE = "gradient of the perturbed view only"
+NOTE = "differentiates the perturbed view only"
 
 
 def divergence(pair: Pair) -> Callable[[], Tensor]:

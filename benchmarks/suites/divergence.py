@@ -83,9 +83,11 @@ class Judge:
         """What the textbook formula in the inputs' dtype makes of the sample alone."""
         pair, rows = self.pair, self.truth.rows
         sample = Pair(pair.hidden[rows], pair.perturbed[rows], pair.weight, backward=True)
-        found = differentiated(sample, plain.divergence(sample))().gradients
-        spread = [torch.zeros_like(leaf).index_copy_(0, rows, g) for leaf, g in zip(pair.leaves[:2], found, strict=False)]
-        return self.truth.gradient_error((*spread, found[2]))
+        gradients: list[Tensor | None] = []
+        for leaf, found in zip(pair.leaves, differentiated(sample, plain.divergence(sample))().gradients, strict=True):
+            assert found is not None
+            gradients.append(found if leaf is pair.weight else torch.zeros_like(leaf).index_copy_(0, rows, found))
+        return self.truth.gradient_error(tuple(gradients))
 
     def __call__(self, contestant: Contestant, call: Call) -> Verdict:
         with self.pair.only(self.truth.rows):
