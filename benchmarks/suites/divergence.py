@@ -17,6 +17,8 @@ from benchmarks.pair import Pair, Truth, differentiated, make_pair
 from benchmarks.peers import plain
 from vppo_kernels import backends, linear_divergence
 
+FLOOR, OURS = "floor", "ours: "
+
 
 class Divergence(Suite):
     name = "divergence"
@@ -27,6 +29,9 @@ class Divergence(Suite):
 
     def rows(self, preset: str, device: torch.device) -> list[int]:
         return [1024, 4096, 16384, 32768] if device.type == "cuda" else [128 if preset == "tiny" else 512]
+
+    def entrants(self, device: torch.device, peers: list[str]) -> list[str]:
+        return [FLOOR, *peers, *(OURS + name for name in backend_names(device))]
 
     def case(self, setting: Setting, peers: list[str]) -> Case:
         dtype = torch.bfloat16 if setting.device.type == "cuda" else torch.float32
@@ -58,9 +63,9 @@ def contestants(pair: Pair, names: list[str]) -> list[Contestant]:
 
     known = peers("divergence")
     return [
-        Contestant("floor", "floor", floor, "matrix products alone"),
+        Contestant(FLOOR, "floor", floor, "matrix products alone"),
         *(Contestant(name, "peer", partial(peer, known[name]), known[name].NOTE) for name in names),
-        *(Contestant(f"ours: {name}", "ours", partial(ours, name)) for name in backend_names(pair.hidden.device)),
+        *(Contestant(OURS + name, "ours", partial(ours, name)) for name in backend_names(pair.hidden.device)),
     ]
 
 
