@@ -53,7 +53,7 @@ def linear_logprob(
     leading, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
     shard = parallel.shard_of(process_group, [flat], len(weight), vocab_size, "weight")
     checks.indices("targets", targets, leading, shard.total, weight.device, check)
-    flat_targets = targets.reshape(-1).long()
+    flat_targets = targets.reshape(-1).long().contiguous()
     values, _ = sweep(
         [flat], weight, bias, flat_targets, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
         tiling.current_workspace(),

@@ -104,6 +104,7 @@ def run_sweep_backward(
         targets = None if targets is None else targets[active]
     if kind == "reverse_kl":
         grad = grad[[0, 2, 1, 4, 3][: len(grad)]]
+    grad, saved = grad.contiguous(), saved.contiguous()  # kernels take fields of consecutive rows
 
     swapped, options, part = _order(kind, views), LogitTransform(*transform), _shard(shard, group)
     want_views = tuple(_order(kind, wants[: len(views)]))

@@ -144,9 +144,13 @@ def _merge_pair(a: Tensor, b: Tensor) -> Tensor:
     return pack(merge_pair(unpack_pair_stats(a), unpack_pair_stats(b)))
 
 
-def _fuses(source: Source, backend: ModuleType) -> bool:
+def _fuses(source: Source, backend: ModuleType, jsd: bool = False) -> bool:
     """Whether the backend multiplies and folds in one kernel, without any tile."""
-    return hasattr(backend, "sweep_pair") and isinstance(source, LinearHead) and source.columns > 0
+    # a cap's rounding must be the same here and in the backward, whose tiles torch caps
+    capped = source.transform.softcap is not None
+    return (
+        hasattr(backend, "sweep_pair") and isinstance(source, LinearHead) and source.columns > 0 and not (jsd or capped)
+    )
 
 
 def _fold_tiles(
@@ -198,7 +202,7 @@ def forward_pair(
     follows over the tiles of the row block, which are kept: no product is done twice.
     """
     tiling = choose_tiling(source, backend, workspace, keep_tiles=jsd)
-    fused = _fuses(source, backend) and not jsd
+    fused = _fuses(source, backend, jsd)
     column_tiles = list(tiling.column_tiles(source.columns))
     buffers = [] if fused else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
     scratch = _buffer(source, tiling, backend.SCRATCH)

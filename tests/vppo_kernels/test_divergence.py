@@ -151,12 +151,12 @@ def small_views() -> Views:
     "head", [{}, dict(temperature=0.7, logit_scale=1.5, softcap=2.0, vocab_size=7)], ids=["", "head"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(backend: str, kind: str, head: dict) -> None:
+def test_gradcheck(backend_float64: str, kind: str, head: dict) -> None:
     views = small_views()
 
     def library(hidden: Tensor, perturbed: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         given = Views(hidden, perturbed, weight, bias, views.targets)
-        return tuple(run(given, backend, kind=kind, bias=True, **head))  # type: ignore[return-value]
+        return tuple(run(given, backend_float64, kind=kind, bias=True, **head))  # type: ignore[return-value]
 
     def definition(hidden: Tensor, perturbed: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         given = Views(hidden, perturbed, weight, bias, views.targets)
@@ -174,21 +174,23 @@ def test_gradcheck(backend: str, kind: str, head: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck_of_given_logits(backend: str, kind: str) -> None:
+def test_gradcheck_of_given_logits(backend_float64: str, kind: str) -> None:
     views = small_views()
     logits = [z.detach().requires_grad_() for z in views.logits()]
 
     def library(z_p: Tensor, z_q: Tensor) -> tuple[Tensor, ...]:
         head = dict(temperature=0.7, softcap=2.0, vocab_size=7)
-        return tuple(divergence(z_p, z_q, targets=views.targets, kind=kind, backend=backend, **head))  # type: ignore
+        return tuple(divergence(z_p, z_q, targets=views.targets, kind=kind, backend=backend_float64, **head))  # type: ignore
 
     with tiles_of(3, 2):
         assert torch.autograd.gradcheck(library, logits)
 
 
-def test_differentiable_once(backend: str) -> None:
+def test_differentiable_once(backend_float64: str) -> None:
     views = small_views()
-    (first,) = torch.autograd.grad(run(views, backend).divergence.square().sum(), views.hidden, create_graph=True)
+    (first,) = torch.autograd.grad(
+        run(views, backend_float64).divergence.square().sum(), views.hidden, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="no autograd formula"):
         first.sum().backward()
 

@@ -60,13 +60,13 @@ def test_leading_dimensions_and_int32_targets(backend: str) -> None:
 
 
 @pytest.mark.parametrize("head", [{}, dict(temperature=0.7, logit_scale=1.5, softcap=2.0)], ids=["", "head"])
-def test_gradcheck(backend: str, head: dict) -> None:
+def test_gradcheck(backend_float64: str, head: dict) -> None:
     g = torch.Generator().manual_seed(3)
     inputs = [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((4, 3), (7, 3), (7,))]
     targets = torch.tensor([0, 6, 3, 3])
 
     def library(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return tuple(linear_logprob(hidden, weight, targets, bias, backend=backend, **head))
+        return tuple(linear_logprob(hidden, weight, targets, bias, backend=backend_float64, **head))
 
     def definition(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return tuple(reference.logprob_output(reference.logits(hidden, weight, bias, **head), targets))

@@ -337,16 +337,16 @@ def from_hidden(
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_from_hidden_states_it_is_the_same_loss(backend: str, options: dict, head: dict) -> None:
+def test_from_hidden_states_it_is_the_same_loss(backend_float64: str, options: dict, head: dict) -> None:
     """Values, gradients of hidden states, weight and bias, and metrics."""
-    ours, plain, metrics, expected = from_hidden(options, head, backend)
+    ours, plain, metrics, expected = from_hidden(options, head, backend_float64)
     assert_all_close(ours, plain)
     assert metrics.keys() == expected.keys()
     assert_all_close(tuple(metrics.values()), tuple(expected[name] for name in metrics))
 
 
-def test_from_hidden_states_without_dependency(backend: str) -> None:
-    ours, plain, metrics, expected = from_hidden({}, {}, backend, with_dependency=False)
+def test_from_hidden_states_without_dependency(backend_float64: str) -> None:
+    ours, plain, metrics, expected = from_hidden({}, {}, backend_float64, with_dependency=False)
     assert_all_close(ours, plain)
     assert metrics.keys() == expected.keys()
 
@@ -369,7 +369,7 @@ def test_from_hidden_states_in_the_dtypes_of_training(backend: str, dtype: torch
 
 
 @pytest.mark.parametrize("coefficients", [{}, dict(nll_coef=0.1)], ids=["kept rows", "every response token"])
-def test_only_rows_that_can_carry_gradient_meet_the_weight(backend: str, coefficients: dict) -> None:
+def test_only_rows_that_can_carry_gradient_meet_the_weight(backend_float64: str, coefficients: dict) -> None:
     given = batch()
     del given["logprobs"]
     given["advantages"][1] = 0
@@ -379,7 +379,9 @@ def test_only_rows_that_can_carry_gradient_meet_the_weight(backend: str, coeffic
     hidden = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
     with counted_products() as forward:
-        loss, _ = linear_vppo_loss(hidden, weight, torch.zeros(B, T).long(), **given, backend=backend, **coefficients)
+        loss, _ = linear_vppo_loss(
+            hidden, weight, torch.zeros(B, T).long(), **given, backend=backend_float64, **coefficients
+        )
     assert 0 < rows < B * T and sum(forward) == rows * V * D
     with counted_products() as backward:
         loss.backward()

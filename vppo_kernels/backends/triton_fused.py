@@ -4,7 +4,7 @@ A program takes a block of rows and a part of the vocabulary. It multiplies tile
 tile of the weight, folds each into its statistics and writes those; a second kernel merges the parts. Nothing of the
 size of a logits tile exists, so it also works in a few MiB. A library's matrix product is faster than this one as long
 as its tiles stay in the cache: "auto" does not choose this backend. It is for a workspace too small for useful tiles,
-and for few rows.
+and for few rows. Jensen-Shannon divergences, capped logits, logits that are given, and gradients go through tiles.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vppo_kernels.backends.triton import (
     gradient_,
     gradient_pair_,
 )
-from vppo_kernels.backends.triton_math import fold_block, fold_block_pair, merge, merge_pair, tanh
+from vppo_kernels.backends.triton_math import fold_block, fold_block_pair, merge, merge_pair
 from vppo_kernels.head import LinearHead
 
 __all__ = [
@@ -38,21 +38,18 @@ PROGRAMS_PER_CORE = 4  # enough parts of the vocabulary that no multiprocessor i
 
 
 @triton.jit
-def _finished(z, bias_ptr, column, columns, scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Raw products to finished logits; `scale` is before the cap where there is one."""
+def _finished(z, bias_ptr, column, columns, scale, HAS_BIAS: tl.constexpr):
+    """Raw products to finished logits."""
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        return tanh(z * scale) * cap
-    else:
-        return z * scale
+    return z * scale
 
 
 @triton.jit
 def _sweep_kernel(
     h, w, bias_ptr, alike_ptr, targets_ptr, parts_ptr,
-    first, rows, columns, depth, w_stride, w_inner, span, splits, scale, cap,
-    PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, SOFTCAP: tl.constexpr, ALIKE: tl.constexpr,
+    first, rows, columns, depth, w_stride, w_inner, span, splits, scale,
+    PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, ALIKE: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -99,13 +96,13 @@ def _sweep_kernel(
             z_q += z_p * tl.load(alike_ptr + row, mask=there, other=0.0)[:, None]
         inside = there[:, None] & (column < columns)[None, :]
         outside = float("-inf")
-        z_p = _finished(z_p, bias_ptr, column[None, :], columns, scale, cap, HAS_BIAS, SOFTCAP)
+        z_p = _finished(z_p, bias_ptr, column[None, :], columns, scale, HAS_BIAS)
         z_p = tl.where(inside, z_p, outside)
         if HAS_TARGETS:
             hit = column[None, :] == target[:, None]
             target_p = tl.maximum(target_p, tl.max(tl.where(hit, z_p, outside), 1))
         if PAIR:
-            z_q = _finished(z_q, bias_ptr, column[None, :], columns, scale, cap, HAS_BIAS, SOFTCAP)
+            z_q = _finished(z_q, bias_ptr, column[None, :], columns, scale, HAS_BIAS)
             z_q = tl.where(inside, z_q, outside)
             if HAS_TARGETS:
                 target_q = tl.maximum(target_q, tl.max(tl.where(hit, z_q, outside), 1))
@@ -176,59 +173,53 @@ def _merge_parts_kernel(parts_ptr, stats_ptr, rows, splits, PAIR: tl.constexpr, 
         tl.store(out + 9 * rows, excess, mask=there)
 
 
-def configuration(capability: tuple[int, int] | None, pair: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Block sizes, warps and stages for a chip; `capability` is None for one that is not NVIDIA's.
+def configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, Any]:
+    """Block sizes, warps and stages.
 
-    Rows are few because both views' accumulators and the fold's temporaries share the registers: none may spill.
+    Both views' accumulators and the fold's temporaries share the registers of a program, and none may spill: that
+    bounds a block to 64 x 128 where descriptors do the addressing, to a quarter of it where registers do.
     """
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    if capability is not None and capability >= (9, 0):
-        return dict(BLOCK_M=64, BLOCK_N=128 if pair else 256, BLOCK_K=64, num_warps=8, num_stages=3)
-    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
+        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2)
+    if descriptors:
+        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3)
 
 
-def _descriptors(source: LinearHead, stacked: Tensor, config: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Tensor descriptors of both operands, where the chip and the operands' alignment allow them."""
-    weight = source.weight
+def _describable(stacked: Tensor, weight: Tensor) -> bool:
+    """Whether the chip has tensor descriptors (sm_90 on) and the operands are aligned as those need it."""
     if not weight.is_cuda or torch.version.hip or torch.cuda.get_device_capability(weight.device) < (9, 0):
-        return None
-    aligned = all(
+        return False
+    if weight.dtype != stacked.dtype or weight.dtype == torch.float32:  # float32 would spill
+        return False
+    return all(
         x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
         for x in (stacked, weight)
-    )
-    if not aligned or weight.dtype != stacked.dtype:
-        return None
-    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    return (
-        TensorDescriptor.from_tensor(stacked, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, [block_n, block_k]),
     )
 
 
 def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) -> Tensor:
     count, columns = rows.stop - rows.start, source.columns
     stacked, alike = source.stacked(rows)
-    on_nvidia = stacked.is_cuda and not torch.version.hip
-    capability = torch.cuda.get_device_capability(stacked.device) if on_nvidia else None
-    config = configuration(capability, pair, stacked.dtype)
+    h: Any = stacked
+    w: Any = source.weight
+    descriptors = _describable(h, w)
+    config = configuration(stacked.dtype, descriptors)
+    if descriptors:
+        h = TensorDescriptor.from_tensor(h, [config["BLOCK_M"], config["BLOCK_K"]])
+        w = TensorDescriptor.from_tensor(w, [config["BLOCK_N"], config["BLOCK_K"]])
     blocks, tiles = triton.cdiv(count, config["BLOCK_M"]), triton.cdiv(columns, config["BLOCK_N"])
     cores = torch.cuda.get_device_properties(stacked.device).multi_processor_count if stacked.is_cuda else 1
     span = triton.cdiv(tiles, max(1, min(tiles, cores * PROGRAMS_PER_CORE // blocks))) * config["BLOCK_N"]
     splits = triton.cdiv(columns, span)
     fields = 10 if pair else 4
     parts = torch.empty(splits, fields, count, device=stacked.device, dtype=torch.float32)
-    transform = source.transform
-    scale, cap = transform.logit_scale / transform.temperature, 0.0
-    if transform.softcap is not None:
-        scale, cap = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
-    described = _descriptors(source, stacked, config)
-    h, w = described or (stacked, source.weight)
+    scale = source.transform.logit_scale / source.transform.temperature
     _sweep_kernel[(blocks * splits,)](
-        h, w, source.bias, alike, targets, parts,
+        h, w, None if source.bias is None else source.bias.contiguous(), alike, targets, parts,
         source.first, count, columns, source.depth, source.weight.stride(0), source.weight.stride(1), span, splits,
-        scale, cap, pair, source.bias is not None, targets is not None, transform.softcap is not None,
-        alike is not None, described is not None, GROUP=GROUP, **config,
+        scale, pair, source.bias is not None, targets is not None, alike is not None, descriptors,
+        GROUP=GROUP, **config,
     )  # fmt: skip
     if splits == 1:
         return parts[0]

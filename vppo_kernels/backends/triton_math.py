@@ -97,11 +97,3 @@ def merge_pair(
     excess = move_excess(excess_a, sum_p_a, gap - mean_a, down_a, lower_a + (gap - gap_a))
     excess += move_excess(excess_b, sum_p_b, gap - mean_b, down_b, lower_b + (gap - gap_b))
     return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
-
-
-@triton.jit
-def tanh(x):
-    """Hyperbolic tangent to a few ulp, near zero too."""
-    size = tl.minimum(tl.abs(x), 15.0)
-    e = phi(2 * size) + 2 * size  # exp(2 |x|) - 1
-    return tl.where(x < 0, -e, e) / (e + 2)
