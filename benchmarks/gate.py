@@ -1,0 +1,61 @@
+"""The gates before any timing: how far a result may lie from float64.
+
+Two gates, because they answer two questions. Our own backends have promised a bound in every row, and one that breaks
+it is broken. The peers never promised it: most subtract two numbers of the size of the normaliser, or round logits to
+16 bits, and lose the small divergences. That is what the error column is there to show, so they are timed all the
+same, unless they compute something else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.contest import Role
+
+PEER_ROWS = 1e-2  # nats: the gate of the peers looks at rows above it
+PEER_SHARE = 0.25  # of the sum over those rows, and of a gradient's norm; logits in bfloat16 alone take up to 0.1
+
+
+def divergence_bound(truth: Tensor) -> Tensor:
+    """How far a divergence in float32 may lie from float64, per row: the last digits, and the rounding of logits."""
+    return 1e-5 * truth + 3e-6 * truth.sqrt() + 1e-8
+
+
+def judge_divergence(role: Role, value: Tensor, truth: Tensor) -> tuple[float, str]:
+    """Largest error as a multiple of the bound, and what is wrong ("" if nothing is).
+
+    Args:
+        role: Whose gate.
+        value: `[rows]` or scalar result.
+        truth: The same in float64, not negative.
+    """
+    error = (value.double() - truth).abs()
+    multiple = _number(error / divergence_bound(truth))
+    if role == "ours":
+        negative = bool((value < 0).any())
+        wrong = (
+            "a negative divergence" if negative else f"error {multiple:.3g} x the bound" if not multiple <= 1 else ""
+        )
+        return multiple, wrong
+    large = truth > PEER_ROWS
+    share = _number(error[large].sum() / truth[large].sum()) if large.any() else 0.0
+    return multiple, "" if share <= PEER_SHARE else f"error {share:.3g} of the divergences"
+
+
+def judge_gradient(role: Role, error: float, plain_error: float) -> tuple[float, str]:
+    """The same for a gradient.
+
+    Args:
+        role: Whose gate.
+        error: Norm of the error over the norm of the gradient in float64.
+        plain_error: The same of the textbook formula with the same inputs in the same dtype.
+    """
+    multiple = error / (plain_error + 1e-6)
+    limit = plain_error + 1e-6 if role == "ours" else PEER_SHARE
+    return multiple, "" if error <= limit else f"gradient error {error:.3g} of its norm"
+
+
+def _number(values: Tensor) -> float:
+    """The largest; infinity where one is not a number."""
+    return float(torch.where(values.isnan(), torch.inf, values).max())

@@ -1,0 +1,68 @@
+"""The picture of a result: a small chart per case, time over the floor's."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.report import MIB, CaseResult, Result, duration
+from vppo.figures import Plot
+from vppo.theme import LIGHT, Theme
+
+FLOOR_LINE = (0, (2, 2))
+
+
+def png(result: Result) -> bytes:
+    """A PNG: cases with the same head and mode side by side, ordered by rows."""
+    lines: dict[tuple, list[CaseResult]] = {}
+    for case in result.cases:
+        lines.setdefault((case.labels["preset"], case.labels["backward"]), []).append(case)
+    columns = max(len(line) for line in lines.values())
+    bars = max(len(case.records) for case in result.cases)
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        title = f"{result.suite}: time over the matrix products alone\n"
+        figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold", color=theme.ink)
+        where = f"{result.machine['device']}, {result.machine['threads']} threads, torch {result.versions['torch']}"
+        figure.text(0.012, 0.985, f"\n\n{where}, {result.date[:10]}", va="top", color=theme.muted, size=9)
+        axes = figure.subplots(len(lines), columns, squeeze=False)
+        for row, line in zip(axes, lines.values(), strict=True):
+            for ax, case in zip(row, line, strict=False):
+                _draw_case(ax, case, theme)
+            for ax in row[len(line) :]:
+                ax.set_axis_off()
+
+    size = (max(6.4, 4.6 * columns), 0.9 + (0.95 + 0.36 * bars) * len(lines))
+    return Plot(f"benchmark-{result.suite}", "", "", draw, size).png(LIGHT)
+
+
+def _draw_case(ax: Axes, case: CaseResult, theme: Theme) -> None:
+    ax.set_title(f"{case.title}\n", loc="left", size=10)
+    ax.annotate(case.sizes, (0, 1), (0, 8), "axes fraction", "offset points", color=theme.muted, size=8)
+    shown = [record for record in case.records if record.role != "floor"]
+    ratios = [case.over_floor(record) for record in shown]
+    end = max([ratio for ratio in ratios if ratio] + [1.0])
+    for place, (record, ratio) in enumerate(zip(shown, ratios, strict=True)):
+        ours = record.role == "ours"
+        if ratio is None:
+            label, start = f"{record.status}: {record.reason}"[:44], 0.0
+        else:
+            ax.barh(place, ratio, height=0.62, color=theme.dependency if ours else theme.faint)
+            memory = "" if record.workspace is None else f" · {record.workspace / MIB:,.0f} MiB"
+            label, start = f"{ratio:.2f} x · {duration(record.median)}{memory}", ratio
+        ax.annotate(
+            label,
+            (start, place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            size=8,
+            color=theme.ink if ratio else theme.muted,
+            weight="bold" if ours and ratio else "normal",
+        )
+    ax.axvline(1.0, color=theme.ink, linewidth=1.0, linestyle=FLOOR_LINE)
+    ax.set_yticks(range(len(shown)), [record.name for record in shown])
+    ax.set(xlim=(0, end * 1.6), ylim=(len(shown) - 0.4, -0.6), xticks=[0, 1])
+    ax.set_xticklabels(["0", "floor"])
+    ax.grid(visible=False)
+    ax.tick_params(axis="y", labelcolor=theme.ink)

@@ -1,0 +1,1 @@
+"""What is measured. A file here is a suite: it has a `SUITE`, see `benchmarks.contest.Suite`."""
