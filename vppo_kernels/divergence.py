@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vppo_kernels import checks, parallel, tiling, verify
 from vppo_kernels.head import LogitTransform
-from vppo_kernels.ops import sweep
+from vppo_kernels.ops import sweep, wants_gradient
 from vppo_kernels.statistics import DivergenceOutput
 
 KINDS = ("kl", "reverse_kl", "jsd")
@@ -87,7 +87,7 @@ def linear_divergence(
         targets = targets.reshape(-1).long().contiguous()
     values, _ = sweep(
         views, weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
-        tiling.current_workspace(),
+        tiling.current_workspace(), wants_gradient(*views, weight, bias),
     )  # fmt: skip
     if check:
         with torch.no_grad():
@@ -149,7 +149,7 @@ def divergence(
         checks.all_finite("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
         views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
-        tiling.current_workspace(),
+        tiling.current_workspace(), wants_gradient(*views),
     )  # fmt: skip
     if check and len(views[0]):
         with torch.no_grad():

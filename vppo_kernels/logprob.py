@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vppo_kernels import checks, parallel, tiling, verify
 from vppo_kernels.head import LogitTransform
-from vppo_kernels.ops import sweep
+from vppo_kernels.ops import sweep, wants_gradient
 from vppo_kernels.statistics import LogprobOutput
 
 
@@ -56,7 +56,7 @@ def linear_logprob(
     flat_targets = targets.reshape(-1).long().contiguous()
     values, _ = sweep(
         [flat], weight, bias, flat_targets, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
-        tiling.current_workspace(),
+        tiling.current_workspace(), wants_gradient(flat, weight, bias),
     )  # fmt: skip
     logprobs, entropy = values.unbind(0)
     if check:

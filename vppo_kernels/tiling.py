@@ -177,10 +177,10 @@ def _fold_tiles(
     return stats, tiles
 
 
-def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int) -> Tensor:
+def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int, fuse: bool) -> Tensor:
     """One view: normaliser, entropy and log-probability of every row, a packed `Softmax`, `[4, rows]`."""
     tiling = choose_tiling(source, backend, workspace)
-    fused = _fuses(source, backend)
+    fused = fuse and _fuses(source, backend)
     buffers = [] if fused else [_buffer(source, tiling, 1)]
     scratch = _buffer(source, tiling, backend.SCRATCH)
     column_tiles, blocks = list(tiling.column_tiles(source.columns)), []
@@ -194,7 +194,7 @@ def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int
 
 
 def forward_pair(
-    source: Source, backend: ModuleType, targets: Tensor | None, workspace: int, jsd: bool
+    source: Source, backend: ModuleType, targets: Tensor | None, workspace: int, jsd: bool, fuse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Two views: both softmaxes and `KL(p || q)` of every row, a packed `Pair`, `[10, rows]`.
 
@@ -202,7 +202,7 @@ def forward_pair(
     follows over the tiles of the row block, which are kept: no product is done twice.
     """
     tiling = choose_tiling(source, backend, workspace, keep_tiles=jsd)
-    fused = _fuses(source, backend, jsd)
+    fused = fuse and _fuses(source, backend, jsd)
     column_tiles = list(tiling.column_tiles(source.columns))
     buffers = [] if fused else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
     scratch = _buffer(source, tiling, backend.SCRATCH)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -288,14 +286,3 @@ def test_gradient_of_sampled_divergences() -> None:
     q = torch.tensor([-1.5, -1.0, -1.25], dtype=torch.float64, requires_grad=True)
     for kind in ("k1", "abs_k1", "k2", "k3", "prob_drop"):
         assert torch.autograd.gradcheck(lambda a, b, kind=kind: sampled_divergence(a, b, kind=kind), (p, q))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_output_is_within_its_bound_on_cuda(backend: str, dtype: torch.dtype, kind: str) -> None:
-    views = make_views(dtype=dtype)
-    got = run(views.to("cuda"), backend, kind=kind)
-    on_cpu = DivergenceOutput(*(None if x is None else x.cpu() for x in got))
-    assert math.isfinite(worst(on_cpu, views.truth(kind))) and worst(on_cpu, views.truth(kind)) < 1

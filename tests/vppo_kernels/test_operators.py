@@ -24,7 +24,18 @@ def arguments(kind: str, backend: str, linear: bool, with_targets: bool = True) 
     targets = views.targets if with_targets else None
     shard = [0, 37, 37, 37]
     targets = None if targets is None else targets % 37
-    return (inputs[: 1 if kind == "logprob" else 2], *head, targets, [0.8, 1.1, 9.0], shard, "", kind, backend, MIB)
+    return (
+        inputs[: 1 if kind == "logprob" else 2],
+        *head,
+        targets,
+        [0.8, 1.1, 9.0],
+        shard,
+        "",
+        kind,
+        backend,
+        MIB,
+        True,
+    )
 
 
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "logits"])
@@ -39,7 +50,7 @@ def test_opcheck(backend: str, kind: str, linear: bool) -> None:
     checks = ("test_schema", "test_faketensor")  # it has no gradient of its own
     torch.library.opcheck(
         sweep_backward,
-        (torch.ones_like(values), saved.detach(), *inputs, *given[3:], wants),
+        (torch.ones_like(values), saved.detach(), *inputs, *given[3:-1], wants),
         test_utils=checks,
     )
 
