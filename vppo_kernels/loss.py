@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks
+from vppo_kernels import checks, parallel, tiling
+from vppo_kernels.head import LogitTransform
+from vppo_kernels.linear_loss import LinearLoss
 from vppo_kernels.logprob import linear_logprob
+from vppo_kernels.ops import wants_gradient
 from vppo_kernels.shaping import Shaped, TrajectoryStats, expand_advantages, shape_advantages
 
 AGGREGATIONS = (
@@ -312,7 +315,9 @@ def linear_vppo_loss(
     """`vppo_loss` from hidden states: only the rows that can carry gradient meet the weight.
 
     A token whose shaped advantage is 0 (padding, filtered, zero-advantage group) is dropped before the first product,
-    unless an entropy, likelihood or reference term asks for every response token.
+    unless an entropy, likelihood or reference term asks for every response token. The gradient is made in the forward,
+    while the logits are there (with `check=True` and with loss_agg "none" in the backward, from recomputed ones), and
+    handed out once: a second backward raises.
 
     Args:
         hidden: `[B, T, D]` hidden states that predict the response tokens; not read where they are dropped.
@@ -362,29 +367,36 @@ def linear_vppo_loss(
     rows = needed.nonzero(as_tuple=True)
     if look:
         checks.all_finite("hidden", hidden, needed)
-    computed = linear_logprob(
-        hidden[rows],
-        weight,
-        targets[rows],
-        bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        vocab_size=vocab_size,
-        backend=backend,
-        check=bool(check),
+    ref, weights = clean("ref_logprobs", ref_logprobs), clean("is_weights", is_weights)
+    metrics: Metrics = {}
+
+    def loss_of(row_logprobs: Tensor, row_entropy: Tensor) -> Tensor:
+        # a dropped token has ratio 1 and advantage 0
+        logprobs = old.detach().to(row_logprobs.dtype).index_put(rows, row_logprobs)
+        entropy = torch.zeros_like(logprobs).index_put(rows, row_entropy) if entropy_coef else None
+        loss, found = _loss(logprobs, old.detach(), shaped, valid, dependency, entropy, ref, weights, options)
+        metrics.update(found)
+        return loss
+
+    head: dict[str, Any] = dict(
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size, backend=backend
     )
-    # a dropped token has ratio 1 and advantage 0
-    logprobs = old.detach().to(computed.logprobs.dtype).index_put(rows, computed.logprobs)
-    entropy = torch.zeros_like(logprobs).index_put(rows, computed.entropy) if entropy_coef else None
-    return _loss(
-        logprobs,
-        old.detach(),
-        shaped,
-        valid,
-        dependency,
-        entropy,
-        clean("ref_logprobs", ref_logprobs),
-        clean("is_weights", is_weights),
-        options,
+    if check or loss_agg == "none" or not wants_gradient(hidden, weight, bias):
+        computed = linear_logprob(hidden[rows], weight, targets[rows], bias, check=bool(check), **head)
+        loss = loss_of(computed.logprobs, computed.entropy)
+        return loss, metrics
+    local_weight, local_bias, group = parallel.localize(weight, bias, None)
+    chosen = parallel.local_hidden("hidden", hidden)[rows]
+    shard = parallel.shard_of(group, [chosen], len(local_weight), vocab_size, "weight")
+    loss = LinearLoss.apply(
+        chosen,
+        local_weight,
+        local_bias,
+        targets[rows].long(),
+        loss_of,
+        LogitTransform(temperature, logit_scale, softcap),
+        shard,
+        backend,
+        tiling.current_workspace(),
     )
+    return loss, metrics

@@ -6,7 +6,7 @@ is bounded by `workspace_limit`, whatever the numbers of rows and of vocabulary 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -248,6 +248,44 @@ def backward(source: Source, backend: ModuleType, view: Tensor, targets: Tensor,
         first = source.first + columns.start
         backend.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
         source.accumulate(rows, columns, tile)
+
+
+def forward_backward(
+    source: Source,
+    backend: ModuleType,
+    targets: Tensor,
+    derivative: Callable[[Tensor], Tensor],
+    workspace: int,
+) -> None:
+    """One view forward, and at once backward: the logits are kept where they fit, and made again where they do not.
+
+    Args:
+        source: Of all rows.
+        targets: `[rows]`.
+        derivative: From a packed `Softmax`, `[4, rows]`, to what `backward` takes as `grads`.
+        backend, workspace: As in the forward.
+    """
+    tiling = choose_tiling(source, backend, workspace)
+    column_tiles, row_blocks = list(tiling.column_tiles(source.columns)), list(tiling.row_tiles(source.rows))
+    size = source.rows * source.columns * source.dtype.itemsize
+    if source.rows == 0 or size > (workspace or current_workspace()) // 2:
+        view = forward(source, backend, targets, workspace, fuse=False)
+        backward(source, backend, view, targets, derivative(view), workspace)
+        return
+    scratch = _buffer(source, tiling, backend.SCRATCH)
+    kept, blocks = [], []
+    for rows in row_blocks:
+        buffers = [scratch.new_empty((rows.stop - rows.start) * (c.stop - c.start)) for c in column_tiles]
+        stats, tiles = _fold_tiles(source, backend, targets[rows], rows, column_tiles, buffers, scratch)
+        blocks.append(pack(finish(unpack_stats(merge_ranks(stats, source.group, _merge)))))
+        kept.append(tiles)
+    view = torch.cat(blocks, dim=1)
+    grads = derivative(view)
+    for index, columns in enumerate(column_tiles):
+        for rows, tiles in zip(row_blocks, kept, strict=True):
+            tile, first = tiles[index], source.first + columns.start
+            backend.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+            source.accumulate(rows, columns, tile)
 
 
 def backward_pair(

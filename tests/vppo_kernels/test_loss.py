@@ -14,6 +14,7 @@ from views import counted_products, make_views, tiles_of
 
 from vppo_kernels import (
     TrajectoryStats,
+    linear_logprob,
     linear_vppo_loss,
     reference,
     topk_mask,
@@ -21,8 +22,10 @@ from vppo_kernels import (
     trajectory_stats,
     vppo_advantages,
     vppo_loss,
+    workspace_limit,
 )
 from vppo_kernels.loss import AGGREGATIONS
+from vppo_kernels.tiling import MIB
 
 B, T, V, D = 6, 9, 40, 7
 
@@ -382,9 +385,38 @@ def test_only_rows_that_can_carry_gradient_meet_the_weight(backend_float64: str,
         loss, _ = linear_vppo_loss(
             hidden, weight, torch.zeros(B, T).long(), **given, backend=backend_float64, **coefficients
         )
-    assert 0 < rows < B * T and sum(forward) == rows * V * D
+    # logits, and the gradients of hidden states and of the weight, all while the logits are there
+    assert 0 < rows < B * T and sum(forward) == 3 * rows * V * D
     with counted_products() as backward:
         loss.backward()
-    assert sum(backward) <= 3 * rows * V * D  # less where a ratio is clipped
+    assert backward == []
     if not coefficients:
         assert hidden.grad is not None and not hidden.grad[~keep].any()
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["logits kept", "logits made again"])
+def test_the_gradient_made_in_the_forward(backend: str, kept: bool) -> None:
+    """Any upstream factor, one product more where the logits do not fit, and handed out once."""
+    rows, vocab, depth = 24, 30_000, 4
+    views = make_views(rows=rows, vocab=vocab, depth=depth, divergences=(0.1, 1))
+    targets, advantages = views.targets.view(4, 6), torch.tensor([1.0, -1.0, 0.5, 2.0])
+    old, mask = torch.full((4, 6), -3.0), torch.ones(4, 6)
+    gradients = []
+    for fused in (True, False):
+        leaves = views.grad()
+        hidden = leaves.hidden.view(4, 6, -1)
+        with counted_products() as products, workspace_limit((64 if kept else 2) * MIB):
+            if fused:
+                loss, _ = linear_vppo_loss(hidden, leaves.weight, targets, old, advantages, mask, bias=leaves.bias,
+                                           backend=backend)  # fmt: skip
+            else:
+                head = linear_logprob(hidden, leaves.weight, targets, leaves.bias, backend=backend)
+                loss, _ = vppo_loss(head.logprobs, old, advantages, mask)
+            inputs = (leaves.hidden, leaves.weight, leaves.bias)
+            gradients.append(torch.autograd.grad(-2.5 * loss, inputs, retain_graph=True))
+        if fused:
+            assert sum(products) == (3 if kept else 4) * rows * vocab * depth
+            with pytest.raises(RuntimeError, match="handed out once"):
+                torch.autograd.grad(loss, inputs)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
