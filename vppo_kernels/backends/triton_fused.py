@@ -180,6 +180,8 @@ def configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, Any]:
     Both views' accumulators and the fold's temporaries share the registers of a program, and none may spill: that
     bounds a block to 64 x 128 where descriptors do the addressing, to a quarter of it where registers do.
     """
+    if triton.knobs.runtime.interpret:  # which pays by the operation, and has no registers
+        return dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2)
     if descriptors:
