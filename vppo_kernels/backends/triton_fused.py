@@ -27,7 +27,16 @@ from vppo_kernels.backends.triton import (
     gradient_,
     gradient_pair_,
 )
-from vppo_kernels.backends.triton_math import fold_block, fold_block_pair, merge, merge_pair
+from vppo_kernels.backends.triton_math import (
+    fold_block,
+    fold_block_pair,
+    load_pair,
+    load_view,
+    merge,
+    merge_pair,
+    store_pair,
+    store_view,
+)
 from vppo_kernels.head import LinearHead
 
 __all__ = [
@@ -117,61 +126,44 @@ def _sweep_kernel(
 
     fields: tl.constexpr = 10 if PAIR else 4
     out = parts_ptr + tl.cast(split, tl.int64) * fields * rows + row
-    tl.store(out, max_p, mask=there)
-    tl.store(out + rows, sum_p, mask=there)
-    tl.store(out + 2 * rows, moment_p, mask=there)
     tl.store(out + 3 * rows, target_p, mask=there)
     if PAIR:
-        tl.store(out + 4 * rows, max_q, mask=there)
-        tl.store(out + 5 * rows, sum_q, mask=there)
-        tl.store(out + 6 * rows, moment_q, mask=there)
         tl.store(out + 7 * rows, target_q, mask=there)
-        tl.store(out + 8 * rows, gap, mask=there)
-        tl.store(out + 9 * rows, excess, mask=there)
-
-
-@triton.jit
-def _part(parts, index, rows, there):
-    return tl.load(parts + index * rows, mask=there, other=0.0)
+        store_pair(out, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess)
+    else:
+        store_view(out, rows, there, max_p, sum_p, moment_p)
 
 
 @triton.jit
 def _merge_parts_kernel(parts_ptr, stats_ptr, rows, splits, PAIR: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
-    parts = parts_ptr + row
+    parts, out = parts_ptr + row, stats_ptr + row
     fields: tl.constexpr = 10 if PAIR else 4
-    max_p, sum_p = _part(parts, 0, rows, there), _part(parts, 1, rows, there)
-    moment_p, target_p = _part(parts, 2, rows, there), _part(parts, 3, rows, there)
+    target_p = tl.load(parts + 3 * rows, mask=there, other=0.0)
     if PAIR:
-        max_q, sum_q = _part(parts, 4, rows, there), _part(parts, 5, rows, there)
-        moment_q, target_q = _part(parts, 6, rows, there), _part(parts, 7, rows, there)
-        gap, excess = _part(parts, 8, rows, there), _part(parts, 9, rows, there)
-    for split in range(1, splits):
-        parts = parts_ptr + row + tl.cast(split, tl.int64) * fields * rows
-        a, b, c = _part(parts, 0, rows, there), _part(parts, 1, rows, there), _part(parts, 2, rows, there)
-        target_p = tl.maximum(target_p, _part(parts, 3, rows, there))
+        target_q = tl.load(parts + 7 * rows, mask=there, other=0.0)
+        max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = load_pair(parts, rows, there)
+    else:
+        max_p, sum_p, moment_p = load_view(parts, rows, there)
+    for _ in range(1, splits):
+        parts += fields * rows
+        target_p = tl.maximum(target_p, tl.load(parts + 3 * rows, mask=there, other=0.0))
         if PAIR:
-            target_q = tl.maximum(target_q, _part(parts, 7, rows, there))
+            target_q = tl.maximum(target_q, tl.load(parts + 7 * rows, mask=there, other=0.0))
+            a, b, c, d, e, f, g, h = load_pair(parts, rows, there)
             max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
-                max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c,
-                _part(parts, 4, rows, there), _part(parts, 5, rows, there), _part(parts, 6, rows, there),
-                _part(parts, 8, rows, there), _part(parts, 9, rows, there),
-            )  # fmt: skip
+                max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c, d, e, f, g, h
+            )
         else:
+            a, b, c = load_view(parts, rows, there)
             max_p, sum_p, moment_p = merge(max_p, sum_p, moment_p, a, b, c)
-    out = stats_ptr + row
-    tl.store(out, max_p, mask=there)
-    tl.store(out + rows, sum_p, mask=there)
-    tl.store(out + 2 * rows, moment_p, mask=there)
     tl.store(out + 3 * rows, target_p, mask=there)
     if PAIR:
-        tl.store(out + 4 * rows, max_q, mask=there)
-        tl.store(out + 5 * rows, sum_q, mask=there)
-        tl.store(out + 6 * rows, moment_q, mask=there)
         tl.store(out + 7 * rows, target_q, mask=there)
-        tl.store(out + 8 * rows, gap, mask=there)
-        tl.store(out + 9 * rows, excess, mask=there)
+        store_pair(out, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess)
+    else:
+        store_view(out, rows, there, max_p, sum_p, moment_p)
 
 
 def configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, Any]:
