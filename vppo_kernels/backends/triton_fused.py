@@ -91,7 +91,7 @@ def _sweep_kernel(
                 if DESCRIPTORS:
                     a = h.load([rows + row_start, k_start])
                 else:
-                    a = tl.load(a_ptr + rows.to(tl.int64) * depth, mask=inside, other=0.0)
+                    a = tl.load(a_ptr + tl.cast(rows, tl.int64) * depth, mask=inside, other=0.0)
                 z_q = tl.dot(a, b.to(a.dtype), z_q, input_precision="ieee")
         if ALIKE:  # see head._difference_
             z_q += z_p * tl.load(alike_ptr + row, mask=there, other=0.0)[:, None]
