@@ -86,7 +86,6 @@ def run(
         from benchmarks.contest import Setting, load_suite, suite_names
         from benchmarks.contest import peers as peers_of
         from benchmarks.harness import run_case
-        from benchmarks.inputs import PRESETS
         from benchmarks.machine import machine, versions
         from benchmarks.plot import png
         from benchmarks.report import LEGEND, CaseResult, Result, case_view
@@ -94,11 +93,12 @@ def run(
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: torch sees no such device here")
         _known("SUITE", [suite], suite_names())
-        _known("--preset", preset or [], list(PRESETS))
+        loaded = load_suite(suite)
+        _known("--preset", preset or [], list(loaded.known))
         chosen = list(peers_of(suite)) if peers is None else [name for name in peers.split(",") if name]
         _known("--peers", chosen, list(peers_of(suite)))
 
-        where, loaded = torch.device(device), load_suite(suite)
+        where = torch.device(device)
         settings = [
             Setting(p, n, mode, where)
             for p in preset or loaded.presets(where)
