@@ -49,7 +49,10 @@ def list_() -> None:
 
     console = Console()
     for name in suite_names():
-        console.print(f"[bold]{name}[/bold]  {load_suite(name).summary}")
+        suite = load_suite(name)
+        console.print(f"[bold]{name}[/bold]  {suite.summary}")
+        if suite.known is not PRESETS:
+            console.print(f"  its presets: {', '.join(suite.known)}", highlight=False)
         for peer, module in peers(name).items():
             console.print(f"  {peer:10} {(module.__doc__ or '').splitlines()[0]}", highlight=False)
     console.print("[bold]presets[/bold]  head of a model, vocabulary x width")
@@ -63,7 +66,7 @@ def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="What to measure; see list.")],
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where.")] = "cpu",
     preset: Annotated[
-        list[str] | None, typer.Option(help="Head, see list; may be given again. The suite's own choice by default.")
+        list[str] | None, typer.Option(help="Preset, see list; may be given again. The suite's own choice by default.")
     ] = None,
     peers: Annotated[str | None, typer.Option(help="Names after commas, '' for none; all by default.")] = None,
     rows: Annotated[

@@ -22,7 +22,7 @@ Call = Callable[[], Any]
 
 
 class Setting(NamedTuple):
-    """One case of a suite: a preset (mostly a head of `inputs.PRESETS`), rows, device, and whether gradients are taken too."""
+    """One case of a suite: a preset (a head unless the suite says else), rows, device, and whether it has gradients."""
 
     preset: str
     rows: int

@@ -48,6 +48,15 @@ class Plan(NamedTuple):
         return {"keep_ratio": self.keep_ratio}
 
 
+class Tokens(NamedTuple):
+    """Hidden states `[N, D]`, tokens `[N]`, their log-probabilities in float64, and the largest logits of the rows."""
+
+    hidden: Tensor
+    targets: Tensor
+    exact: Tensor
+    size: Tensor
+
+
 class Rollouts:
     """The inputs of a suite with log-probabilities of sampled tokens.
 
@@ -62,16 +71,17 @@ class Rollouts:
         upstream: `[B, T]` gradient of an on-policy loss, 0 in every row that is not active.
     """
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, exact: Tensor, size: Tensor, plan: Plan, backward: bool
-    ) -> None:
-        self.hidden, self.weight = hidden.detach(), weight.detach()
-        self.targets, self.exact, self.size, self.plan, self.backward = targets, exact, size, plan, backward
+    def __init__(self, tokens: Tokens, weight: Tensor, plan: Plan, backward: bool) -> None:
+        shape = plan.mask.shape
+        self.hidden, self.weight = tokens.hidden.detach().view(*shape, -1), weight.detach()
+        self.targets, self.exact, self.size = (x.view(shape) for x in tokens[1:])
+        self.plan, self.backward = plan, backward
         for leaf in self.leaves:
             leaf.requires_grad_(backward)
-        generator = torch.Generator(hidden.device).manual_seed(4)
-        moved = OFF_POLICY * torch.randn(targets.shape, device=hidden.device, generator=generator)
-        self.old_logprobs = (exact + moved).clamp(max=0).float()
+        device = weight.device
+        generator = torch.Generator(device).manual_seed(4)
+        moved = OFF_POLICY * torch.randn(shape, device=device, generator=generator)
+        self.old_logprobs = (self.exact + moved).clamp(max=0).float()
         self.upstream = (-plan.shaped / plan.mask.sum()).float()
 
     @property
@@ -107,15 +117,8 @@ def make_rollouts(
     trajectories = GROUP * max(1, min(4, rows // 1024))
     if rows % trajectories:
         raise InputError(f"--rows: got {rows}, takes a multiple of {trajectories} here: trajectories of one length")
-    shape = (trajectories, rows // trajectories)
-    hidden, targets, exact, size = _tokens(preset, rows, device, dtype)
-    return Rollouts(
-        hidden.view(*shape, -1),
-        _weight(preset, device, dtype),
-        *(x.view(shape) for x in (targets, exact, size)),
-        plan=_plan(*shape, active, device),
-        backward=backward,
-    )
+    plan = _plan(trajectories, rows // trajectories, active, device)
+    return Rollouts(_tokens(preset, rows, device, dtype), _weight(preset, device, dtype), plan, backward)
 
 
 def make_plan(trajectories: int, length: int, active: float) -> Plan:
@@ -155,8 +158,8 @@ def make_plan(trajectories: int, length: int, active: float) -> Plan:
 
 @lru_cache(maxsize=1)
 def _plan(trajectories: int, length: int, active: float, device: torch.device) -> Plan:
-    plan = make_plan(trajectories, length, active)
-    return Plan(*(part.to(device) if isinstance(part, Tensor) else part for part in plan))
+    mask, advantages, dependency, keep_ratio, shaped = make_plan(trajectories, length, active)
+    return Plan(mask.to(device), advantages.to(device), dependency.to(device), keep_ratio, shaped.to(device))
 
 
 @lru_cache(maxsize=1)
@@ -165,10 +168,8 @@ def _weight(preset: str, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _tokens(
-    preset: str, rows: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states `[N, D]`, tokens sampled from their distributions, log-probabilities and largest logits `[N]`."""
+def _tokens(preset: str, rows: int, device: torch.device, dtype: torch.dtype) -> Tokens:
+    """Tokens sampled from the distributions of hidden states."""
     weight = _weight(preset, device, dtype)
     hidden = make_views(weight, rows)[0]
     generator = torch.Generator(device).manual_seed(2)
@@ -180,7 +181,7 @@ def _tokens(
         targets = torch.multinomial(logp.exp().float(), 1, generator=generator)
         found.append((targets.squeeze(-1), logp.gather(-1, targets).squeeze(-1), size))
     targets, exact, size = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return hidden, targets, exact, size
+    return Tokens(hidden, targets, exact, size)
 
 
 def tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

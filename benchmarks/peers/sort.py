@@ -16,7 +16,7 @@ NOTES = {"selection": "keeps too many among equals"}
 def selection(scores: Scores) -> Callable[[], Tensor]:
     def call() -> Tensor:
         ordered = scores.values.masked_fill(~scores.mask, -torch.inf).sort(1, descending=True).values
-        count = (scores.mask.sum(1, keepdim=True) * scores.keep_ratio).ceil().long()
+        count = (scores.mask.sum(1, keepdim=True).double() * scores.keep_ratio).ceil().long()
         return ((scores.values >= ordered.gather(1, count - 1)) & scores.mask).to(scores.values.dtype)
 
     return call

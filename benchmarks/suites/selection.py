@@ -64,12 +64,10 @@ def contestants(scores: Scores, names: list[str]) -> list[Contestant]:
     def peers_of(what: str, kind: str) -> list[Contestant]:
         notes = [known[name].NOTES["selection"] for name in names]
         prepare = [partial(peer, known[name], what) for name in names]
-        return [
-            Contestant(f"{kind}: {name}", "peer", p, n) for name, p, n in zip(names, prepare, notes, strict=True)
-        ]
+        return [Contestant(f"{kind}: {name}", "peer", p, n) for name, p, n in zip(names, prepare, notes, strict=True)]
 
     return [
-        Contestant("floor", "floor", floor, "the scores are read and written once"),
+        Contestant("floor", "floor", floor, "one read and one write of the scores"),
         *peers_of("selection", "mask"),
         Contestant("ours: topk_mask_", "ours", mask, "with a copy of the scores, which it overwrites"),
         *peers_of("advantages", "advantages"),
