@@ -58,11 +58,12 @@ def _topk_kernel(
     keep_ptr += first
 
     digits = tl.arange(0, 256)
-    lowest = tl.full((), 0, tl.uint32)  # of the kept keys, the digits found so far
+    lowest = tl.full((), 0, tl.uint32)  # of the kept keys, as far as its digits are known
+    known = tl.full((), 0, tl.uint32)  # ones at those digits
+    shift = tl.full((), 32, tl.uint32)  # of the digit sought
     wanted = tl.full((), 0, tl.int32)  # how many to keep of those that begin with these digits
-    for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
-        known: tl.constexpr = 0x100000000 - (1 << (shift + 8))
+    for step in range(4):
+        shift -= 8
         counts = tl.zeros([256], tl.int32)
         for start in range(0, length, KEYS):
             index, valid, key = _block_of_keys(scores_ptr, mask_ptr, start, length, KEYS)
@@ -71,11 +72,12 @@ def _topk_kernel(
         if step == 0:
             # as `keep_counts` of selection.py, whose roundings these are
             ratio = ratio_bits.to(tl.float64, bitcast=True)
-            share = tl.sum(counts, 0).to(tl.float64) * ratio * 0.9999999999990905
+            share = tl.sum(counts, 0).to(tl.float64) * ratio * tl.full((), 0.9999999999990905, tl.float64)
             wanted = tl.ceil(share).to(tl.int32)
         above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
         here = (above < wanted) & (wanted <= above + counts)
         lowest |= tl.sum(tl.where(here, digits, 0), 0).to(tl.uint32) << shift
+        known |= tl.full((), 255, tl.uint32) << shift
         wanted -= tl.sum(tl.where(here, above, 0), 0)
 
     equal_before = tl.full((), 0, tl.int32)
@@ -183,9 +185,7 @@ def row_means(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return means, present
 
 
-def alpha_of(
-    means: Tensor, present: Tensor, scale_min: float, scale_max: float | None, min_spread: float
-) -> Tensor:  # fmt: skip
+def alpha_of(means: Tensor, present: Tensor, scale_min: float, scale_max: float | None, min_spread: float) -> Tensor:
     """Factor of each row from the statistics of all of them, as in `trajectory_scale`."""
     alpha = torch.empty_like(means)
     dynamic = scale_max is None
@@ -273,14 +273,14 @@ def _loss_kernel(
     _put(sums_ptr, 8, stride, there, ((ratio > dual) & falling).to(tl.float32))
     if weights_ptr is not None:
         value *= _value(weights_ptr, token, valid)
-    value -= nll_coef * logprob
+    value -= tl.where(nll_coef != 0, nll_coef * logprob, 0.0)
     if entropy_ptr is not None:
         entropy = _value(entropy_ptr, token, valid)
-        value -= entropy_coef * entropy
+        value -= tl.where(entropy_coef != 0, entropy_coef * entropy, 0.0)
         _put(sums_ptr, 3, stride, there, entropy)
     if ref_ptr is not None:
         k3 = phi(_within(_value(ref_ptr, token, valid) - logprob, -limit, limit))
-        value += kl_coef * k3
+        value += tl.where(kl_coef != 0, kl_coef * k3, 0.0)
         _put(sums_ptr, 9, stride, there, tl.where(valid if REF_OF_ALL else active, k3, 0.0))
     if dependency_ptr is not None:
         _put(sums_ptr, 10, stride, there, _value(dependency_ptr, token, valid))
@@ -310,7 +310,7 @@ def _loss_gradient_kernel(
     grad -= nll_coef
     if ref_ptr is not None:
         d = _value(ref_ptr, token, valid) - logprob
-        grad -= kl_coef * tl.where(tl.abs(d) > limit, 0.0, phi(d) + d)
+        grad -= tl.where((kl_coef == 0) | (tl.abs(d) > limit), 0.0, kl_coef * (phi(d) + d))
     upstream = _value(upstream_ptr, token if PER_TOKEN else row[:, None], valid)
     tl.store(grad_ptr + token, tl.where(valid, grad * upstream, 0.0), mask=inside)
     if grad_entropy_ptr is not None:
