@@ -14,9 +14,9 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
-import torch
-from torch import Tensor, float32, float64
+from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
 
@@ -73,17 +73,17 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
     return import_module(f"vppo_kernels.backends.{_choose(name, device, dtype)}")
 
 
-def token_kernels(name: str, *tensors: Tensor | None) -> ModuleType | None:
+def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
 
-    Both of Triton's backends have the same ones. Nothing is launched on empty input; and code that `torch.compile` traces
-    stays plain torch under "auto", because the compiler fuses it.
+    Both of Triton's backends have the same ones. Nothing is launched on empty input. Under "auto", code that
+    `torch.compile` traces stays plain torch: the compiler fuses it.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.
     """
-    given = [x for x in tensors if x is not None]
-    if name == "auto" and torch.compiler.is_compiling():
+    given = [x for x in tensors if isinstance(x, Tensor)]
+    if name == "auto" and compiler.is_compiling():
         return None
     dtype = float64 if any(x.dtype == float64 for x in given) else float32
     if _choose(name, given[0].device, dtype) == "torch" or not given[0].numel():

@@ -1,4 +1,4 @@
-"""Selection, shaping and the clipped loss as Triton kernels; the formulas are those of the torch code beside each caller.
+"""Selection, shaping and the clipped loss as Triton kernels; the formulas are those of the torch code beside each call.
 
 Tensors arrive checked, on one device, none of them empty or float64. Nothing is read where the mask is 0, and nothing
 waits for the device. Sums are made block by block in a fixed order, so every result is bitwise repeatable.
@@ -44,7 +44,7 @@ def _block_of_keys(scores_ptr, mask_ptr, start, length, KEYS: tl.constexpr):
 def _topk_kernel(
     scores_ptr, mask_ptr, offsets_ptr, keep_ptr, ratio_bits, columns, total, PACKED: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """Radix select: the digits of the lowest kept key, eight bits at a time, from histograms; then one pass to write."""
+    """Radix select: the lowest kept key, eight bits at a time, from histograms of keys that begin so; then the mask."""
     row = tl.program_id(0).to(tl.int64)
     if PACKED:
         first = tl.minimum(tl.maximum(tl.load(offsets_ptr + row).to(tl.int64), 0), total)
@@ -147,13 +147,13 @@ def _alpha_kernel(
     if DYNAMIC:
         mean_u = (tl.sum(total, 0) / tl.maximum(trajectories, 1.0) - least) / spread
         scale_range = to_one / tl.where(mean_u < 1.0e-6, 1.0e-6, mean_u)
-    flat = (spread <= min_spread) | (trajectories < 2)
+    varied = tl.where((spread <= min_spread) | (trajectories < 2), 0, 1)  # a NaN spread compares False
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         present = tl.load(present_ptr + row, mask=row < rows, other=0) != 0
         mean = tl.load(means_ptr + row, mask=present, other=0.0)
         alpha = scale_min + (mean - least) / spread * scale_range
-        tl.store(alpha_ptr + row, tl.where(flat | (present == 0), 1.0, alpha), mask=row < rows)
+        tl.store(alpha_ptr + row, tl.where(present.to(tl.int32) * varied == 0, 1.0, alpha), mask=row < rows)
 
 
 @triton.jit
@@ -258,7 +258,7 @@ def _loss_kernel(
     keep = tl.load(keep_ptr + token, mask=valid, other=0) != 0
     logprob, advantage = _value(logprobs_ptr, token, valid), _value(advantages_ptr, token, valid)
     log_ratio = logprob - _value(old_ptr, token, valid)
-    ratio, value, passes = _surrogate(log_ratio, advantage, low, high, dual, limit, DUAL)
+    ratio, value, _ = _surrogate(log_ratio, advantage, low, high, dual, limit, DUAL)
     active = valid & (advantage != 0)
     falling, rising = active & (advantage < 0), active & (advantage > 0)
     stride = rows.to(tl.int64) * blocks
