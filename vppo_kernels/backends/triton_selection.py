@@ -86,7 +86,7 @@ def _topk_kernel(
         equal = (valid & (key == lowest)).to(tl.int32)
         rank = equal_before + tl.cumsum(equal, 0)  # from 1
         keep = valid & ((key > lowest) | ((equal != 0) & (rank <= wanted)))
-        tl.store(keep_ptr + index, keep.to(keep_ptr.dtype.element_ty), mask=index < length)
+        tl.store(keep_ptr + index, keep.to(tl.float32).to(keep_ptr.dtype.element_ty), mask=index < length)
         equal_before += tl.sum(equal, 0)
 
 
