@@ -34,7 +34,8 @@ POINTERS = {"targets_ptr": "*i64", "bias_ptr": "*bf16", "offsets_ptr": "*i64"} |
 )
 LOSS = ("low", "high", "dual", "limit", "nll_coef", "entropy_coef", "kl_coef")
 FLOATS = ("scale", "to_cap", "scale_min", "to_one", "scale_range", "min_spread", *LOSS)
-UNALIGNED = ("first", "splits", "ratio_bits", "total", "blocks", "rows")
+UNALIGNED = ("first", "splits", "ratio_bits", "total", "blocks", "stride")
+ONES = ("rows", "columns", "total", "blocks", "stride")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -52,22 +53,10 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
     for softcap in (True, False):
         yield f"gradient softcap={softcap}", tiles._gradient_kernel, dict(SOFTCAP=softcap, **shape), {}, options
 
-    options = dict(num_warps=selection.WARPS)
-    for packed, scores in ((False, "*fp32"), (True, "*bf16")):
-        constants = dict(PACKED=packed, KEYS=selection.KEYS) | ({} if packed else {"offsets_ptr": None})
-        types = {"scores_ptr": scores, "ratio_bits": "i64", "keep_ptr": scores if packed else "*i1"}
-        yield f"topk packed={packed} {scores}", selection._topk_kernel, constants, types, options
-    shape = dict(ROWS=1, BLOCK=selection.BLOCK)
-    yield "row_means", selection._row_means_kernel, shape, {}, options
-    for flag in (True, False):
-        yield f"alpha dynamic={flag}", selection._alpha_kernel, dict(DYNAMIC=flag, BLOCK=selection.BLOCK), {}, options
-        yield f"shape per_token={flag}", selection._shape_kernel, dict(PER_TOKEN=flag, **shape), {}, options
-        constants = dict(DUAL=flag, PER_TOKEN=flag, **shape)
-        gone = [] if flag else ["entropy_ptr", "ref_ptr", "weights_ptr", "dependency_ptr", "values_ptr"]
-        forward = constants | dict(REF_OF_ALL=flag) | dict.fromkeys(gone)
-        yield f"loss all={flag}", selection._loss_kernel, forward, {}, options
-        gone = [] if flag else ["ref_ptr", "weights_ptr", "grad_entropy_ptr"]
-        yield f"loss_gradient all={flag}", selection._loss_gradient_kernel, constants | dict.fromkeys(gone), {}, options
+    for name, kernel, constants, types in token_variants():
+        yield name, kernel, constants, types, dict(num_warps=selection.WARPS)
+        alone = dict.fromkeys((size for size in ONES if size in kernel.arg_names), 1)  # 1 is a constant to the compiler
+        yield f"{name}, one token", kernel, constants | alone, types, dict(num_warps=selection.WARPS)
 
     arch = TARGETS[target].arch
     capability = divmod(arch, 10) if isinstance(arch, int) else (0, 0)
@@ -88,6 +77,25 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
                 name = f"sweep pair={pair} {NAMES[dtype]} bias={full} descriptors={described}"
                 constants = dict(PAIR=pair, GROUP=fused.GROUP, w_inner=1, **flags, **config, **absent)
                 yield name, fused._sweep_kernel, constants, {"h": h, "w": w}, options
+
+
+def token_variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:
+    """Selection, shaping and loss: as `variants`, less the options."""
+    for packed, scores in ((False, "*fp32"), (True, "*bf16")):
+        constants = dict(PACKED=packed, KEYS=selection.KEYS) | ({} if packed else {"offsets_ptr": None})
+        types = {"scores_ptr": scores, "ratio_bits": "i64", "keep_ptr": scores if packed else "*i1"}
+        yield f"topk packed={packed} {scores}", selection._topk_kernel, constants, types
+    shape = dict(ROWS=1, BLOCK=selection.BLOCK)
+    yield "row_means", selection._row_means_kernel, shape, {}
+    for flag in (True, False):
+        yield f"alpha dynamic={flag}", selection._alpha_kernel, dict(DYNAMIC=flag, BLOCK=selection.BLOCK), {}
+        yield f"shape per_token={flag}", selection._shape_kernel, dict(PER_TOKEN=flag, **shape), {}
+        constants = dict(DUAL=flag, PER_TOKEN=flag, **shape)
+        gone = [] if flag else ["entropy_ptr", "ref_ptr", "weights_ptr", "dependency_ptr", "values_ptr"]
+        forward = constants | dict(REF_OF_ALL=flag) | dict.fromkeys(gone)
+        yield f"loss all={flag}", selection._loss_kernel, forward, {}
+        gone = [] if flag else ["ref_ptr", "weights_ptr", "grad_entropy_ptr"]
+        yield f"loss_gradient all={flag}", selection._loss_gradient_kernel, constants | dict.fromkeys(gone), {}
 
 
 def compile_one(

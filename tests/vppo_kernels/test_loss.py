@@ -368,11 +368,9 @@ def test_a_nan_that_nobody_checked_reaches_the_loss(backend_tokens: str) -> None
     for place, expected in ((1, True), (2, False)):
         logprobs = torch.zeros(2, 3)
         logprobs[0, place] = math.nan
-        logprobs.requires_grad_()
         mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
         loss, _ = vppo_loss(logprobs, torch.zeros(2, 3), torch.ones(2), mask, backend=backend_tokens, check=False)
-        (gradient,) = torch.autograd.grad(loss, logprobs)
-        assert bool(loss.isnan()) == bool(gradient.isnan().any()) == expected
+        assert bool(loss.isnan()) == expected
 
 
 HEADS: dict[str, dict[str, Any]] = {

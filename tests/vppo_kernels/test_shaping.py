@@ -79,7 +79,7 @@ def test_order_and_padding_do_not_matter(
     assert not wider[:, :pad].any() and not wider[:, pad + length :].any()
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)  # a launch under the interpreter takes its time
 @given(batches(), scales, st.sampled_from([0.4, 1e-9, 1.0]), st.booleans(), st.sampled_from(["float32", "bfloat16"]))
 def test_advantages_are_alpha_times_advantage_times_mask(
     backend_tokens: str,
@@ -149,7 +149,8 @@ def test_many_rows_and_long_ones(backend_tokens: str) -> None:
         alpha = trajectory_scale(scores, mask, backend=backend_tokens)
         expected = trajectory_scale(scores.double(), mask)
         assert torch.allclose(alpha.double(), expected, atol=2e-5)
-        shaped = vppo_advantages(-torch.ones(shape), scores, mask, keep_ratio=1.0, backend="torch")
+        backend = backend_tokens if len(scores) < 10 else "torch"  # a program per row is slow when interpreted
+        shaped = vppo_advantages(-torch.ones(shape), scores, mask, keep_ratio=1.0, backend=backend)
         assert torch.allclose(shaped, torch.where(mask, -expected.unsqueeze(1), 0.0).float(), atol=2e-5)
 
 

@@ -144,10 +144,11 @@ def _alpha_kernel(
     least = tl.min(low, 0)
     spread = tl.where(tl.max(unknown, 0) != 0, float("nan"), tl.max(high, 0) - least)
     trajectories = tl.sum(count, 0)
+    varied = tl.where((spread <= min_spread) | (trajectories < 2), 0, 1)  # a NaN spread compares False
+    spread = tl.where(varied != 0, spread, 1.0)
     if DYNAMIC:
         mean_u = (tl.sum(total, 0) / tl.maximum(trajectories, 1.0) - least) / spread
         scale_range = to_one / tl.where(mean_u < 1.0e-6, 1.0e-6, mean_u)
-    varied = tl.where((spread <= min_spread) | (trajectories < 2), 0, 1)  # a NaN spread compares False
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         present = tl.load(present_ptr + row, mask=row < rows, other=0) != 0
@@ -245,7 +246,7 @@ def _put(sums_ptr, field, stride, there, values):
 @triton.jit
 def _loss_kernel(
     logprobs_ptr, old_ptr, advantages_ptr, keep_ptr, mask_ptr, entropy_ptr, ref_ptr, weights_ptr, dependency_ptr,
-    values_ptr, sums_ptr, rows, columns, blocks, low, high, dual, limit, nll_coef, entropy_coef, kl_coef,
+    values_ptr, sums_ptr, rows, columns, blocks, stride, low, high, dual, limit, nll_coef, entropy_coef, kl_coef,
     DUAL: tl.constexpr, PER_TOKEN: tl.constexpr, REF_OF_ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss of each token, and the sums of a row's block; see `clipped_loss` for the fields."""
@@ -261,7 +262,6 @@ def _loss_kernel(
     ratio, value, _ = _surrogate(log_ratio, advantage, low, high, dual, limit, DUAL)
     active = valid & (advantage != 0)
     falling, rising = active & (advantage < 0), active & (advantage > 0)
-    stride = rows.to(tl.int64) * blocks
     sums_ptr += row * blocks + tl.program_id(1)
     _put(sums_ptr, 0, stride, there, valid.to(tl.float32))
     _put(sums_ptr, 1, stride, there, keep.to(tl.float32))
@@ -303,8 +303,8 @@ def _loss_gradient_kernel(
     valid = tl.load(mask_ptr + token, mask=inside, other=0) != 0
     logprob, advantage = _value(logprobs_ptr, token, valid), _value(advantages_ptr, token, valid)
     log_ratio = logprob - _value(old_ptr, token, valid)
-    ratio, policy, passes = _surrogate(log_ratio, advantage, low, high, dual, limit, DUAL)
-    grad = tl.where(passes | (policy != policy), -ratio * advantage, 0.0)
+    ratio, _, passes = _surrogate(log_ratio, advantage, low, high, dual, limit, DUAL)
+    grad = tl.where(passes, -ratio * advantage, 0.0)
     if weights_ptr is not None:
         grad *= _value(weights_ptr, token, valid)
     grad -= nll_coef
@@ -341,7 +341,7 @@ class _ClippedLoss(torch.autograd.Function):
         sums = logprobs.new_zeros((SUMS, rows, grid[1]), dtype=torch.float32)
         _loss_kernel[grid](
             logprobs, old_logprobs, advantages, keep, mask, entropy, ref_logprobs, is_weights, dependency,
-            values, sums, rows, columns, grid[1], *numbers, dual, per_token, ref_of_all, ROWS, BLOCK, num_warps=WARPS,
+            values, sums, rows, columns, grid[1], sums.stride(0), *numbers, dual, per_token, ref_of_all, ROWS, BLOCK, num_warps=WARPS,
         )  # fmt: skip
         ctx.save_for_backward(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, is_weights)
         ctx.options = (*numbers, dual, per_token)
