@@ -103,7 +103,7 @@ def run(
             Setting(p, n, mode, where)
             for p in preset or loaded.presets(where)
             for n in rows or loaded.rows(p, where)
-            for mode in ([False, True] if backward is None else [backward])
+            for mode in (loaded.modes if backward is None else [backward])
         ]
         result = Result(
             suite=suite,

@@ -79,10 +79,17 @@ class Case:
 
 
 class Suite(ABC):
-    """What is measured. A file in `suites/` has one, named `SUITE`."""
+    """What is measured. A file in `suites/` has one, named `SUITE`.
+
+    Attributes:
+        name: Of its file.
+        summary: A line for `list`.
+        modes: Forward alone (False), forward with backward (True), or both.
+    """
 
     name: str
     summary: str
+    modes: tuple[bool, ...] = (False, True)
 
     @abstractmethod
     def rows(self, preset: str, device: torch.device) -> list[int]:

@@ -14,6 +14,7 @@ from views import (
     PeakMemory,
     Views,
     counted_products,
+    divergence_bound,
     make_views,
     poisoned_buffers,
     relative_error,
@@ -81,7 +82,7 @@ def test_any_tiling_gives_the_truth_and_its_gradient(
         shaped = [x.unflatten(0, (2, rows // 2)) for x in (views.hidden, views.perturbed, views.targets)]
         with tiles_of(*tile):
             again = linear_divergence(shaped[0], shaped[1], views.weight, views.bias, kind=kind, backend=backend)
-        assert torch.equal(again.divergence.flatten(), output.divergence)
+        assert ((again.divergence.flatten() - truth.divergence).abs() <= divergence_bound(truth.divergence)).all()
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (7, 1), (1, 13), (5, 128)], ids=str)
@@ -261,6 +262,8 @@ def measured(views: Views, backend: str, kind: str, limit: int) -> tuple[PeakMem
 @pytest.mark.parametrize("kind", ["kl", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_workspace_stays_within_its_limit(backend: str, dtype: torch.dtype, kind: str, depth: int, limit: int) -> None:
+    if backend == "triton_fused" or (backend == "triton" and (depth, limit) == (1024, 1)):
+        pytest.skip("the fused sweep has no tiles, and its gradient's are Triton's; the interpreter takes its time")
     rows, vocab = (300, 1000) if depth == 16 else (70, 500)
     g = torch.Generator().manual_seed(0)
     shapes = (rows, depth), (rows, depth), (vocab, depth), (vocab,)

@@ -91,7 +91,7 @@ def _sweep_kernel(
                 if DESCRIPTORS:
                     a = h.load([rows + row_start, k_start])
                 else:
-                    a = tl.load(a_ptr + rows.to(tl.int64) * depth, mask=inside, other=0.0)
+                    a = tl.load(a_ptr + tl.cast(rows, tl.int64) * depth, mask=inside, other=0.0)
                 z_q = tl.dot(a, b.to(a.dtype), z_q, input_precision="ieee")
         if ALIKE:  # see head._difference_
             z_q += z_p * tl.load(alike_ptr + row, mask=there, other=0.0)[:, None]
@@ -180,6 +180,8 @@ def configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, Any]:
     Both views' accumulators and the fold's temporaries share the registers of a program, and none may spill: that
     bounds a block to 64 x 128 where descriptors do the addressing, to a quarter of it where registers do.
     """
+    if triton.knobs.runtime.interpret:  # which pays by the operation, and has no registers
+        return dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2)
     if descriptors:
