@@ -355,17 +355,21 @@ def vppo_loss(
     def clean(name: str, value: Tensor | None) -> Tensor | None:
         return _per_token(name, value, logprobs, valid, look, zero=kernels is None)
 
-    new, old = clean("logprobs", logprobs), clean("old_logprobs", old_logprobs)
+    def constant(name: str, value: Tensor | None) -> Tensor | None:
+        cleaned = clean(name, value)
+        return None if cleaned is None else cleaned.detach()
+
+    new, old = clean("logprobs", logprobs), constant("old_logprobs", old_logprobs)
     assert new is not None and old is not None
     return _loss(
         new,
-        old.detach(),
+        old,
         shaped,
         valid,
         dependency,
         clean("entropy", entropy),
-        clean("ref_logprobs", ref_logprobs),
-        clean("is_weights", is_weights),
+        constant("ref_logprobs", ref_logprobs),
+        constant("is_weights", is_weights),
         options,
         kernels,
     )
@@ -454,7 +458,8 @@ def linear_vppo_loss(
     shaped = _shape(advantages, valid, dependency, options, look, "torch" if kernels is None else backend)
 
     def clean(name: str, value: Tensor | None) -> Tensor | None:
-        return _per_token(name, value, old_logprobs, valid, look)
+        cleaned = _per_token(name, value, old_logprobs, valid, look)
+        return None if cleaned is None else cleaned.detach()
 
     old = clean("old_logprobs", old_logprobs)
     assert old is not None
@@ -467,9 +472,9 @@ def linear_vppo_loss(
 
     def loss_of(row_logprobs: Tensor, row_entropy: Tensor) -> Tensor:
         # a dropped token has ratio 1 and advantage 0
-        logprobs = old.detach().to(row_logprobs.dtype).index_put(rows, row_logprobs)
+        logprobs = old.to(row_logprobs.dtype).index_put(rows, row_logprobs)
         entropy = torch.zeros_like(logprobs).index_put(rows, row_entropy) if entropy_coef else None
-        loss, found = _loss(logprobs, old.detach(), shaped, valid, dependency, entropy, ref, weights, options, kernels)
+        loss, found = _loss(logprobs, old, shaped, valid, dependency, entropy, ref, weights, options, kernels)
         metrics.update(found)
         return loss
 

@@ -21,7 +21,7 @@ from vppo_kernels.backends.triton_math import phi
 ROWS, BLOCK = (64, 1024) if triton.knobs.runtime.interpret else (1, 1024)
 KEYS = 16384 if triton.knobs.runtime.interpret else 2048  # scores that a selecting program looks at together
 WARPS = 4
-SUMS = 12  # of each row, see `clipped_loss`
+SUMS = 12  # of each row, in the order of `SUMS` of loss.py
 
 
 # --- selection
@@ -249,7 +249,7 @@ def _loss_kernel(
     values_ptr, sums_ptr, rows, columns, blocks, stride, low, high, dual, limit, nll_coef, entropy_coef, kl_coef,
     DUAL: tl.constexpr, PER_TOKEN: tl.constexpr, REF_OF_ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss of each token, and the sums of a row's block; see `clipped_loss` for the fields."""
+    """Loss of each token, and the sums over a block of a row, in the order of `SUMS` of loss.py."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     there = row < rows
@@ -341,7 +341,8 @@ class _ClippedLoss(torch.autograd.Function):
         sums = logprobs.new_zeros((SUMS, rows, grid[1]), dtype=torch.float32)
         _loss_kernel[grid](
             logprobs, old_logprobs, advantages, keep, mask, entropy, ref_logprobs, is_weights, dependency,
-            values, sums, rows, columns, grid[1], sums.stride(0), *numbers, dual, per_token, ref_of_all, ROWS, BLOCK, num_warps=WARPS,
+            values, sums, rows, columns, grid[1], sums.stride(0), *numbers,
+            dual, per_token, ref_of_all, ROWS, BLOCK, num_warps=WARPS,
         )  # fmt: skip
         ctx.save_for_backward(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, is_weights)
         ctx.options = (*numbers, dual, per_token)
