@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from vppo_kernels.backends import triton as tiles
 from vppo_kernels.backends import triton_fused as fused
+from vppo_kernels.backends import triton_selection as selection
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -28,8 +29,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTERS = {"targets_ptr": "*i64", "bias_ptr": "*bf16"}
-FLOATS = ("scale", "to_cap")
+POINTERS = {"targets_ptr": "*i64", "bias_ptr": "*bf16", "offsets_ptr": "*i64"} | dict.fromkeys(
+    ("mask_ptr", "keep_ptr", "present_ptr"), "*i1"
+)
+LOSS = ("low", "high", "dual", "limit", "nll_coef", "entropy_coef", "kl_coef")
+FLOATS = ("scale", "to_cap", "scale_min", "to_one", "scale_range", "min_spread", *LOSS)
+UNALIGNED = ("first", "splits", "ratio_bits", "total", "blocks", "stride")
+ONES = ("rows", "columns", "total", "blocks", "stride")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -46,6 +52,11 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
     yield "fold_jsd", tiles._fold_jsd_kernel, shape, {}, options
     for softcap in (True, False):
         yield f"gradient softcap={softcap}", tiles._gradient_kernel, dict(SOFTCAP=softcap, **shape), {}, options
+
+    for name, kernel, constants, types in token_variants():
+        yield name, kernel, constants, types, dict(num_warps=selection.WARPS)
+        alone = dict.fromkeys((size for size in ONES if size in kernel.arg_names), 1)  # 1 is a constant to the compiler
+        yield f"{name}, one token", kernel, constants | alone, types, dict(num_warps=selection.WARPS)
 
     arch = TARGETS[target].arch
     capability = divmod(arch, 10) if isinstance(arch, int) else (0, 0)
@@ -68,6 +79,25 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
                 yield name, fused._sweep_kernel, constants, {"h": h, "w": w}, options
 
 
+def token_variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:
+    """Selection, shaping and loss: as `variants`, less the options."""
+    for packed, scores in ((False, "*fp32"), (True, "*bf16")):
+        constants = dict(PACKED=packed, KEYS=selection.KEYS) | ({} if packed else {"offsets_ptr": None})
+        types = {"scores_ptr": scores, "ratio_bits": "i64", "keep_ptr": scores if packed else "*i1"}
+        yield f"topk packed={packed} {scores}", selection._topk_kernel, constants, types
+    shape = dict(ROWS=1, BLOCK=selection.BLOCK)
+    yield "row_means", selection._row_means_kernel, shape, {}
+    for flag in (True, False):
+        yield f"alpha dynamic={flag}", selection._alpha_kernel, dict(DYNAMIC=flag, BLOCK=selection.BLOCK), {}
+        yield f"shape per_token={flag}", selection._shape_kernel, dict(PER_TOKEN=flag, **shape), {}
+        constants = dict(DUAL=flag, PER_TOKEN=flag, **shape)
+        gone = [] if flag else ["entropy_ptr", "ref_ptr", "weights_ptr", "dependency_ptr", "values_ptr"]
+        forward = constants | dict(REF_OF_ALL=flag) | dict.fromkeys(gone)
+        yield f"loss all={flag}", selection._loss_kernel, forward, {}
+        gone = [] if flag else ["ref_ptr", "weights_ptr", "grad_entropy_ptr"]
+        yield f"loss_gradient all={flag}", selection._loss_gradient_kernel, constants | dict.fromkeys(gone), {}
+
+
 def compile_one(
     kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any], target: str
 ) -> Any:
@@ -81,7 +111,7 @@ def compile_one(
             types.get(name) or POINTERS.get(name) or ("*fp32" if pointer else "fp32" if name in FLOATS else "i32")
         )
         # sizes and addresses are multiples of 16 in real models: that is the code that runs
-        if name not in FLOATS and not signature[name].startswith("tensordesc") and name not in ("first", "splits"):
+        if name not in FLOATS and not signature[name].startswith("tensordesc") and name not in UNALIGNED:
             attributes[(index,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGETS[target], options=options)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +15,17 @@ import torch
 from torch import Tensor
 from views import Views, make_views, relative_error, worst
 
-from vppo_kernels import divergence, linear_divergence, linear_logprob, linear_vppo_loss, reference, workspace_limit
+from vppo_kernels import (
+    divergence,
+    linear_divergence,
+    linear_logprob,
+    linear_vppo_loss,
+    reference,
+    topk_mask,
+    topk_mask_,
+    vppo_loss,
+    workspace_limit,
+)
 from vppo_kernels.backends import available
 from vppo_kernels.statistics import DivergenceOutput
 from vppo_kernels.tiling import MIB
@@ -44,6 +56,19 @@ def run(views: Views, backend: str, kind: str = "kl", bias: bool = True, **optio
         backend=backend,
         **options,
     )
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An error where the host waits for the device."""
+    before = torch.cuda.get_sync_debug_mode() if DEVICE == "cuda" else 0
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def home(output: Any) -> Any:
@@ -225,3 +250,50 @@ def test_the_loss_from_hidden_states(on_gpu: str, coefficients: dict) -> None:
 
     for a, b in zip(value_and_gradients(on_gpu), value_and_gradients("torch"), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (3, 4100), (1, 131_072)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selection(on_gpu: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Ties, holes with NaN, packed rows and in place, bit for bit as on the CPU; nothing waits for the device."""
+    g = torch.Generator().manual_seed(3)
+    scores, mask = torch.randn(shape, generator=g).to(dtype), torch.rand(shape, generator=g) < 0.8
+    scores[~mask] = float("nan")
+    offsets = torch.arange(0, scores.numel() + 1, shape[1], dtype=torch.int32)
+    on_device, there, packed = scores.to(DEVICE), mask.to(DEVICE), offsets.to(DEVICE)
+    for ratio in (0.4, 0.07, 1e-9, 1.0):
+        expected = topk_mask(scores, mask, ratio, backend="torch")
+        with no_waiting():
+            keep = topk_mask(on_device, there, ratio, backend=on_gpu, check=False)
+            flat = topk_mask(
+                on_device.flatten(), there.flatten(), ratio, cu_seqlens=packed, backend=on_gpu, check=False
+            )
+            written = topk_mask_(on_device.clone(), there, ratio, backend=on_gpu, check=False)
+        assert torch.equal(keep.cpu(), expected)
+        assert torch.equal(flat.cpu(), expected.flatten())
+        assert torch.equal(written.cpu(), expected.to(dtype))
+
+
+@pytest.mark.parametrize("agg", ["token-mean", "none"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 37), (70, 5), (3, 4100)], ids=str)
+def test_the_loss_from_log_probabilities(on_gpu: str, shape: tuple[int, int], agg: str) -> None:
+    """Every term at once: loss, gradients and metrics against float64, without waiting for the device."""
+    g = torch.Generator().manual_seed(4)
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "entropy", "is_weights", "dependency")
+    given = {name: torch.rand(shape, generator=g).sub(float(name.endswith("logprobs"))) for name in names}
+    given["advantages"] = torch.randn(shape[0], generator=g)
+    given["mask"] = torch.rand(shape, generator=g) < 0.8
+    options: dict[str, Any] = dict(
+        clip_dual=1.5, nll_coef=0.06, entropy_coef=0.02, kl_coef=0.1, loss_agg=agg, check=False
+    )
+    found = []
+    for backend, dtype, device in (("torch", torch.float64, "cpu"), (on_gpu, torch.float32, DEVICE)):
+        inputs = {name: x if name == "mask" else x.to(dtype) for name, x in given.items()}
+        inputs = {name: x.to(device) for name, x in inputs.items()}
+        leaves = [inputs[name].requires_grad_() for name in ("logprobs", "entropy")]
+        with no_waiting():
+            loss, metrics = vppo_loss(**inputs, **options, backend=backend)
+            gradients = torch.autograd.grad(loss.sum(), leaves)
+        found.append([x.detach().cpu().double() for x in (loss, *gradients, *metrics.values())])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=1e-5)
