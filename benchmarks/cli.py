@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
         program: What was typed before them.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    app(args=arguments, prog_name=program, obj=f"{program} {shlex.join(arguments)}")
+    app(args=_repeat("--rows", arguments), prog_name=program, obj=f"{program} {shlex.join(arguments)}")
 
 
 @app.command("list")
@@ -70,7 +70,7 @@ def run(
     ] = None,
     peers: Annotated[str | None, typer.Option(help="Names after commas, '' for none; all by default.")] = None,
     rows: Annotated[
-        list[int] | None, typer.Option(min=1, help="Rows; may be given again. The suite's own choice by default.")
+        list[int] | None, typer.Option(min=1, help="Rows, one number or several. The suite's own choice by default.")
     ] = None,
     backward: Annotated[
         bool | None, typer.Option("--backward/--no-backward", help="With gradients only, or without; both by default.")
@@ -164,6 +164,17 @@ def plot(result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="A s
         from benchmarks.report import Result
 
         print(write_atomic(result.with_suffix(".png"), png(Result.load(result))))
+
+
+def _repeat(option: str, arguments: list[str]) -> list[str]:
+    """`--rows 1 2` as `--rows 1 --rows 2`, which is what typer takes."""
+    repeated: list[str] = []
+    within = False
+    for argument in arguments:
+        more = within and argument.isdigit()
+        repeated += [option, argument] if more and repeated[-1] != option else [argument]
+        within = more or argument == option
+    return repeated
 
 
 def _known(name: str, given: list[str], known: list[str]) -> None:

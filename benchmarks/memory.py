@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 from torch.utils._pytree import tree_leaves
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints when it starts and stops
@@ -18,7 +17,6 @@ class Scale:
     """Weighs one contestant. Nothing else may allocate between `prepare` and `workspace` and stay."""
 
     def __init__(self, device: torch.device) -> None:
-        gc.collect()
         self.device = device
         self._held = 0
         self._before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -52,10 +50,10 @@ class Scale:
 def _allocations(call: Callable[[], Any]) -> tuple[Any, int, int]:
     """What a call returns, the bytes of CPU memory that it left allocated, and the most that it had at a time."""
     # the allocator's own reports, which compiled code passes through as well
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(profile_memory=True) as profiler:
         result = call()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert profiler.kineto_results is not None
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()

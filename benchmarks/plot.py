@@ -23,12 +23,14 @@ def png(result: Result) -> bytes:
     def draw(figure: Figure, theme: Theme) -> None:
         title = f"{result.suite}: time over the floor\n"
         figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold", color=theme.ink)
-        where = f"{result.machine['device']}, {result.machine['threads']} threads, torch {result.versions['torch']}"
-        figure.text(0.012, 0.985, f"\n\n{where}, {result.date[:10]}", va="top", color=theme.muted, size=9)
+        threads = "" if result.device == "cuda" else f", torch threads: {result.machine['threads']}"
+        where = f"{result.machine['device']}{threads}, torch {result.versions['torch']}, {result.date[:10]}"
+        figure.text(0.012, 0.985, f"\n\n{where}", va="top", color=theme.muted, size=9)
         axes = figure.subplots(len(lines), columns, squeeze=False)
         for row, line in zip(axes, lines.values(), strict=True):
+            end = max([1.0, *(case.over_floor(record) or 0.0 for case in line for record in case.records)])
             for ax, case in zip(row, line, strict=False):
-                _draw_case(ax, case, theme)
+                _draw_case(ax, case, end, theme)
             for ax in row[len(line) :]:
                 ax.set_axis_off()
 
@@ -36,17 +38,16 @@ def png(result: Result) -> bytes:
     return Plot(f"benchmark-{result.suite}", "", "", draw, size).png(LIGHT)
 
 
-def _draw_case(ax: Axes, case: CaseResult, theme: Theme) -> None:
+def _draw_case(ax: Axes, case: CaseResult, end: float, theme: Theme) -> None:
+    """Bars up to `end` times the floor, which the cases of a line share."""
     ax.set_title(f"{case.title}\n", loc="left", size=10)
     ax.annotate(case.sizes, (0, 1), (0, 8), "axes fraction", "offset points", color=theme.muted, size=8)
     shown = [record for record in case.records if record.role != "floor"]
     ratios = [case.over_floor(record) for record in shown]
-    end = max([ratio for ratio in ratios if ratio] + [1.0])
     for place, (record, ratio) in enumerate(zip(shown, ratios, strict=True)):
         ours = record.role == "ours"
-        if ratio is None:
-            label, start = f"{record.status}: {record.reason}"[:44], 0.0
-        else:
+        label, start = str(record.status), 0.0
+        if ratio is not None:
             ax.barh(place, ratio, height=0.62, color=theme.dependency if ours else theme.faint)
             memory = "" if record.workspace is None else f" · {record.workspace / MIB:,.0f} MiB"
             label, start = f"{ratio:.2f} x · {duration(record.median)}{memory}", ratio
@@ -58,6 +59,7 @@ def _draw_case(ax: Axes, case: CaseResult, theme: Theme) -> None:
             va="center",
             size=8,
             color=theme.ink if ratio else theme.muted,
+            bbox={"facecolor": theme.surface, "edgecolor": "none", "pad": 1.0},  # above the floor's line
             weight="bold" if ours and ratio else "normal",
         )
     ax.axvline(1.0, color=theme.ink, linewidth=1.0, linestyle=FLOOR_LINE)
