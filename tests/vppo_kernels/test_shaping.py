@@ -174,7 +174,8 @@ def test_text_only_rows_are_left_out(backend_tokens: str) -> None:
     shaped = shape_advantages(advantages, scores, mask, has_image=has_image, backend=backend_tokens)
     seen = [0, 2, 3]
     alone = shape_advantages(advantages[seen], scores[seen], mask[seen], backend=backend_tokens)
-    assert torch.equal(shaped.alpha[seen], alone.alpha) and shaped.alpha[1] == 1
+    torch.testing.assert_close(shaped.alpha[seen], alone.alpha)  # their sums may be made in another order
+    assert shaped.alpha[1] == 1
     assert torch.equal(shaped.keep[seen], alone.keep) and shaped.keep[1].all()
     none = shape_advantages(advantages, scores, mask, has_image=torch.zeros(4), backend=backend_tokens)
     assert torch.equal(none.advantages, advantages.unsqueeze(1).expand(4, 6))
