@@ -25,7 +25,7 @@ class Loss(Suite):
     modes = (True,)
 
     def presets(self, device: torch.device) -> list[str]:
-        return ["7b", "32b"] if device.type == "cuda" else ["loss-cpu"]
+        return ["7b", "32b"] if device.type == "cuda" else ["small"]
 
     def rows(self, preset: str, device: torch.device) -> list[int]:
         return [8192, 16384] if device.type == "cuda" else [128 if preset == "tiny" else 1024]
