@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -49,7 +49,10 @@ def list_() -> None:
 
     console = Console()
     for name in suite_names():
-        console.print(f"[bold]{name}[/bold]  {load_suite(name).summary}")
+        suite = load_suite(name)
+        console.print(f"[bold]{name}[/bold]  {suite.summary}")
+        if suite.known is not PRESETS:
+            console.print(f"  its presets: {', '.join(suite.known)}", highlight=False)
         for peer, module in peers(name).items():
             console.print(f"  {peer:10} {(module.__doc__ or '').splitlines()[0]}", highlight=False)
     console.print("[bold]presets[/bold]  head of a model, vocabulary x width")
@@ -63,7 +66,7 @@ def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="What to measure; see list.")],
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where.")] = "cpu",
     preset: Annotated[
-        list[str] | None, typer.Option(help="Head, see list; may be given again. The suite's own choice by default.")
+        list[str] | None, typer.Option(help="Preset, see list; may be given again. The suite's own choice by default.")
     ] = None,
     peers: Annotated[str | None, typer.Option(help="Names after commas, '' for none; all by default.")] = None,
     rows: Annotated[
@@ -86,7 +89,6 @@ def run(
         from benchmarks.contest import Setting, load_suite, suite_names
         from benchmarks.contest import peers as peers_of
         from benchmarks.harness import run_case
-        from benchmarks.inputs import PRESETS
         from benchmarks.machine import machine, versions
         from benchmarks.plot import png
         from benchmarks.report import LEGEND, CaseResult, Result, case_view
@@ -94,16 +96,17 @@ def run(
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: torch sees no such device here")
         _known("SUITE", [suite], suite_names())
-        _known("--preset", preset or [], list(PRESETS))
+        loaded = load_suite(suite)
+        _known("--preset", preset or [], list(loaded.known))
         chosen = list(peers_of(suite)) if peers is None else [name for name in peers.split(",") if name]
         _known("--peers", chosen, list(peers_of(suite)))
 
-        where, loaded = torch.device(device), load_suite(suite)
+        where = torch.device(device)
         settings = [
             Setting(p, n, mode, where)
             for p in preset or loaded.presets(where)
             for n in rows or loaded.rows(p, where)
-            for mode in ([False, True] if backward is None else [backward])
+            for mode in (loaded.modes if backward is None else [backward])
         ]
         result = Result(
             suite=suite,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
@@ -15,13 +15,14 @@ import torch
 
 import benchmarks.peers
 import benchmarks.suites
+from benchmarks.inputs import PRESETS
 
 Role = Literal["floor", "ours", "peer"]
 Call = Callable[[], Any]
 
 
 class Setting(NamedTuple):
-    """One case of a suite: a head (a key of `inputs.PRESETS`), rows, device, and whether gradients are taken too."""
+    """One case of a suite: a preset (a head unless the suite says else), rows, device, and whether it has gradients."""
 
     preset: str
     rows: int
@@ -79,10 +80,19 @@ class Case:
 
 
 class Suite(ABC):
-    """What is measured. A file in `suites/` has one, named `SUITE`."""
+    """What is measured. A file in `suites/` has one, named `SUITE`.
+
+    Attributes:
+        name: Of its file.
+        summary: A line for `list`.
+        modes: Forward alone (False), forward with backward (True), or both.
+        known: The presets that the user can name.
+    """
 
     name: str
     summary: str
+    modes: tuple[bool, ...] = (False, True)
+    known: Mapping[str, Any] = PRESETS
 
     @abstractmethod
     def rows(self, preset: str, device: torch.device) -> list[int]:

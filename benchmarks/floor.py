@@ -10,7 +10,9 @@ from torch import Tensor
 COLUMNS = 32_768  # vocabulary entries per product: wide enough to run at full rate
 
 
-def head_products(hidden: Tensor, weight: Tensor, backward: bool) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+def head_products(
+    hidden: Tensor, weight: Tensor, backward: bool, differentiated: Tensor | None = None
+) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
     """The products of a head over all rows at once, tile by tile, into memory that is allocated here.
 
     Args:
@@ -18,18 +20,20 @@ def head_products(hidden: Tensor, weight: Tensor, backward: bool) -> Callable[[]
         weight: `[V, D]`.
         backward: Add the gradients' products, from a gradient of the logits that is simply there; recomputing the
             logits is not the floor's.
+        differentiated: `[active, D]`, the rows that the gradients' products are over; None for all.
 
     Returns:
-        A call that returns buffers of the gradients, `[rows, D]` float32 and `[V, D]`; None without `backward`.
+        A call that returns buffers of the gradients, `[active, D]` float32 and `[V, D]`; None without `backward`.
     """
-    rows, columns = len(hidden), min(COLUMNS, len(weight))
+    differentiated = hidden if differentiated is None else differentiated
+    rows, active, columns = len(hidden), len(differentiated), min(COLUMNS, len(weight))
     narrow = weight.is_cuda and weight.dtype != torch.float32
     logits = hidden.new_empty(rows * columns, dtype=torch.float32)
     grad_hidden = grad_weight = None
     if backward:
         # not zeros, on which a GPU draws less power and clocks higher
-        grad_logits = 1e-3 * torch.randn(rows * columns, device=hidden.device, dtype=hidden.dtype)
-        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        grad_logits = 1e-3 * torch.randn(active * columns, device=hidden.device, dtype=hidden.dtype)
+        grad_hidden = torch.empty_like(differentiated, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
 
     def products() -> tuple[Tensor | None, Tensor | None]:
@@ -42,14 +46,14 @@ def head_products(hidden: Tensor, weight: Tensor, backward: bool) -> Callable[[]
                 torch.mm(hidden, tile.T, out=out)
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad = grad_logits[: rows * len(tile)].view(rows, -1)
+            grad = grad_logits[: active * len(tile)].view(active, -1)
             if start == 0:
                 grad_hidden.zero_()
             if narrow:
                 torch.addmm(grad_hidden, grad, tile, out_dtype=torch.float32, out=grad_hidden)
             else:
                 torch.addmm(grad_hidden, grad, tile, out=grad_hidden)
-            torch.mm(grad.T, hidden, out=grad_weight[start : start + columns])
+            torch.mm(grad.T, differentiated, out=grad_weight[start : start + columns])
         return grad_hidden, grad_weight
 
     return products

@@ -8,6 +8,8 @@ same, unless they compute something else.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ def divergence_bound(truth: Tensor) -> Tensor:
     return 1e-5 * truth + 3e-6 * truth.sqrt() + 1e-8
 
 
+def logprob_bound(size: Tensor) -> Tensor:
+    """The same for a log-probability, whose error grows with the row's largest logit."""
+    return 2e-5 + 4 * torch.finfo(torch.float32).eps * size
+
+
 def judge_divergence(role: Role, value: Tensor, truth: Tensor) -> tuple[float, str]:
     """Largest error as a multiple of the bound, and what is wrong ("" if nothing is).
 
@@ -30,17 +37,21 @@ def judge_divergence(role: Role, value: Tensor, truth: Tensor) -> tuple[float, s
         value: `[rows]` or scalar result.
         truth: The same in float64, not negative.
     """
-    error = (value.double() - truth).abs()
-    multiple = _number(error / divergence_bound(truth))
-    if role == "ours":
-        negative = bool((value < 0).any())
-        wrong = (
-            "a negative divergence" if negative else f"error {multiple:.3g} x the bound" if not multiple <= 1 else ""
-        )
-        return multiple, wrong
-    large = truth > PEER_ROWS
-    share = _number(error[large].sum() / truth[large].sum()) if large.any() else 0.0
-    return multiple, "" if share <= PEER_SHARE else f"error {share:.3g} of the divergences"
+    multiple, wrong = _judge(role, value, truth, divergence_bound(truth), "divergences")
+    negative = role == "ours" and bool((value < 0).any())
+    return multiple, "a negative divergence" if negative else wrong
+
+
+def judge_logprob(role: Role, value: Tensor, truth: Tensor, size: Tensor) -> tuple[float, str]:
+    """The same for log-probabilities.
+
+    Args:
+        role: Whose gate.
+        value: `[rows]` result.
+        truth: The same in float64.
+        size: `[rows]` largest logits.
+    """
+    return _judge(role, -value, -truth, logprob_bound(size), "log-probabilities")
 
 
 def judge_gradient(role: Role, error: float, plain_error: float) -> tuple[float, str]:
@@ -51,9 +62,36 @@ def judge_gradient(role: Role, error: float, plain_error: float) -> tuple[float,
         error: Norm of the error over the norm of the gradient in float64.
         plain_error: The same of the textbook formula with the same inputs in the same dtype.
     """
-    multiple = error / (plain_error + 1e-6)
+    multiple, wrong = _judge_relative(role, error, plain_error)
+    return multiple, wrong and f"gradient error {error:.3g} of its norm"
+
+
+def judge_loss(role: Role, error: float, plain_error: float) -> tuple[float, str]:
+    """The same for a loss.
+
+    Args:
+        role: Whose gate.
+        error: Of the loss, over the sum of its terms' absolute values in float64.
+        plain_error: The same of the textbook formula with the same inputs in the same dtype.
+    """
+    multiple, wrong = _judge_relative(role, error, plain_error)
+    return multiple, wrong and f"error {error:.3g} of the loss's terms"
+
+
+def _judge(role: Role, value: Tensor, truth: Tensor, bound: Tensor, what: str) -> tuple[float, str]:
+    error = (value.double() - truth).abs()
+    multiple = _number(error / bound)
+    if role == "ours":
+        return multiple, "" if multiple <= 1 else f"error {multiple:.3g} x the bound"
+    large = truth > PEER_ROWS
+    share = _number(error[large].sum() / truth[large].sum()) if large.any() else 0.0
+    return multiple, "" if share <= PEER_SHARE else f"error {share:.3g} of the {what}"
+
+
+def _judge_relative(role: Role, error: float, plain_error: float) -> tuple[float, str]:
+    error = math.inf if math.isnan(error) else error
     limit = plain_error + 1e-6 if role == "ours" else PEER_SHARE
-    return multiple, "" if error <= limit else f"gradient error {error:.3g} of its norm"
+    return error / (plain_error + 1e-6), "" if error <= limit else "outside"
 
 
 def _number(values: Tensor) -> float:

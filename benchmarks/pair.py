@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -63,27 +63,37 @@ def make_pair(preset: str, rows: int, device: torch.device, dtype: torch.dtype, 
 
 
 class Result(NamedTuple):
-    """What a contestant of a suite with two views returns.
+    """What a contestant of a suite with hidden states returns.
 
     Attributes:
-        value: `[N]` divergences, or their mean over the rows that count.
-        gradients: Of the mean, in the leaves' order; None for a leaf that gets none, () without backward.
+        value: A number per row, or one for all: divergences, their mean over the rows that count, a loss.
+        gradients: Of the one for all, in the leaves' order; None for a leaf that gets none, () without backward.
     """
 
     value: Tensor
     gradients: tuple[Tensor | None, ...]
 
 
-def differentiated(pair: Pair, forward: Callable[[], Tensor]) -> Callable[[], Result]:
-    """The call that computes the value and, if the pair asks for it, the gradients of its mean."""
+class Inputs(Protocol):
+    """What `differentiated` has to know of a suite's inputs."""
+
+    backward: bool
+    upstream: Tensor
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]: ...
+
+
+def differentiated(inputs: Inputs, forward: Callable[[], Tensor]) -> Callable[[], Result]:
+    """The call that computes the value and, if the inputs ask for it, the gradients."""
 
     def call() -> Result:
-        if not pair.backward:
+        if not inputs.backward:
             with torch.no_grad():
                 return Result(forward(), ())
         value = forward()
-        upstream = pair.upstream if value.dim() else None
-        return Result(value.detach(), torch.autograd.grad(value, pair.leaves, upstream, allow_unused=True))
+        upstream = inputs.upstream if value.dim() else None
+        return Result(value.detach(), torch.autograd.grad(value, inputs.leaves, upstream, allow_unused=True))
 
     return call
 

@@ -21,7 +21,7 @@ def png(result: Result) -> bytes:
     bars = max(len(case.records) for case in result.cases)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        title = f"{result.suite}: time over the matrix products alone\n"
+        title = f"{result.suite}: time over the floor\n"
         figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold", color=theme.ink)
         threads = "" if result.device == "cuda" else f", torch threads: {result.machine['threads']}"
         where = f"{result.machine['device']}{threads}, torch {result.versions['torch']}, {result.date[:10]}"

@@ -34,7 +34,11 @@ class CaseResult:
 
     @property
     def sizes(self) -> str:
-        return f"{self.labels['vocab']:,} x {self.labels['width']:,}, {self.labels['dtype']}"
+        labels = self.labels
+        if "vocab" not in labels:
+            return f"{labels['rows']:,} x {labels['length']:,}, {labels['dtype']}"
+        active = f", {labels['active_rows']:,} rows active" if "active_rows" in labels else ""
+        return f"{labels['vocab']:,} x {labels['width']:,}, {labels['dtype']}{active}"
 
     def over_floor(self, record: Record) -> float | None:
         """The median over the floor's median; None where either was not timed."""

@@ -1,34 +1,43 @@
-"""The same contestants under pytest-benchmark: its statistics, its storage, its comparison of runs.
+"""The suites under pytest-benchmark: `pytest benchmarks`, with its tables, storage and comparisons, at the tiny size.
 
-    python -m pytest benchmarks --preset tiny --benchmark-autosave
-
-Contestants run one after the other here; `python -m benchmarks run` times them in turn, which is the fairer contest.
+Cases, contestants and gates are those of `python -m benchmarks run`; that command times contestants in turn, weighs
+their memory, and is what published numbers come from.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
+import torch
 
-from benchmarks.contest import Case, Setting, load_suite, peers
-from benchmarks.harness import enter
-from benchmarks.timing import synchronised
+from benchmarks.contest import Case, Contestant, Setting, load_suite, peers, suite_names
 
-
-@lru_cache(maxsize=1)
-def _case(suite: str, setting: Setting) -> Case:
-    return load_suite(suite).case(setting, list(peers(suite)))
+CPU = torch.device("cpu")
 
 
-def test_contestant(benchmark: BenchmarkFixture, suite: str, setting: Setting, contestant: str) -> None:
-    case = _case(suite, setting)
-    entrant = next(c for c in case.contestants if c.name == contestant)
-    record, call = enter(entrant, case, setting.device)
-    if call is None and record.status == "skipped":
-        pytest.skip(record.reason)
-    assert call is not None, record.reason
-    benchmark.group = f"{suite}, {case.labels}"
-    benchmark.extra_info.update(workspace=record.workspace, error=record.error, gradient_error=record.gradient_error)
-    benchmark(synchronised(call, setting.device))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    entries = []
+    for name in suite_names():
+        suite = load_suite(name)
+        for backward in suite.modes:
+            case = suite.case(Setting("tiny", suite.rows("tiny", CPU)[0], backward, CPU), list(peers(name)))
+            group = f"{name}, {'forward and backward' if backward else 'forward'}"
+            entries += [pytest.param(case, c, group, id=f"{group}: {c.name}") for c in case.contestants]
+    metafunc.parametrize(("case", "contestant", "group"), entries)
+
+
+def test_contestant(case: Case, contestant: Contestant, group: str, benchmark: Any) -> None:
+    try:
+        call = contestant.prepare()
+        verdict = case.judge(contestant, call)
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        if contestant.role == "ours":
+            raise
+        pytest.skip(f"{type(error).__name__}: {error}")
+    if contestant.role == "peer" and not verdict.right:
+        pytest.skip(f"wrong: {verdict.reason}")
+    assert verdict.right, verdict.reason
+    benchmark.group = group
+    benchmark.extra_info.update(case.labels)
+    benchmark(call)

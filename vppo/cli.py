@@ -125,3 +125,23 @@ def train(
         from vppo.train import train as run
 
         run(load_config(config, context.args))
+
+
+@main.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Measure the kernels beside their peers: the same as `python -m benchmarks`, in a checkout."""
+    with clear_errors():
+        checkout = Path(__file__).parents[1]
+        if not (checkout / "benchmarks" / "cli.py").is_file():
+            raise InputError(
+                "bench: the benchmarks are not in the installed package; run it in a checkout of the repository, "
+                "installed with pip install --editable"
+            )
+        if str(checkout) not in sys.path:
+            sys.path.insert(0, str(checkout))
+        from benchmarks.cli import main as run
+
+        run(context.args or ["--help"], program="vppo bench")

@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 
 from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
+from vppo.fused_head import fused_head
 from vppo.perturbations import PixelLayout, seeded
 from vppo.sampler import EpochSampler
 from vppo.scoring import Batch, logit_options, score
@@ -232,9 +233,10 @@ class VPPOTrainer(GRPOTrainer):
         if self._recorded is not None and not self._recorded and not self._has_dropout:
             hook = self._record_hidden(logits_to_keep)
         try:
-            result = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
+            with fused_head(gathered=not self._dist.is_zero3):
+                result = super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+                )
         finally:
             if hook is not None:
                 hook.remove()

@@ -128,6 +128,20 @@ def token_mask(mask: Any, like: Tensor, name: str = "mask") -> Tensor:
     return mask if mask.dtype == torch.bool else mask != 0
 
 
+def offsets(name: str, value: Any, like: Tensor, of: str, check: bool) -> None:
+    """Where packed rows begin and end in `like`, `[total]`; the values are looked at only with `check`."""
+    tensor(name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got dtype {value.dtype}, takes int64 or int32")
+    if value.dim() != 1 or not len(value):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, takes [B + 1]")
+    same_device(name, value, like.device, of)
+    if check:
+        numbers = value.tolist()
+        if numbers[0] != 0 or numbers[-1] != len(like) or numbers != sorted(numbers):
+            raise ValueError(f"{name}: got {numbers}, takes offsets that rise from 0 to {len(like)} (the {of})")
+
+
 def matrix(name: str, value: Any) -> None:
     floating(name, value)
     if value.dim() != 2:

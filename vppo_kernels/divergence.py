@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vppo_kernels import checks, parallel, tiling, verify
 from vppo_kernels.head import LogitTransform
-from vppo_kernels.ops import sweep
+from vppo_kernels.ops import sweep, wants_gradient
 from vppo_kernels.statistics import DivergenceOutput
 
 KINDS = ("kl", "reverse_kl", "jsd")
@@ -58,7 +58,7 @@ def linear_divergence(
             parallel): `weight` and `bias` are this rank's, everything else, upstream gradients too, is the same on all
             ranks. Results and gradients of hidden states are of the whole vocabulary. None for a whole weight; a
             weight that is a DTensor sharded on dimension 0 brings its own group.
-        backend: "auto", "torch", "triton", or "triton_fused", which never holds logits at all.
+        backend: "auto", "torch", "triton", or "triton_fused" (no logits in memory; see its module).
         check: Look for NaN and inf in the inputs, and compare up to 16 rows with the float64 definition.
 
     Returns:
@@ -84,10 +84,10 @@ def linear_divergence(
     leading = hidden.shape[:-1]
     if targets is not None:
         checks.indices("targets", targets, leading, shard.total, weight.device, check)
-        targets = targets.reshape(-1).long()
+        targets = targets.reshape(-1).long().contiguous()
     values, _ = sweep(
         views, weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
-        tiling.current_workspace(),
+        tiling.current_workspace(), wants_gradient(*views, weight, bias),
     )  # fmt: skip
     if check:
         with torch.no_grad():
@@ -143,13 +143,13 @@ def divergence(
     shard = parallel.shard_of(process_group, views, logits.shape[-1], vocab_size, "logits")
     if targets is not None:
         checks.indices("targets", targets, leading, shard.total, logits.device, check)
-        targets = targets.reshape(-1).long()
+        targets = targets.reshape(-1).long().contiguous()
     if check:
         checks.all_finite("logits", views[0][:, : shard.columns])
         checks.all_finite("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
         views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
-        tiling.current_workspace(),
+        tiling.current_workspace(), wants_gradient(*views),
     )  # fmt: skip
     if check and len(views[0]):
         with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vppo_kernels import checks, parallel, tiling, verify
 from vppo_kernels.head import LogitTransform
-from vppo_kernels.ops import sweep
+from vppo_kernels.ops import sweep, wants_gradient
 from vppo_kernels.statistics import LogprobOutput
 
 
@@ -53,10 +53,10 @@ def linear_logprob(
     leading, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
     shard = parallel.shard_of(process_group, [flat], len(weight), vocab_size, "weight")
     checks.indices("targets", targets, leading, shard.total, weight.device, check)
-    flat_targets = targets.reshape(-1).long()
+    flat_targets = targets.reshape(-1).long().contiguous()
     values, _ = sweep(
         [flat], weight, bias, flat_targets, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
-        tiling.current_workspace(),
+        tiling.current_workspace(), wants_gradient(flat, weight, bias),
     )  # fmt: skip
     logprobs, entropy = values.unbind(0)
     if check:

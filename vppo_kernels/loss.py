@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks
+from vppo_kernels import backends, checks, parallel, tiling
+from vppo_kernels.head import LogitTransform
+from vppo_kernels.linear_loss import LinearLoss
 from vppo_kernels.logprob import linear_logprob
+from vppo_kernels.ops import wants_gradient
 from vppo_kernels.shaping import Shaped, TrajectoryStats, expand_advantages, shape_advantages
 
 AGGREGATIONS = (
@@ -25,24 +29,17 @@ LOG_RATIO_LIMIT = 20.0
 Metrics = dict[str, Tensor]
 
 
-def aggregate(values: Tensor, mask: Tensor, loss_agg: str, denominator: Tensor | float | None = None) -> Tensor:
-    """Reduce `[B, T]` per-token losses under verl's names; see `vppo_loss` for what each divides by."""
-    values = torch.where(mask, values, 0)
-    if loss_agg == "none":
-        return values
-    if loss_agg == "token-sum":
-        return values.sum()
+def _reduce(rows: Tensor, lengths: Tensor, width: int, loss_agg: str, denominator: Tensor | float | None) -> Tensor:
+    """The loss from each row's sum and number of tokens, under verl's names; `vppo_loss` says what they divide by."""
+    if loss_agg in ("none", "token-sum"):
+        return rows if loss_agg == "none" else rows.sum()
     if loss_agg == "token-mean":
-        return values.sum() / (mask.sum().clamp_min(1) if denominator is None else denominator)
+        return rows.sum() / (lengths.sum().clamp_min(1) if denominator is None else denominator)
     if loss_agg == "seq-mean-token-sum-norm":
-        return values.sum() / (max(mask.shape[1], 1) if denominator is None else denominator)
-    length = mask.sum(1)
-    per_sequence = values.sum(1) / length.clamp_min(1) if loss_agg == "seq-mean-token-mean" else values.sum(1)
-    return per_sequence.sum() / ((length > 0).sum().clamp_min(1) if denominator is None else denominator)
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
+        return rows.sum() / (max(width, 1) if denominator is None else denominator)
+    if loss_agg == "seq-mean-token-mean":
+        rows = rows / lengths.clamp_min(1)
+    return rows.sum() / ((lengths > 0).sum().clamp_min(1) if denominator is None else denominator)
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,9 @@ class LossOptions:
         return any(coefficient != 0 for coefficient in (self.nll_coef, self.entropy_coef, self.kl_coef))
 
 
-def _per_token(name: str, value: Tensor | None, like: Tensor, mask: Tensor, check: bool) -> Tensor | None:
+def _per_token(
+    name: str, value: Tensor | None, like: Tensor, mask: Tensor, check: bool, zero: bool = True
+) -> Tensor | None:  # fmt: skip
     """A `[B, T]` argument with its padding replaced by 0, so that nothing there can reach a sum or a gradient."""
     if value is None:
         return None
@@ -94,10 +93,12 @@ def _per_token(name: str, value: Tensor | None, like: Tensor, mask: Tensor, chec
     checks.shape(name, value, tuple(like.shape), "that of the mask")
     if check:
         checks.all_finite(name, value, mask)
-    return torch.where(mask, value, 0)
+    return torch.where(mask, value, 0) if zero else value
 
 
-def _shape(advantages: Tensor, mask: Tensor, dependency: Tensor | None, options: LossOptions, check: bool) -> Shaped:
+def _shape(
+    advantages: Tensor, mask: Tensor, dependency: Tensor | None, options: LossOptions, check: bool, backend: str
+) -> Shaped:  # fmt: skip
     """Shaped advantages; without a dependency every response token is kept and every factor is 1."""
     if dependency is not None:
         checks.tensor("dependency", dependency)
@@ -113,12 +114,95 @@ def _shape(advantages: Tensor, mask: Tensor, dependency: Tensor | None, options:
             has_image=options.has_image,
             stats=options.stats,
             process_group=options.process_group,
+            backend=backend,
             check=check,
         )
     per_token = expand_advantages(advantages, mask)
     if check:
         checks.all_finite("advantages", per_token, mask)
     return Shaped(torch.where(mask, per_token, 0).detach(), mask, torch.ones(len(mask), device=mask.device))
+
+
+# Sums over a row's tokens that the losses return, in this order: of its response tokens ...
+PER_TOKEN = ("tokens", "kept_fraction", "active_fraction", "entropy_mean")
+# ... and of the active ones, whose shaped advantage is not 0.
+PER_ACTIVE = ("ratio_mean", "approx_kl", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
+SUMS = (*PER_TOKEN, *PER_ACTIVE, "ref_kl", "dependency", "loss")
+
+
+def _clipped_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    keep: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    dependency: Tensor | None,
+    *,
+    low: float,
+    high: float,
+    dual: float | None,
+    limit: float,
+    nll_coef: float,
+    entropy_coef: float,
+    kl_coef: float,
+    per_token: bool,
+    ref_of_all: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss before anything is averaged, in plain torch.
+
+    Args:
+        logprobs, old_logprobs, advantages, entropy, ref_logprobs, is_weights: `[B, T]`, clean of padding.
+        keep, mask: `[B, T]` bool.
+        dependency: `[B, T]`.
+        low, high, dual: Where the ratio is clipped.
+        limit: Bound on the magnitude of a log-ratio.
+        per_token: Return the loss of every token instead of each row's sum.
+        ref_of_all: Whether the reference is known at every response token, or only at the active ones.
+
+    Returns:
+        The loss, `[B]` or `[B, T]`, differentiable in `logprobs` and `entropy`; and `SUMS` of each row, `[12, B]`.
+    """
+    log_ratio = (logprobs - old_logprobs).clamp(-limit, limit)
+    ratio = log_ratio.exp()
+    policy = torch.maximum(-ratio * advantages, -ratio.clamp(low, high) * advantages)
+    if dual is not None:
+        policy = torch.where(advantages < 0, torch.minimum(policy, -dual * advantages), policy)
+    total = policy if is_weights is None else policy * is_weights
+    if nll_coef:
+        total = total - nll_coef * logprobs
+    if entropy_coef and entropy is not None:
+        total = total - entropy_coef * entropy
+    ref_kl = None if ref_logprobs is None else _k3(ref_logprobs - logprobs, limit)
+    if kl_coef and ref_kl is not None:
+        total = total + kl_coef * ref_kl
+    total = torch.where(mask, total, 0).to(torch.promote_types(total.dtype, torch.float32))
+    rows = total.sum(1)
+
+    with torch.no_grad():
+        active = mask & (advantages != 0)
+        falling, rising = active & (advantages < 0), active & (advantages > 0)
+
+        def row_sums(values: Tensor | None, where: Tensor) -> Tensor:
+            return torch.where(where, 0 if values is None else values, 0).sum(1, dtype=rows.dtype)
+
+        sums = [
+            row_sums(mask, mask),
+            row_sums(keep, mask),
+            row_sums(active, mask),
+            row_sums(entropy, mask),
+            row_sums(ratio, active),
+            row_sums(_k3(log_ratio, limit), active),
+            row_sums(ratio < low, falling),
+            row_sums(ratio > high, rising),
+            row_sums(None if dual is None else ratio > dual, falling),
+            row_sums(ref_kl, mask if ref_of_all else active),
+            row_sums(dependency, mask),
+            rows,
+        ]
+        return total if per_token else rows, torch.stack(sums)
 
 
 def _loss(
@@ -131,52 +215,57 @@ def _loss(
     ref_logprobs: Tensor | None,
     is_weights: Tensor | None,
     options: LossOptions,
+    kernels: ModuleType | None,
 ) -> tuple[Tensor, Metrics]:
-    """Everything after shaping; all `[B, T]` arguments are clean of padding."""
-    advantages = shaped.advantages
-    low, high, dual = options.clip_low, options.clip_high, options.clip_dual
-    log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
-    policy = torch.maximum(-ratio * advantages, -ratio.clamp(1 - low, 1 + high) * advantages)
-    if dual is not None:
-        policy = torch.where(advantages < 0, torch.minimum(policy, -dual * advantages), policy)
-    total = policy if is_weights is None else policy * is_weights
-    if options.nll_coef:
-        total = total - options.nll_coef * logprobs
-    if options.entropy_coef and entropy is not None:
-        total = total - options.entropy_coef * entropy
-    if options.kl_coef and ref_logprobs is not None:
-        total = total + options.kl_coef * _k3(ref_logprobs - logprobs)
-    loss = aggregate(total, mask, options.loss_agg, options.denominator)
+    """Everything after shaping; all `[B, T]` arguments are clean of padding, or `kernels` leave it out."""
+    rows, sums = (_clipped_loss if kernels is None else kernels.clipped_loss)(
+        logprobs,
+        entropy,
+        old_logprobs,
+        shaped.advantages,
+        shaped.keep,
+        mask,
+        ref_logprobs,
+        is_weights,
+        dependency,
+        low=1 - options.clip_low,
+        high=1 + options.clip_high,
+        dual=options.clip_dual,
+        limit=LOG_RATIO_LIMIT,
+        nll_coef=options.nll_coef,
+        entropy_coef=options.entropy_coef,
+        kl_coef=options.kl_coef,
+        per_token=options.loss_agg == "none",
+        ref_of_all=options.every_token,
+    )
+    loss = _reduce(rows, sums[0], mask.shape[1], options.loss_agg, options.denominator)
 
-    with torch.no_grad():
-        active = mask & (advantages != 0)
-        falling, rising = active & (advantages < 0), active & (advantages > 0)
-        metrics = {
-            "kept_fraction": _mean(shaped.keep.float(), mask),
-            "active_fraction": _mean(active.float(), mask),
-            "ratio_mean": _mean(ratio, active),
-            "clip_fraction_low": _mean(((ratio < 1 - low) & falling).float(), active),
-            "clip_fraction_high": _mean(((ratio > 1 + high) & rising).float(), active),
-            "approx_kl": _mean(_k3(log_ratio), active),
-        }
-        if dual is not None:
-            metrics["clip_fraction_dual"] = _mean(((ratio > dual) & falling).float(), active)
-        if dependency is not None:
-            alpha = shaped.alpha if len(shaped.alpha) else shaped.alpha.new_ones(1)
-            seen = mask if options.has_image is None else mask & (options.has_image != 0).unsqueeze(1)
-            metrics["dependency_mean"] = _mean(dependency, seen)
-            metrics |= {"alpha_min": alpha.amin(), "alpha_mean": alpha.mean(), "alpha_max": alpha.amax()}
-        if entropy is not None:
-            metrics["entropy_mean"] = _mean(entropy, mask)
-        if ref_logprobs is not None:
-            metrics["ref_kl"] = _mean(_k3(ref_logprobs - logprobs), mask if options.every_token else active)
+    totals = sums.sum(1)
+    by_row = dict(zip(SUMS, sums, strict=True))
+    tokens, active = totals[0].clamp_min(1), totals[2].clamp_min(1)
+    split = len(PER_TOKEN)
+    metrics = dict(zip(PER_TOKEN, totals[:split] / tokens, strict=True))
+    metrics |= zip(PER_ACTIVE, totals[split : split + len(PER_ACTIVE)] / active, strict=True)
+    del metrics["tokens"]
+    if options.clip_dual is None:
+        del metrics["clip_fraction_dual"]
+    if entropy is None:
+        del metrics["entropy_mean"]
+    if ref_logprobs is not None:
+        metrics["ref_kl"] = by_row["ref_kl"].sum() / (tokens if options.every_token else active)
+    if dependency is not None:
+        looked, lengths = by_row["dependency"], by_row["tokens"]
+        if options.has_image is not None:  # a row without an image may hold anything
+            looked, lengths = (torch.where(options.has_image != 0, x, 0) for x in (looked, lengths))
+        metrics["dependency_mean"] = looked.sum() / lengths.sum().clamp_min(1)
+        alpha = shaped.alpha if len(shaped.alpha) else shaped.alpha.new_ones(1)
+        metrics |= {"alpha_min": alpha.amin(), "alpha_mean": alpha.mean(), "alpha_max": alpha.amax()}
     return loss, metrics
 
 
-def _k3(d: Tensor) -> Tensor:
-    """`exp(d) - d - 1` with `d` held within +-20: the divergence estimate from one log-ratio, never negative."""
-    d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+def _k3(d: Tensor, limit: float) -> Tensor:
+    """`exp(d) - d - 1` with `d` held within bounds: the divergence estimate from one log-ratio, never negative."""
+    d = d.clamp(-limit, limit)
     return torch.expm1(d) - d
 
 
@@ -204,6 +293,7 @@ def vppo_loss(
     has_image: Tensor | None = None,
     stats: TrajectoryStats | None = None,
     process_group: Any = None,
+    backend: str = "auto",
     check: bool | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The VPPO loss of a batch: drop-in for the policy loss of any trainer that has per-token log-probabilities.
@@ -234,13 +324,14 @@ def vppo_loss(
         ref_logprobs: `[B, T]` under the reference policy.
         kl_coef: Weight of the divergence from the reference policy.
         is_weights: `[B, T]` factors on the surrogate, such as truncated importance weights of the sampler.
+        backend: As in `topk_mask`; "auto" takes plain torch where any argument is float64.
         check: As in `topk_mask`, for all arguments.
 
     Returns:
-        The loss (a scalar, `[B, T]` for "none") and detached scalar metrics. Of the response tokens: kept_fraction and
-        active_fraction (shaped advantage not 0). Of the active ones: ratio_mean, clip_fraction_low, clip_fraction_high,
-        clip_fraction_dual, approx_kl. With a dependency: dependency_mean (of the rows with an image), alpha_min,
-        alpha_mean, alpha_max. Where given: entropy_mean, ref_kl.
+        The loss, float32 (or float64 where an argument is), a scalar, `[B, T]` for "none"; detached scalar metrics. Of
+        response tokens: kept_fraction, active_fraction (shaped advantage not 0). Of the active ones: ratio_mean,
+        clip_fraction_low, clip_fraction_high, clip_fraction_dual, approx_kl. With a dependency: dependency_mean (of the
+        rows with an image), alpha_min, alpha_mean, alpha_max. Where given: entropy_mean, ref_kl.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
@@ -256,23 +347,31 @@ def vppo_loss(
         raise ValueError("entropy: got None, takes [B, T] entropies where entropy_coef is not 0")
     valid = checks.token_mask(mask, logprobs)
     look = checks.wanted(check, logprobs)
-    shaped = _shape(advantages, valid, dependency, options, look)
+    kernels = backends.token_kernels(
+        backend, logprobs, old_logprobs, advantages, dependency, entropy, ref_logprobs, is_weights
+    )
+    shaped = _shape(advantages, valid, dependency, options, look, "torch" if kernels is None else backend)
 
     def clean(name: str, value: Tensor | None) -> Tensor | None:
-        return _per_token(name, value, logprobs, valid, look)
+        return _per_token(name, value, logprobs, valid, look, zero=kernels is None)
 
-    new, old = clean("logprobs", logprobs), clean("old_logprobs", old_logprobs)
+    def constant(name: str, value: Tensor | None) -> Tensor | None:
+        cleaned = clean(name, value)
+        return None if cleaned is None else cleaned.detach()
+
+    new, old = clean("logprobs", logprobs), constant("old_logprobs", old_logprobs)
     assert new is not None and old is not None
     return _loss(
         new,
-        old.detach(),
+        old,
         shaped,
         valid,
         dependency,
         clean("entropy", entropy),
-        clean("ref_logprobs", ref_logprobs),
-        clean("is_weights", is_weights),
+        constant("ref_logprobs", ref_logprobs),
+        constant("is_weights", is_weights),
         options,
+        kernels,
     )
 
 
@@ -312,7 +411,9 @@ def linear_vppo_loss(
     """`vppo_loss` from hidden states: only the rows that can carry gradient meet the weight.
 
     A token whose shaped advantage is 0 (padding, filtered, zero-advantage group) is dropped before the first product,
-    unless an entropy, likelihood or reference term asks for every response token.
+    unless an entropy, likelihood or reference term asks for every response token. The gradient is made in the forward,
+    while the logits are there (with `check=True` and with loss_agg "none" in the backward, from recomputed ones), and
+    handed out once: a second backward raises.
 
     Args:
         hidden: `[B, T, D]` hidden states that predict the response tokens; not read where they are dropped.
@@ -351,10 +452,14 @@ def linear_vppo_loss(
     look = checks.wanted(check, old_logprobs)
     targets = torch.where(valid, targets, 0)
     checks.indices("targets", targets, hidden.shape[:2], vocab_size or len(weight), weight.device, look)
-    shaped = _shape(advantages, valid, dependency, options, look)
+    inputs = (hidden, weight, bias, old_logprobs, advantages, dependency, ref_logprobs, is_weights)
+    double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs)
+    kernels = None if double else backends.token_kernels(backend, old_logprobs)  # `backend` is first of all the head's
+    shaped = _shape(advantages, valid, dependency, options, look, "torch" if kernels is None else backend)
 
     def clean(name: str, value: Tensor | None) -> Tensor | None:
-        return _per_token(name, value, old_logprobs, valid, look)
+        cleaned = _per_token(name, value, old_logprobs, valid, look)
+        return None if cleaned is None else cleaned.detach()
 
     old = clean("old_logprobs", old_logprobs)
     assert old is not None
@@ -362,29 +467,36 @@ def linear_vppo_loss(
     rows = needed.nonzero(as_tuple=True)
     if look:
         checks.all_finite("hidden", hidden, needed)
-    computed = linear_logprob(
-        hidden[rows],
-        weight,
-        targets[rows],
-        bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        vocab_size=vocab_size,
-        backend=backend,
-        check=bool(check),
+    ref, weights = clean("ref_logprobs", ref_logprobs), clean("is_weights", is_weights)
+    metrics: Metrics = {}
+
+    def loss_of(row_logprobs: Tensor, row_entropy: Tensor) -> Tensor:
+        # a dropped token has ratio 1 and advantage 0
+        logprobs = old.to(row_logprobs.dtype).index_put(rows, row_logprobs)
+        entropy = torch.zeros_like(logprobs).index_put(rows, row_entropy) if entropy_coef else None
+        loss, found = _loss(logprobs, old, shaped, valid, dependency, entropy, ref, weights, options, kernels)
+        metrics.update(found)
+        return loss
+
+    head: dict[str, Any] = dict(
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size, backend=backend
     )
-    # a dropped token has ratio 1 and advantage 0
-    logprobs = old.detach().to(computed.logprobs.dtype).index_put(rows, computed.logprobs)
-    entropy = torch.zeros_like(logprobs).index_put(rows, computed.entropy) if entropy_coef else None
-    return _loss(
-        logprobs,
-        old.detach(),
-        shaped,
-        valid,
-        dependency,
-        entropy,
-        clean("ref_logprobs", ref_logprobs),
-        clean("is_weights", is_weights),
-        options,
+    if check or loss_agg == "none" or not wants_gradient(hidden, weight, bias):
+        computed = linear_logprob(hidden[rows], weight, targets[rows], bias, check=bool(check), **head)
+        loss = loss_of(computed.logprobs, computed.entropy)
+        return loss, metrics
+    local_weight, local_bias, group = parallel.localize(weight, bias, None)
+    chosen = parallel.local_hidden("hidden", hidden)[rows]
+    shard = parallel.shard_of(group, [chosen], len(local_weight), vocab_size, "weight")
+    loss = LinearLoss.apply(
+        chosen,
+        local_weight,
+        local_bias,
+        targets[rows].long(),
+        loss_of,
+        LogitTransform(temperature, logit_scale, softcap),
+        shard,
+        backend,
+        tiling.current_workspace(),
     )
+    return loss, metrics

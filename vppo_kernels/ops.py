@@ -42,6 +42,7 @@ def run_sweep(
     kind: str,
     backend: str,
     workspace: int,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """All rows against the whole vocabulary.
 
@@ -54,6 +55,8 @@ def run_sweep(
         kind: "logprob" for one view; "kl", "reverse_kl" or "jsd" for two.
         backend: Its name.
         workspace: Bound on working memory in bytes, 0 for the one in force.
+        gradient: Whether a backward may follow. It recomputes tiles, and a small divergence's gradient needs the very
+            roundings of the forward: then nothing is fused.
 
     Returns:
         `values`, `[2, rows]` (logprobs, entropy) or `[3 or 5, rows]` (divergence, entropies, logprobs), through which
@@ -66,10 +69,10 @@ def run_sweep(
     with full_precision(source.device):
         if kind == "logprob":
             assert targets is not None
-            saved = tiling.forward(source, module, targets, workspace)
+            saved = tiling.forward(source, module, targets, workspace, fuse=not gradient)
             view = unpack_softmax(saved)
             return torch.stack([view.logprobs, view.entropy]), saved
-        packed, halves = tiling.forward_pair(source, module, targets, workspace, jsd=kind == "jsd")
+        packed, halves = tiling.forward_pair(source, module, targets, workspace, jsd=kind == "jsd", fuse=not gradient)
     pair = unpack_pair(packed)
     value = pair.kl if halves is None else (0.5 * (halves[0] + halves[1])).clamp_min(0.0)
     first, second = _order(kind, (pair.p, pair.q))
@@ -104,6 +107,7 @@ def run_sweep_backward(
         targets = None if targets is None else targets[active]
     if kind == "reverse_kl":
         grad = grad[[0, 2, 1, 4, 3][: len(grad)]]
+    grad, saved = grad.contiguous(), saved.contiguous()  # kernels take fields of consecutive rows
 
     swapped, options, part = _order(kind, views), LogitTransform(*transform), _shard(shard, group)
     want_views = tuple(_order(kind, wants[: len(views)]))
@@ -137,7 +141,7 @@ sweep_backward = torch.library.custom_op("vppo_kernels::sweep_backward", run_swe
 
 
 @sweep.register_fake
-def _(views, weight, bias, targets, transform, shard, group, kind, backend, workspace):  # type: ignore[no-untyped-def]
+def _(views, weight, bias, targets, transform, shard, group, kind, backend, workspace, gradient):  # type: ignore[no-untyped-def]
     dtype, rows = logit_dtype(*_inputs(views, weight, None)), views[0].shape[0]
     empty = views[0].new_empty
     return empty(_outputs(kind, targets), rows, dtype=dtype), empty(FIELDS[kind], rows, dtype=dtype)
@@ -149,8 +153,13 @@ def _(grad, saved, views, weight, bias, targets, transform, shard, group, kind, 
     return [torch.empty_like(x) if want else grad.new_empty(0) for x, want in zip(inputs, wants, strict=True)]
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a backward."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    views, weight, bias, targets, *ctx.options = inputs
+    views, weight, bias, targets, *ctx.options, _ = inputs
     ctx.views = len(views)
     ctx.save_for_backward(*views, weight, bias, targets, output[1])
 
@@ -164,7 +173,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     grads = sweep_backward(grad, saved, views, weight, bias, targets, *ctx.options, wants)
     given = [g if want else None for g, want in zip(grads, wants, strict=True)] + [None, None]
     count = ctx.views
-    return given[:count], given[count], given[count + 1], *(None,) * 7
+    return given[:count], given[count], given[count + 1], *(None,) * 8
 
 
 sweep.register_autograd(_gradients, setup_context=_save)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks
+from vppo_kernels import backends, checks
 
 
 def keep_counts(lengths: Tensor, keep_ratio: float) -> Tensor:
@@ -16,51 +16,117 @@ def keep_counts(lengths: Tensor, keep_ratio: float) -> Tensor:
     return torch.ceil(lengths.double() * keep_ratio * (1 - 2**-40)).long()
 
 
-def _checked(scores: Tensor, mask: Tensor, keep_ratio: float, check: bool | None) -> Tensor:
-    checks.matrix("scores", scores)
+def _checked(
+    scores: Tensor, mask: Tensor, keep_ratio: float, cu_seqlens: Tensor | None, check: bool | None
+) -> Tensor:  # fmt: skip
+    if cu_seqlens is None:
+        checks.matrix("scores", scores)
+    else:
+        checks.floating("scores", scores)
+        if scores.dim() != 1:
+            raise ValueError(f"scores: got shape {list(scores.shape)}, takes [total] with cu_seqlens")
     checks.fraction("keep_ratio", keep_ratio)
     valid = checks.token_mask(mask, scores)
-    if checks.wanted(check, scores):
+    look = checks.wanted(check, scores)
+    if cu_seqlens is not None:
+        checks.offsets("cu_seqlens", cu_seqlens, scores, "scores", look)
+    if look:
         checks.all_finite("scores", scores, valid)
     return valid
 
 
+def _padding_last(scores: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, scores.clamp_min(torch.finfo(scores.dtype).min), -math.inf)
+
+
 def _select(scores: Tensor, valid: Tensor, keep_ratio: float) -> Tensor:
-    padded = torch.where(valid, scores, -math.inf)
-    order = padded.sort(dim=1, descending=True, stable=True).indices
+    order = _padding_last(scores, valid).sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order)
     rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
     return (rank < keep_counts(valid.sum(1), keep_ratio).unsqueeze(1)) & valid
 
 
+def _select_packed(scores: Tensor, valid: Tensor, keep_ratio: float, cu_seqlens: Tensor) -> Tensor:
+    places = torch.arange(len(scores), device=scores.device)
+    row = torch.bucketize(places, cu_seqlens[1:], right=True)
+    order = _padding_last(scores, valid).sort(descending=True, stable=True).indices
+    order = order[row[order].sort(stable=True).indices]  # by row, then by score, then by place
+    rank = torch.empty_like(order)
+    rank[order] = places - cu_seqlens[row]
+    before = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
+    return (rank < keep_counts(before[cu_seqlens].diff(), keep_ratio)[row]) & valid
+
+
+def _write(
+    scores: Tensor, valid: Tensor, keep_ratio: float, cu_seqlens: Tensor | None, backend: str, in_place: bool
+) -> Tensor:
+    kernels = backends.token_kernels(backend, scores)
+    if kernels is None:
+        if cu_seqlens is None:
+            keep = _select(scores, valid, keep_ratio)
+        else:
+            keep = _select_packed(scores, valid, keep_ratio, cu_seqlens)
+    else:
+        given = scores.detach().contiguous()
+        direct = in_place and scores.is_contiguous()
+        blank = torch.empty_like if cu_seqlens is None else torch.zeros_like  # unchecked offsets may leave gaps
+        keep = given if direct else blank(given, dtype=torch.bool)
+        kernels.topk(given, valid, keep_ratio, cu_seqlens, keep)
+        if direct:
+            return scores
+    return scores.copy_(keep) if in_place else keep
+
+
 @torch.no_grad()
-def topk_mask(scores: Tensor, mask: Tensor, keep_ratio: float, *, check: bool | None = None) -> Tensor:
+def topk_mask(
+    scores: Tensor,
+    mask: Tensor,
+    keep_ratio: float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    check: bool | None = None,
+) -> Tensor:
     """Keep, in each row, the `ceil(keep_ratio * n)` highest of its `n` valid scores; the earlier wins among equals.
 
     Args:
-        scores: `[B, T]` floating dependency of each token; not read where `mask` is 0.
-        mask: `[B, T]` bool or 0/1, the response tokens.
+        scores: `[B, T]` floating dependency of each token, or `[total]` with `cu_seqlens`; not read where `mask` is 0.
+        mask: Bool or 0/1 like `scores`, the response tokens.
         keep_ratio: Fraction kept, above 0 and at most 1 (0.4 in the paper).
-        check: Raise on NaN or inf among valid scores. None looks on the CPU, where looking costs no synchronisation.
-            Unchecked, a NaN ranks above every number.
+        cu_seqlens: `[B + 1]` int32 or int64 for packed rows: row i is `scores[cu_seqlens[i]:cu_seqlens[i + 1]]`, the
+            first begins at 0 and the last ends at `total`.
+        backend: "auto", "torch" or one of Triton's, as in `linear_divergence`. "auto" takes the kernels on a GPU, plain
+            torch for float64. They agree exactly.
+        check: Raise on NaN or inf among valid scores and on offsets out of order. None looks on the CPU, where looking
+            costs no synchronisation. Unchecked, a NaN ranks above every number.
 
     Returns:
-        `[B, T]` bool, never True where `mask` is 0. A row without valid tokens keeps none. Not differentiable.
+        Bool like `scores`, never True where `mask` is 0. A row without valid tokens keeps none. Not differentiable.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
     """
-    return _select(scores, _checked(scores, mask, keep_ratio, check), keep_ratio)
+    valid = _checked(scores, mask, keep_ratio, cu_seqlens, check)
+    return _write(scores, valid, keep_ratio, cu_seqlens, backend, in_place=False)
 
 
 @torch.no_grad()
-def topk_mask_(scores: Tensor, mask: Tensor, keep_ratio: float, *, check: bool | None = None) -> Tensor:
+def topk_mask_(
+    scores: Tensor,
+    mask: Tensor,
+    keep_ratio: float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    check: bool | None = None,
+) -> Tensor:
     """`topk_mask` written over `scores`: 1 where kept, 0 elsewhere.
 
     Args:
-        scores, mask, keep_ratio, check: As in `topk_mask`.
+        scores, mask, keep_ratio, cu_seqlens, backend, check: As in `topk_mask`.
 
     Returns:
         `scores`.
     """
-    return scores.copy_(_select(scores, _checked(scores, mask, keep_ratio, check), keep_ratio))
+    valid = _checked(scores, mask, keep_ratio, cu_seqlens, check)
+    return _write(scores, valid, keep_ratio, cu_seqlens, backend, in_place=True)

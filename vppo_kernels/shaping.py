@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks
+from vppo_kernels import backends, checks
 from vppo_kernels.selection import topk_mask
 
 MIN_SPREAD = 1e-6
@@ -42,27 +42,36 @@ class Shaped(NamedTuple):
     alpha: Tensor
 
 
-def _row_means(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _row_means(scores: Tensor, valid: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Mean score of each row over its valid tokens, and which rows have any."""
+    kernels = backends.token_kernels(backend, scores)
+    if kernels is not None:
+        return kernels.row_means(scores, valid)
     count = valid.sum(1)
     total = torch.where(valid, scores, 0).sum(1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return total / count.clamp_min(1), count > 0
 
 
 @torch.no_grad()
-def trajectory_stats(scores: Tensor, mask: Tensor, *, process_group: Any = None) -> TrajectoryStats:
+def trajectory_stats(
+    scores: Tensor, mask: Tensor, *, process_group: Any = None, backend: str = "auto"
+) -> TrajectoryStats:  # fmt: skip
     """Minimum, maximum, mean and count of the rows' mean scores, over all ranks of `process_group`.
 
     Args:
         scores: `[B, T]` dependency of each token; not read where `mask` is 0.
         mask: `[B, T]` bool or 0/1; rows without a valid token are left out.
         process_group: A `torch.distributed` group whose ranks hold parts of the batch; None for this process alone.
+        backend: As in `topk_mask`.
 
     Returns:
         `TrajectoryStats` of scalar tensors on the device of `scores`.
     """
     checks.matrix("scores", scores)
-    means, present = _row_means(scores, checks.token_mask(mask, scores))
+    return _stats(*_row_means(scores, checks.token_mask(mask, scores), backend), process_group)
+
+
+def _stats(means: Tensor, present: Tensor, process_group: Any) -> TrajectoryStats:
     low = torch.where(present, means, torch.inf).amin(0) if len(means) else means.new_full((), torch.inf)
     high = torch.where(present, means, -torch.inf).amax(0) if len(means) else means.new_full((), -torch.inf)
     total = torch.stack([torch.where(present, means, 0).sum(), present.sum().to(means.dtype)])
@@ -84,6 +93,7 @@ def trajectory_scale(
     scale_max: float | None = None,
     stats: TrajectoryStats | None = None,
     process_group: Any = None,
+    backend: str = "auto",
     check: bool | None = None,
 ) -> Tensor:
     """Factor on each trajectory's advantage, growing with its mean dependency (VPPO, Eq. 5).
@@ -97,6 +107,7 @@ def trajectory_scale(
         scale_max: Factor of the most dependent one; None ("dynamic") makes the mean of alpha over the statistics 1.
         stats: Statistics from elsewhere (another batch, a mini-batch); None takes those of `scores`.
         process_group: Take the statistics over all ranks of this group. Not together with `stats`.
+        backend: As in `topk_mask`.
         check: As in `topk_mask`. Unchecked, a NaN makes the whole batch's alpha NaN.
 
     Returns:
@@ -115,9 +126,12 @@ def trajectory_scale(
     valid = checks.token_mask(mask, scores)
     if checks.wanted(check, scores):
         checks.all_finite("scores", scores, valid)
+    means, present = _row_means(scores, valid, backend)
     if stats is None:
-        stats = trajectory_stats(scores, valid, process_group=process_group)
-    means, present = _row_means(scores, valid)
+        kernels = backends.token_kernels(backend, scores)
+        if kernels is not None and process_group is None:
+            return kernels.alpha_of(means, present, scale_min, scale_max, MIN_SPREAD)
+        stats = _stats(means, present, process_group)
     low, high, mean, count = (torch.as_tensor(x, dtype=means.dtype, device=means.device) for x in stats)
     spread = high - low
     u = (means - low) / spread
@@ -139,6 +153,7 @@ def shape_advantages(
     has_image: Tensor | None = None,
     stats: TrajectoryStats | None = None,
     process_group: Any = None,
+    backend: str = "auto",
     check: bool | None = None,
 ) -> Shaped:
     """`vppo_advantages` with the two parts it is made of. Arguments as there."""
@@ -155,7 +170,9 @@ def shape_advantages(
         if checks.wanted(check, dependency):
             checks.all_finite("dependency", dependency, seen)
             checks.all_finite("advantages", per_token, valid)
-        keep = topk_mask(dependency, seen, keep_ratio, check=False)
+        kernels = backends.token_kernels(backend, dependency, advantages)
+        backend = "torch" if kernels is None else backend
+        keep = topk_mask(dependency, seen, keep_ratio, backend=backend, check=False)
         if has_image is not None:
             keep |= valid & ~(has_image != 0).unsqueeze(1)
         alpha = trajectory_scale(
@@ -165,9 +182,13 @@ def shape_advantages(
             scale_max=scale_max,
             stats=stats,
             process_group=process_group,
+            backend=backend,
             check=False,
         )
-        shaped = torch.where(keep, per_token * alpha.unsqueeze(1).to(per_token.dtype), 0)
+        if kernels is None:
+            shaped = torch.where(keep, per_token * alpha.unsqueeze(1).to(per_token.dtype), 0)
+        else:
+            shaped = kernels.shape(advantages, alpha, keep)
     return Shaped(shaped, keep, alpha)
 
 
@@ -195,6 +216,7 @@ def vppo_advantages(
     has_image: Tensor | None = None,
     stats: TrajectoryStats | None = None,
     process_group: Any = None,
+    backend: str = "auto",
     check: bool | None = None,
 ) -> Tensor:
     """Per-token advantages that make a trainer of clipped losses run VPPO: `alpha * advantages * topk_mask`.
@@ -209,6 +231,7 @@ def vppo_advantages(
         has_image: `[B]` bool; a row without an image keeps all its tokens, has alpha 1 and enters no statistic.
         stats: Statistics from elsewhere, see `trajectory_scale`.
         process_group: Take the statistics over all ranks of this group.
+        backend: As in `topk_mask`.
         check: As in `topk_mask`. Unchecked, a NaN dependency makes every advantage of the batch NaN.
 
     Returns:
@@ -227,5 +250,6 @@ def vppo_advantages(
         has_image=has_image,
         stats=stats,
         process_group=process_group,
+        backend=backend,
         check=check,
     ).advantages

@@ -6,7 +6,7 @@ is bounded by `workspace_limit`, whatever the numbers of rows and of vocabulary 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -144,9 +144,13 @@ def _merge_pair(a: Tensor, b: Tensor) -> Tensor:
     return pack(merge_pair(unpack_pair_stats(a), unpack_pair_stats(b)))
 
 
-def _fuses(source: Source, backend: ModuleType) -> bool:
+def _fuses(source: Source, backend: ModuleType, jsd: bool = False) -> bool:
     """Whether the backend multiplies and folds in one kernel, without any tile."""
-    return hasattr(backend, "sweep_pair") and isinstance(source, LinearHead) and source.columns > 0
+    # a cap's rounding must be the same here and in the backward, whose tiles torch caps
+    capped = source.transform.softcap is not None
+    return (
+        hasattr(backend, "sweep_pair") and isinstance(source, LinearHead) and source.columns > 0 and not (jsd or capped)
+    )
 
 
 def _fold_tiles(
@@ -173,10 +177,10 @@ def _fold_tiles(
     return stats, tiles
 
 
-def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int) -> Tensor:
+def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int, fuse: bool) -> Tensor:
     """One view: normaliser, entropy and log-probability of every row, a packed `Softmax`, `[4, rows]`."""
     tiling = choose_tiling(source, backend, workspace)
-    fused = _fuses(source, backend)
+    fused = fuse and _fuses(source, backend)
     buffers = [] if fused else [_buffer(source, tiling, 1)]
     scratch = _buffer(source, tiling, backend.SCRATCH)
     column_tiles, blocks = list(tiling.column_tiles(source.columns)), []
@@ -190,7 +194,7 @@ def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int
 
 
 def forward_pair(
-    source: Source, backend: ModuleType, targets: Tensor | None, workspace: int, jsd: bool
+    source: Source, backend: ModuleType, targets: Tensor | None, workspace: int, jsd: bool, fuse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Two views: both softmaxes and `KL(p || q)` of every row, a packed `Pair`, `[10, rows]`.
 
@@ -198,7 +202,7 @@ def forward_pair(
     follows over the tiles of the row block, which are kept: no product is done twice.
     """
     tiling = choose_tiling(source, backend, workspace, keep_tiles=jsd)
-    fused = _fuses(source, backend) and not jsd
+    fused = fuse and _fuses(source, backend, jsd)
     column_tiles = list(tiling.column_tiles(source.columns))
     buffers = [] if fused else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
     scratch = _buffer(source, tiling, backend.SCRATCH)
@@ -244,6 +248,44 @@ def backward(source: Source, backend: ModuleType, view: Tensor, targets: Tensor,
         first = source.first + columns.start
         backend.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
         source.accumulate(rows, columns, tile)
+
+
+def forward_backward(
+    source: Source,
+    backend: ModuleType,
+    targets: Tensor,
+    derivative: Callable[[Tensor], Tensor],
+    workspace: int,
+) -> None:
+    """One view forward, and at once backward: the logits are kept where they fit, and made again where they do not.
+
+    Args:
+        source: Of all rows.
+        targets: `[rows]`.
+        derivative: From a packed `Softmax`, `[4, rows]`, to what `backward` takes as `grads`.
+        backend, workspace: As in the forward.
+    """
+    tiling = choose_tiling(source, backend, workspace)
+    column_tiles, row_blocks = list(tiling.column_tiles(source.columns)), list(tiling.row_tiles(source.rows))
+    size = source.rows * source.columns * source.dtype.itemsize
+    if source.rows == 0 or size > (workspace or current_workspace()) // 2:
+        view = forward(source, backend, targets, workspace, fuse=False)
+        backward(source, backend, view, targets, derivative(view), workspace)
+        return
+    scratch = _buffer(source, tiling, backend.SCRATCH)
+    kept, blocks = [], []
+    for rows in row_blocks:
+        buffers = [scratch.new_empty((rows.stop - rows.start) * (c.stop - c.start)) for c in column_tiles]
+        stats, tiles = _fold_tiles(source, backend, targets[rows], rows, column_tiles, buffers, scratch)
+        blocks.append(pack(finish(unpack_stats(merge_ranks(stats, source.group, _merge)))))
+        kept.append(tiles)
+    view = torch.cat(blocks, dim=1)
+    grads = derivative(view)
+    for index, columns in enumerate(column_tiles):
+        for rows, tiles in zip(row_blocks, kept, strict=True):
+            tile, first = tiles[index], source.first + columns.start
+            backend.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+            source.accumulate(rows, columns, tile)
 
 
 def backward_pair(

@@ -1,6 +1,7 @@
 """Who else computes it. A file here is a peer; its name is the peer's.
 
 It takes part in a suite by having a function of the suite's name, which gets the case's inputs and returns the call
-that computes the result as a user of the peer would. `NOTE` tells the reader what is different about it. What it needs
-beyond torch is imported inside the function: a package that is missing then makes it skipped, with that reason.
+that computes the result as a user of the peer would. `NOTES` tells the reader, suite by suite, what is different about
+it. What it needs beyond torch is imported inside the function: a package that is missing then makes it skipped, with
+that reason.
 """

@@ -63,9 +63,9 @@ def contestants(pair: Pair, names: list[str]) -> list[Contestant]:
 
     known = peers("divergence")
     return [
-        Contestant(FLOOR, "floor", floor, "matrix products alone"),
-        *(Contestant(name, "peer", partial(peer, known[name]), known[name].NOTE) for name in names),
-        *(Contestant(OURS + name, "ours", partial(ours, name)) for name in backend_names(pair.hidden.device)),
+        Contestant("floor", "floor", floor, "matrix products alone"),
+        *(Contestant(name, "peer", partial(peer, known[name]), known[name].NOTES["divergence"]) for name in names),
+        *(Contestant(f"ours: {name}", "ours", partial(ours, name)) for name in backend_names(pair.hidden.device)),
     ]
 
 

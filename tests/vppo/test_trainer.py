@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def one_group_for_nothing(completions: list[Any], answer: list[str], **kwargs: A
 
 
 @pytest.mark.parametrize("algorithm", ["dapo", "grpo"])
-def test_without_dependency_it_is_trls_trainer(algorithm: str, tmp_path: Path) -> None:
+def test_without_dependency_it_is_trls_trainer(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, with TRL's own head; that ours does the same is tested in `test_fused_head.py`."""
+    monkeypatch.setattr(vppo.trainer, "fused_head", lambda gathered: nullcontext())
     run = trainer(tmp_path, algorithm=algorithm)
     run.train()
     model, processor = families.build(FAMILY)

@@ -21,3 +21,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 def backend_float64(request: pytest.FixtureRequest) -> str:
     """Name of a backend that takes float64, for gradcheck."""
     return request.param
+
+
+@pytest.fixture(params=[name for name in available("cpu") if name != "triton_fused"], scope="session")
+def backend_tokens(request: pytest.FixtureRequest) -> str:
+    """Name of a backend for selection, shaping and the loss, where both of Triton's are the same; their tests' tensors
+    are on the CPU."""
+    return request.param

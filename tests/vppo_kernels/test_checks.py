@@ -49,6 +49,9 @@ WITH_HIDDEN = (linear_divergence, linear_logprob)
 LOSSES = (vppo_loss, linear_vppo_loss)
 KEEPERS = (topk_mask, topk_mask_, vppo_advantages)
 SCALERS = (trajectory_scale, vppo_advantages)
+SELECTORS = (topk_mask, topk_mask_)
+TOKENS = (topk_mask, topk_mask_, trajectory_stats, trajectory_scale, vppo_advantages, vppo_loss)
+PACKED = dict(scores=scores.flatten(), mask=mask.flatten())
 SCORED = (topk_mask, topk_mask_, trajectory_scale, trajectory_stats)
 
 # functions, what is changed, the error, and what its message holds: argument, got, takes
@@ -99,6 +102,14 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
     (LOSSES, dict(is_weights=torch.ones(B)), ValueError, ("is_weights: got shape [3]", "takes [3, 5]")),
     ((vppo_loss,), dict(logprobs=scores[0]), ValueError, ("logprobs: got shape [5]", "takes [B, T]")),
     ((vppo_loss,), dict(entropy=scores[0]), ValueError, ("entropy: got shape [5]",)),
+    # packed rows
+    (SELECTORS, dict(cu_seqlens=torch.tensor([0, 15])), ValueError, ("scores: got shape [3, 5]", "takes [total]")),
+    (SELECTORS, dict(PACKED, cu_seqlens=[0, 15]), TypeError, ("cu_seqlens: got list",)),
+    (SELECTORS, dict(PACKED, cu_seqlens=torch.tensor([0.0, 15])), TypeError, ("cu_seqlens: got dtype torch.float32",)),
+    (SELECTORS, dict(PACKED, cu_seqlens=torch.tensor(15)), ValueError, ("cu_seqlens: got shape []", "takes [B + 1]")),
+    (SELECTORS, dict(PACKED, cu_seqlens=torch.tensor([0, 15], device=meta)), ValueError, ("cu_seqlens: got device",)),
+    (SELECTORS, dict(PACKED, cu_seqlens=torch.tensor([0, 14])), ValueError, ("cu_seqlens: got [0, 14]", "0 to 15")),
+    (SELECTORS, dict(PACKED, cu_seqlens=torch.tensor([0, 9, 8, 15])), ValueError, ("cu_seqlens: got [0, 9, 8, 15]",)),
     # devices
     (WITH_HIDDEN, dict(hidden=hidden.to(meta)), ValueError, ("hidden: got device meta", "takes cpu")),
     ((linear_divergence,), dict(hidden_perturbed=hidden.to(meta)), ValueError, ("hidden_perturbed: got device meta",)),
@@ -133,7 +144,7 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
         ((*HEADS, divergence), {"vocab_size": value}, ValueError, (f"vocab_size: got {value!r}", "from 1 to 11"))
         for value in (0, -1, V + 1, 3.0, True, "7")
     ),
-    ((*HEADS, divergence), dict(backend="cuda"), ValueError, ("backend: got 'cuda'", "'auto', 'torch'")),
+    ((*HEADS, divergence, *TOKENS), dict(backend="cuda"), ValueError, ("backend: got 'cuda'", "'auto', 'torch'")),
     ((linear_divergence, divergence), dict(kind="KL"), ValueError, ("kind: got 'KL'", "'kl', 'reverse_kl', 'jsd'")),
     ((sampled_divergence,), dict(kind="k4"), ValueError, ("kind: got 'k4'", "'k3'")),
     ((sampled_divergence,), dict(clamp=0.0), ValueError, ("clamp: got 0.0",)),

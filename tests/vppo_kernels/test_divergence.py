@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -151,12 +149,12 @@ def small_views() -> Views:
     "head", [{}, dict(temperature=0.7, logit_scale=1.5, softcap=2.0, vocab_size=7)], ids=["", "head"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(backend: str, kind: str, head: dict) -> None:
+def test_gradcheck(backend_float64: str, kind: str, head: dict) -> None:
     views = small_views()
 
     def library(hidden: Tensor, perturbed: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         given = Views(hidden, perturbed, weight, bias, views.targets)
-        return tuple(run(given, backend, kind=kind, bias=True, **head))  # type: ignore[return-value]
+        return tuple(run(given, backend_float64, kind=kind, bias=True, **head))  # type: ignore[return-value]
 
     def definition(hidden: Tensor, perturbed: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         given = Views(hidden, perturbed, weight, bias, views.targets)
@@ -174,21 +172,23 @@ def test_gradcheck(backend: str, kind: str, head: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck_of_given_logits(backend: str, kind: str) -> None:
+def test_gradcheck_of_given_logits(backend_float64: str, kind: str) -> None:
     views = small_views()
     logits = [z.detach().requires_grad_() for z in views.logits()]
 
     def library(z_p: Tensor, z_q: Tensor) -> tuple[Tensor, ...]:
         head = dict(temperature=0.7, softcap=2.0, vocab_size=7)
-        return tuple(divergence(z_p, z_q, targets=views.targets, kind=kind, backend=backend, **head))  # type: ignore
+        return tuple(divergence(z_p, z_q, targets=views.targets, kind=kind, backend=backend_float64, **head))  # type: ignore
 
     with tiles_of(3, 2):
         assert torch.autograd.gradcheck(library, logits)
 
 
-def test_differentiable_once(backend: str) -> None:
+def test_differentiable_once(backend_float64: str) -> None:
     views = small_views()
-    (first,) = torch.autograd.grad(run(views, backend).divergence.square().sum(), views.hidden, create_graph=True)
+    (first,) = torch.autograd.grad(
+        run(views, backend_float64).divergence.square().sum(), views.hidden, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="no autograd formula"):
         first.sum().backward()
 
@@ -286,14 +286,3 @@ def test_gradient_of_sampled_divergences() -> None:
     q = torch.tensor([-1.5, -1.0, -1.25], dtype=torch.float64, requires_grad=True)
     for kind in ("k1", "abs_k1", "k2", "k3", "prob_drop"):
         assert torch.autograd.gradcheck(lambda a, b, kind=kind: sampled_divergence(a, b, kind=kind), (p, q))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_output_is_within_its_bound_on_cuda(backend: str, dtype: torch.dtype, kind: str) -> None:
-    views = make_views(dtype=dtype)
-    got = run(views.to("cuda"), backend, kind=kind)
-    on_cpu = DivergenceOutput(*(None if x is None else x.cpu() for x in got))
-    assert math.isfinite(worst(on_cpu, views.truth(kind))) and worst(on_cpu, views.truth(kind)) < 1

@@ -137,7 +137,7 @@ def test_released_recipe_where_the_spread_vanishes() -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_released_recipe_from_hidden_states(backend: str) -> None:
+def test_released_recipe_from_hidden_states(backend_float64: str) -> None:
     given = mini_batch(1)
     g = torch.Generator().manual_seed(2)
     hidden = torch.randn(8, 15, 6, generator=g, dtype=torch.float64, requires_grad=True)
@@ -160,7 +160,7 @@ def test_released_recipe_from_hidden_states(backend: str) -> None:
         dependency,
         clip_dual=DUAL,
         nll_coef=PENALTY,
-        backend=backend,
+        backend=backend_float64,
     )
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
     for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, expected)), strict=True):

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from vppo_kernels import reference, topk_mask, topk_mask_
+from vppo_kernels.backends import available
 from vppo_kernels.selection import keep_counts
 
+few = settings(max_examples=15)  # a launch under the interpreter takes its time
 RATIOS = (0.4, 0.07, 0.1, 1 / 3, 1e-6, 1.0)
 ratios = st.sampled_from((*RATIOS, 5e-324, 0.999999))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def several_blocks() -> Iterator[None]:
+    """Rows of these tests reach over more than one block of a kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "triton" in available():
+            patch.setattr("vppo_kernels.backends.triton_selection.KEYS", 16)
+        yield
+
+
+@pytest.fixture
+def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many scores at once as the interpreter takes."""
+    if "triton" in available():
+        monkeypatch.setattr("vppo_kernels.backends.triton_selection.KEYS", 16384)
 
 
 @st.composite
@@ -37,10 +56,18 @@ def test_the_number_kept_is_the_exact_ceiling(ratio: float) -> None:
     assert [reference.keep_count(n, ratio) for n in range(2001)] == exact
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_every_backend_counts_alike(backend_tokens: str, ratio: float, one_block: None) -> None:
+    lengths = torch.tensor([1, 7, 99, 100, 1999, 2000])
+    mask = torch.arange(2000) < lengths[:, None]
+    kept = topk_mask(torch.rand(mask.shape), mask, ratio, backend=backend_tokens).sum(1)
+    assert kept.tolist() == keep_counts(lengths, ratio).tolist()
+
+
 @given(batches(), ratios)
-def test_agrees_with_the_definition(batch: tuple[Tensor, Tensor], ratio: float) -> None:
+def test_agrees_with_the_definition(backend_tokens: str, batch: tuple[Tensor, Tensor], ratio: float) -> None:
     scores, mask = batch
-    keep = topk_mask(scores, mask, ratio)
+    keep = topk_mask(scores, mask, ratio, backend=backend_tokens)
     assert keep.dtype == torch.bool and torch.equal(keep, reference.topk_mask(scores, mask, ratio))
     assert keep.sum(1).tolist() == [reference.keep_count(n, ratio) for n in mask.sum(1).tolist()]
     assert not keep[~mask].any()
@@ -49,14 +76,35 @@ def test_agrees_with_the_definition(batch: tuple[Tensor, Tensor], ratio: float) 
         assert (torch.where(keep, scores, math.inf).amin(1) >= dropped).all()
 
 
+@few
 @given(batches(), ratios)
-def test_in_place_gives_the_same(batch: tuple[Tensor, Tensor], ratio: float) -> None:
+def test_in_place_gives_the_same(backend_tokens: str, batch: tuple[Tensor, Tensor], ratio: float) -> None:
     scores, mask = batch
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype == torch.float64 and backend_tokens != "torch":
+            continue
         written = scores.to(dtype)
         expected = topk_mask(written, mask, ratio)
-        assert topk_mask_(written, mask, ratio) is written
+        assert topk_mask_(written, mask, ratio, backend=backend_tokens) is written
         assert torch.equal(written, expected.to(dtype))
+
+
+@few
+@given(batches(), ratios, st.sampled_from([torch.int32, torch.int64]))
+def test_packed_rows_equal_padded_ones(
+    backend_tokens: str, batch: tuple[Tensor, Tensor], ratio: float, dtype: torch.dtype
+) -> None:
+    """Rows of unequal length, empty ones among them, end to end."""
+    scores, mask = batch
+    rows, width = scores.shape
+    lengths = torch.arange(rows) * 7 % (width + 1)
+    inside = torch.arange(width) < lengths[:, None]
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(dtype)
+    expected = topk_mask(scores, mask & inside, ratio)[inside]
+    packed, packed_mask = scores[inside], mask[inside]
+    options = dict(cu_seqlens=offsets, backend=backend_tokens)
+    assert torch.equal(topk_mask(packed, packed_mask, ratio, **options), expected)
+    assert torch.equal(topk_mask_(packed, packed_mask, ratio, **options), expected.float())
 
 
 @given(batches(), ratios, st.randoms(use_true_random=False))
@@ -72,42 +120,67 @@ def test_order_of_rows_and_of_distinct_tokens_does_not_matter(
     assert torch.equal(topk_mask(distinct[:, columns], mask[:, columns], ratio), keep[:, columns])
 
 
+@few
 @given(batches(), ratios, st.integers(0, 6), st.integers(0, 6), st.sampled_from([math.nan, math.inf, -math.inf, 9.0]))
 def test_padding_on_either_side_does_not_matter(
-    batch: tuple[Tensor, Tensor], ratio: float, left: int, right: int, value: float
+    backend_tokens: str, batch: tuple[Tensor, Tensor], ratio: float, left: int, right: int, value: float
 ) -> None:
     scores, mask = batch
     length = scores.shape[1]
     padded = torch.nn.functional.pad(torch.where(mask, scores, value), (left, right), value=value)
     wider = torch.nn.functional.pad(mask, (left, right))
-    keep = topk_mask(padded, wider, ratio)
+    keep = topk_mask(padded, wider, ratio, backend=backend_tokens)
     assert torch.equal(keep[:, left : left + length], topk_mask(scores, mask, ratio))
     assert keep.sum() == keep[:, left : left + length].sum()
 
 
-def test_the_earlier_of_equals_wins() -> None:
+def test_the_earlier_of_equals_wins(backend_tokens: str) -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 1.0], [0.0] * 6, [3.0, 0.0, -0.0, 0.0, 3.0, 0.0]])
     expected = [[0, 1, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 1, 0]]
-    assert topk_mask(scores, torch.ones(3, 6), 0.5).int().tolist() == expected
-    long = torch.zeros(1, 5000)
-    assert topk_mask(long, torch.ones(1, 5000), 0.4)[0].nonzero().flatten().tolist() == list(range(2000))
+    assert topk_mask(scores, torch.ones(3, 6), 0.5, backend=backend_tokens).int().tolist() == expected
+    keep = topk_mask(torch.zeros(1, 500), torch.ones(1, 500), 0.4, backend=backend_tokens)
+    assert keep[0].nonzero().flatten().tolist() == list(range(200))
 
 
-def test_extremes_of_the_ratio() -> None:
-    scores, mask = torch.rand(4, 50), torch.rand(4, 50) < 0.7
-    assert torch.equal(topk_mask(scores, mask, 1.0), mask)
-    assert torch.equal(topk_mask(scores, mask, 1), mask)
-    one = topk_mask(scores, mask, 1e-12)
+def test_unchecked_values_are_ranked(backend_tokens: str) -> None:
+    """NaN of either sign above inf, -inf below every number, and neither confused with padding."""
+    nan, inf = math.nan, math.inf
+    scores = torch.tensor([[-inf, 5.0, nan, inf, -nan, -inf], [nan, -inf, nan, -3.4e38, -inf, 1e-45]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 1]])
+    for ratio, kept in ((0.3, [[2, 4], [3, 5]]), (0.5, [[2, 3, 4], [3, 5]]), (0.7, [[1, 2, 3, 4, 0], [1, 3, 5]])):
+        keep = topk_mask(scores, mask, ratio, backend=backend_tokens, check=False)
+        assert [row.nonzero().flatten().tolist() for row in keep] == [sorted(row) for row in kept]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_rows(backend_tokens: str, dtype: torch.dtype, one_block: None) -> None:
+    """131,072 tokens; in bfloat16 with thousands of ties at the threshold."""
+    g = torch.Generator().manual_seed(0)
+    length = 131_072
+    scores = torch.rand(1, length, generator=g).to(dtype)
+    mask = torch.rand(1, length, generator=g) < 0.9
+    keep = topk_mask(scores, mask, 0.4, backend=backend_tokens)
+    places = mask[0].nonzero().flatten()
+    best = scores[0, places].float().numpy()
+    order = (-best).argsort(kind="stable")[: math.ceil(0.4 * len(places))]
+    assert torch.equal(keep[0].nonzero().flatten(), places[torch.from_numpy(order)].sort().values)
+
+
+def test_extremes_of_the_ratio(backend_tokens: str) -> None:
+    scores, mask = torch.rand(2, 50), torch.rand(2, 50) < 0.7
+    assert torch.equal(topk_mask(scores, mask, 1.0, backend=backend_tokens), mask)
+    assert torch.equal(topk_mask(scores, mask, 1, backend=backend_tokens), mask)
+    one = topk_mask(scores, mask, 1e-12, backend=backend_tokens)
     assert (one.sum(1) == 1).all()
     assert torch.equal(one.float().argmax(1), torch.where(mask, scores, -1).argmax(1))
-    assert topk_mask(torch.rand(1, 1), torch.ones(1, 1), 0.001).all()
+    assert topk_mask(torch.rand(1, 1), torch.ones(1, 1), 0.001, backend=backend_tokens).all()
 
 
-def test_not_differentiable_and_the_scores_stay() -> None:
+def test_not_differentiable_and_the_scores_stay(backend_tokens: str) -> None:
     scores = torch.rand(2, 9, requires_grad=True)
     before = scores.detach().clone()
-    assert not topk_mask(scores, torch.ones(2, 9), 0.4).requires_grad
+    assert not topk_mask(scores, torch.ones(2, 9), 0.4, backend=backend_tokens).requires_grad
     assert torch.equal(scores, before)
     strided = torch.rand(9, 4).T[::2]
     expected = topk_mask(strided, torch.ones(2, 9), 0.4)
-    assert torch.equal(topk_mask_(strided, torch.ones(2, 9), 0.4), expected.float())
+    assert torch.equal(topk_mask_(strided, torch.ones(2, 9), 0.4, backend=backend_tokens), expected.float())

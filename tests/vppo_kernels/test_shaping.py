@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,9 +36,11 @@ scales = st.sampled_from([(0.9, None), (0.5, None), (0.9, 1.1), (1.0, 2.0), (0.3
 
 
 @given(batches(), scales)
-def test_alpha_agrees_with_the_definition(batch: tuple[Tensor, Tensor], scale: tuple[float, float | None]) -> None:
+def test_alpha_agrees_with_the_definition(
+    backend_tokens: str, batch: tuple[Tensor, Tensor], scale: tuple[float, float | None]
+) -> None:
     scores, mask = batch
-    alpha = trajectory_scale(scores, mask, scale_min=scale[0], scale_max=scale[1])
+    alpha = trajectory_scale(scores, mask, scale_min=scale[0], scale_max=scale[1], backend=backend_tokens)
     expected = reference.trajectory_scale(scores.double(), mask, *scale)
     assert alpha.shape == (len(scores),) and alpha.dtype == torch.float32
     # means one rounding apart are spread over the whole range where the spread is tiny
@@ -77,42 +79,79 @@ def test_order_and_padding_do_not_matter(
     assert not wider[:, :pad].any() and not wider[:, pad + length :].any()
 
 
-@given(batches(), scales, st.sampled_from([0.4, 1e-9, 1.0]), st.booleans())
+@settings(max_examples=12)  # a launch under the interpreter takes its time
+@given(batches(), scales, st.sampled_from([0.4, 1e-9, 1.0]), st.booleans(), st.sampled_from(["float32", "bfloat16"]))
 def test_advantages_are_alpha_times_advantage_times_mask(
-    batch: tuple[Tensor, Tensor], scale: tuple[float, float | None], ratio: float, per_token: bool
+    backend_tokens: str,
+    batch: tuple[Tensor, Tensor],
+    scale: tuple[float, float | None],
+    ratio: float,
+    per_token: bool,
+    dtype: str,
 ) -> None:
     scores, mask = batch
     g = torch.Generator().manual_seed(1)
-    advantages = torch.randn(scores.shape if per_token else scores.shape[:1], generator=g)
-    options = dict(scale_min=scale[0], scale_max=scale[1])
+    advantages = torch.randn(scores.shape if per_token else scores.shape[:1], generator=g).to(getattr(torch, dtype))
+    options: dict[str, Any] = dict(scale_min=scale[0], scale_max=scale[1], backend=backend_tokens)
     shaped = shape_advantages(advantages, scores, mask, keep_ratio=ratio, **options)
-    keep, alpha = topk_mask(scores, mask, ratio), trajectory_scale(scores, mask, **options)
+    keep, alpha = topk_mask(scores, mask, ratio, backend="torch"), trajectory_scale(scores, mask, **options)
     expanded = advantages if per_token else advantages.unsqueeze(1).expand_as(scores)
     assert torch.equal(shaped.keep, keep) and torch.equal(shaped.alpha, alpha)
-    assert torch.equal(shaped.advantages, torch.where(keep, expanded * alpha.unsqueeze(1), 0))
+    assert torch.equal(shaped.advantages, torch.where(keep, expanded * alpha.unsqueeze(1).to(advantages.dtype), 0))
     assert torch.equal(vppo_advantages(advantages, scores, mask, keep_ratio=ratio, **options), shaped.advantages)
+    assert shaped.advantages.dtype == advantages.dtype
 
 
-def test_single_trajectory_and_small_spread_are_not_shaped() -> None:
+def test_single_trajectory_and_small_spread_are_not_shaped(backend_tokens: str) -> None:
     scores = torch.rand(1, 8)
-    assert trajectory_scale(scores, torch.ones(1, 8)).tolist() == [1.0]
+    assert trajectory_scale(scores, torch.ones(1, 8), backend=backend_tokens).tolist() == [1.0]
     one_full = torch.zeros(3, 8)
     one_full[1] = 1
-    assert trajectory_scale(torch.rand(3, 8), one_full).tolist() == [1.0] * 3
+    assert trajectory_scale(torch.rand(3, 8), one_full, backend=backend_tokens).tolist() == [1.0] * 3
+    narrow, wide = (torch.tensor([[0.0], [0.5], [1.0]]) * spread for spread in (0.9e-6, 1.1e-6))
+    assert (trajectory_scale(narrow, torch.ones(3, 1), backend=backend_tokens) == 1).all()
+    assert torch.allclose(
+        trajectory_scale(wide, torch.ones(3, 1), backend=backend_tokens), torch.tensor([0.9, 1.0, 1.1])
+    )
     base = torch.tensor([[0.25], [0.25], [0.25]], dtype=torch.float64)
     for spread, shaped in ((0.0, False), (0.9e-6, False), (1.1e-6, True)):
         alpha = trajectory_scale(base + spread * torch.tensor([[0.0], [0.5], [1.0]]), torch.ones(3, 1))
         assert ((alpha != 1).any() == shaped) and torch.allclose(alpha.mean(), torch.ones((), dtype=torch.float64))
 
 
-def test_alpha_by_hand() -> None:
+def test_alpha_by_hand(backend_tokens: str) -> None:
     scores = torch.tensor([[0.0, 0.2], [0.5, 9.0], [0.4, 0.2]])
     mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
     # means 0.1, 0.5, 0.3: u = 0, 1, 1/2
-    assert torch.allclose(trajectory_scale(scores, mask), torch.tensor([0.9, 1.1, 1.0]))
-    assert torch.allclose(trajectory_scale(scores, mask, scale_max=1.3), torch.tensor([0.9, 1.3, 1.1]))
-    stats = trajectory_stats(scores, mask)
+    options: dict[str, Any] = dict(backend=backend_tokens)
+    assert torch.allclose(trajectory_scale(scores, mask, **options), torch.tensor([0.9, 1.1, 1.0]))
+    assert torch.allclose(trajectory_scale(scores, mask, scale_max=1.3, **options), torch.tensor([0.9, 1.3, 1.1]))
+    stats = trajectory_stats(scores, mask, **options)
     assert [round(float(x), 6) for x in stats] == [0.1, 0.5, 0.3, 3]
+    given_stats = TrajectoryStats(0.0, 0.5, 0.25)
+    alpha = trajectory_scale(scores, mask, stats=given_stats, scale_max=1.9, **options)
+    assert torch.allclose(alpha, torch.tensor([1.1, 1.9, 1.5]))
+
+
+def test_an_unchecked_nan_reaches_every_alpha(backend_tokens: str) -> None:
+    scores, mask = torch.rand(4, 5), torch.ones(4, 5)
+    scores[2, 1], mask[3] = math.nan, 0
+    alpha = trajectory_scale(scores, mask, backend=backend_tokens, check=False)
+    assert alpha.isnan().tolist() == [True, True, True, False] and alpha[3] == 1
+
+
+def test_many_rows_and_long_ones(backend_tokens: str) -> None:
+    """More of both than a program takes at a time."""
+    for shape in ((1500, 3), (3, 2500)):
+        scores = torch.rand(shape)
+        mask = torch.rand(shape) < 0.5
+        scores[~mask] = math.nan
+        alpha = trajectory_scale(scores, mask, backend=backend_tokens)
+        expected = trajectory_scale(scores.double(), mask)
+        assert torch.allclose(alpha.double(), expected, atol=2e-5)
+        backend = backend_tokens if len(scores) < 10 else "torch"  # a program per row is slow when interpreted
+        shaped = vppo_advantages(-torch.ones(shape), scores, mask, keep_ratio=1.0, backend=backend)
+        assert torch.allclose(shaped, torch.where(mask, -expected.unsqueeze(1), 0.0).float(), atol=2e-5)
 
 
 @given(batches(), scales)
@@ -129,22 +168,23 @@ def test_statistics_passed_in_are_those_used(batch: tuple[Tensor, Tensor], scale
     assert torch.allclose(trajectory_scale(scores, mask, stats=numbers, **options), whole, rtol=1e-12)
 
 
-def test_text_only_rows_are_left_out() -> None:
+def test_text_only_rows_are_left_out(backend_tokens: str) -> None:
     scores, mask, advantages = torch.rand(4, 6), torch.ones(4, 6), torch.randn(4)
     has_image = torch.tensor([1, 0, 1, 1])
-    shaped = shape_advantages(advantages, scores, mask, has_image=has_image)
+    shaped = shape_advantages(advantages, scores, mask, has_image=has_image, backend=backend_tokens)
     seen = [0, 2, 3]
-    alone = shape_advantages(advantages[seen], scores[seen], mask[seen])
-    assert torch.equal(shaped.alpha[seen], alone.alpha) and shaped.alpha[1] == 1
+    alone = shape_advantages(advantages[seen], scores[seen], mask[seen], backend=backend_tokens)
+    torch.testing.assert_close(shaped.alpha[seen], alone.alpha)  # their sums may be made in another order
+    assert shaped.alpha[1] == 1
     assert torch.equal(shaped.keep[seen], alone.keep) and shaped.keep[1].all()
-    none = shape_advantages(advantages, scores, mask, has_image=torch.zeros(4))
+    none = shape_advantages(advantages, scores, mask, has_image=torch.zeros(4), backend=backend_tokens)
     assert torch.equal(none.advantages, advantages.unsqueeze(1).expand(4, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_narrow_scores_are_averaged_in_float32(dtype: torch.dtype) -> None:
+def test_narrow_scores_are_averaged_in_float32(backend_tokens: str, dtype: torch.dtype) -> None:
     scores = torch.rand(3, 3000).to(dtype) * 60
-    alpha = trajectory_scale(scores, torch.ones(3, 3000))
+    alpha = trajectory_scale(scores, torch.ones(3, 3000), backend=backend_tokens)
     assert alpha.dtype == torch.float32
     assert torch.allclose(alpha.double(), reference.trajectory_scale(scores.double(), torch.ones(3, 3000)), atol=1e-4)
     assert vppo_advantages(torch.ones(3, dtype=dtype), scores, torch.ones(3, 3000)).dtype == dtype

@@ -92,6 +92,8 @@ def test_an_empty_part_is_the_identity(backend: str) -> None:
 @pytest.mark.parametrize("distance", [1e-3, 1e-2, 1.0])
 def test_float32_stays_within_the_bounds_however_many_merges(backend: str, columns: int, distance: float) -> None:
     """One merge per vocabulary entry included, and views whose logits differ by a constant."""
+    if backend != "torch" and columns < 64:
+        pytest.skip("merges between tiles are torch's own; the interpreter would take minutes over as many tiles")
     tile, targets = logits(1, 1000, distance=distance), torch.arange(ROWS) * 200
     merged, *rest = fold_parts(backend, tile, list(range(columns, 1000, columns)), targets)
     for part in rest:

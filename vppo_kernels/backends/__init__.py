@@ -3,6 +3,9 @@
 Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and `gradient_pair_` (`torch.py` says what
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
+
+What happens to tokens afterwards (selection, shaping, the loss) has one module of kernels, `triton_selection.py`; plain
+torch stands beside each call of it.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
+from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
-from torch import float32, float64
 
 NAMES = ("torch", "triton", "triton_fused")
 
@@ -48,12 +52,8 @@ def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]
     return [name for name in NAMES if not _missing(name, Device(device), dtype)]
 
 
-def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
-    """The backend module of that name; "auto" takes Triton's on a GPU, plain torch everywhere else.
-
-    Raises:
-        ValueError: There is no such backend, or not for these tensors.
-    """
+def _choose(name: str, device: Device, dtype: Dtype) -> str:
+    """The backend that a name stands for; "auto" is Triton's on a GPU, plain torch everywhere else."""
     if name == "auto":
         name = "triton" if device.type == "cuda" and not _missing("triton", device, dtype) else "torch"
     if name not in NAMES:
@@ -61,4 +61,31 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
     reason = _missing(name, device, dtype)
     if reason:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *available(device, dtype)]} here: {reason}")
-    return import_module(f"vppo_kernels.backends.{name}")
+    return name
+
+
+def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
+    """The backend module of that name, or of the one that "auto" stands for.
+
+    Raises:
+        ValueError: There is no such backend, or not for these tensors.
+    """
+    return import_module(f"vppo_kernels.backends.{_choose(name, device, dtype)}")
+
+
+def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
+    """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
+
+    Both of Triton's backends have the same ones. Nothing is launched on empty input. Under "auto", code that
+    `torch.compile` traces stays plain torch: the compiler fuses it.
+
+    Raises:
+        ValueError: There is no such backend, or not for these tensors.
+    """
+    given = [x for x in tensors if isinstance(x, Tensor)]
+    if name == "auto" and compiler.is_compiling():
+        return None
+    dtype = float64 if any(x.dtype == float64 for x in given) else float32
+    if _choose(name, given[0].device, dtype) == "torch" or not given[0].numel():
+        return None
+    return import_module("vppo_kernels.backends.triton_selection")

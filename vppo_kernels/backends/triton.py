@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vppo_kernels.backends.triton_math import fold_block, fold_block_pair, log_share, merge, merge_pair, phi
+from vppo_kernels.backends.triton_math import (
+    fold_block,
+    fold_block_pair,
+    load_pair,
+    load_view,
+    log_share,
+    merge,
+    merge_pair,
+    phi,
+    store_pair,
+    store_view,
+)
 from vppo_kernels.head import LogitTransform
 
 SCRATCH = 0  # nothing but the tile itself
@@ -28,18 +39,14 @@ def _fold_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     stats, z_ptr = stats_ptr + row, z_ptr + row * columns
-    top = tl.load(stats, mask=there, other=0.0)
-    total = tl.load(stats + rows, mask=there, other=0.0)
-    moment = tl.load(stats + 2 * rows, mask=there, other=0.0)
+    top, total, moment = load_view(stats, rows, there)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
         z = tl.load(z_ptr[:, None] + column, mask=inside, other=float("-inf"))
         part_top, part_total, part_moment, _, _ = fold_block(z, inside)
         top, total, moment = merge(top, total, moment, part_top, part_total, part_moment)
-    tl.store(stats, top, mask=there)
-    tl.store(stats + rows, total, mask=there)
-    tl.store(stats + 2 * rows, moment, mask=there)
+    store_view(stats, rows, there, top, total, moment)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)
@@ -54,14 +61,7 @@ def _fold_pair_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     stats, p_ptr, q_ptr = stats_ptr + row, z_ptr + row * columns, z_ptr + (rows + row) * columns
-    max_p = tl.load(stats, mask=there, other=0.0)
-    sum_p = tl.load(stats + rows, mask=there, other=0.0)
-    moment_p = tl.load(stats + 2 * rows, mask=there, other=0.0)
-    max_q = tl.load(stats + 4 * rows, mask=there, other=0.0)
-    sum_q = tl.load(stats + 5 * rows, mask=there, other=0.0)
-    moment_q = tl.load(stats + 6 * rows, mask=there, other=0.0)
-    gap = tl.load(stats + 8 * rows, mask=there, other=0.0)
-    excess = tl.load(stats + 9 * rows, mask=there, other=0.0)
+    max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = load_pair(stats, rows, there)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
@@ -71,14 +71,7 @@ def _fold_pair_kernel(
         max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
             max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c, d, e, f, g, h
         )
-    tl.store(stats, max_p, mask=there)
-    tl.store(stats + rows, sum_p, mask=there)
-    tl.store(stats + 2 * rows, moment_p, mask=there)
-    tl.store(stats + 4 * rows, max_q, mask=there)
-    tl.store(stats + 5 * rows, sum_q, mask=there)
-    tl.store(stats + 6 * rows, moment_q, mask=there)
-    tl.store(stats + 8 * rows, gap, mask=there)
-    tl.store(stats + 9 * rows, excess, mask=there)
+    store_pair(stats, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)

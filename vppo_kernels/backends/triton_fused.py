@@ -4,7 +4,8 @@ A program takes a block of rows and a part of the vocabulary. It multiplies tile
 tile of the weight, folds each into its statistics and writes those; a second kernel merges the parts. Nothing of the
 size of a logits tile exists, so it also works in a few MiB. A library's matrix product is faster than this one as long
 as its tiles stay in the cache: "auto" does not choose this backend. It is for a workspace too small for useful tiles,
-and for few rows.
+and for few rows. Jensen-Shannon divergences, capped logits, logits that are given, and whatever has a gradient go
+through tiles.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from vppo_kernels.backends.triton import (
     gradient_,
     gradient_pair_,
 )
-from vppo_kernels.backends.triton_math import fold_block, fold_block_pair, merge, merge_pair, tanh
+from vppo_kernels.backends.triton_math import (
+    fold_block,
+    fold_block_pair,
+    load_pair,
+    load_view,
+    merge,
+    merge_pair,
+    store_pair,
+    store_view,
+)
 from vppo_kernels.head import LinearHead
 
 __all__ = [
@@ -38,21 +48,18 @@ PROGRAMS_PER_CORE = 4  # enough parts of the vocabulary that no multiprocessor i
 
 
 @triton.jit
-def _finished(z, bias_ptr, column, columns, scale, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Raw products to finished logits; `scale` is before the cap where there is one."""
+def _finished(z, bias_ptr, column, columns, scale, HAS_BIAS: tl.constexpr):
+    """Raw products to finished logits."""
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        return tanh(z * scale) * cap
-    else:
-        return z * scale
+    return z * scale
 
 
 @triton.jit
 def _sweep_kernel(
     h, w, bias_ptr, alike_ptr, targets_ptr, parts_ptr,
-    first, rows, columns, depth, w_stride, w_inner, span, splits, scale, cap,
-    PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, SOFTCAP: tl.constexpr, ALIKE: tl.constexpr,
+    first, rows, columns, depth, w_stride, w_inner, span, splits, scale,
+    PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, ALIKE: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -93,19 +100,19 @@ def _sweep_kernel(
                 if DESCRIPTORS:
                     a = h.load([rows + row_start, k_start])
                 else:
-                    a = tl.load(a_ptr + rows.to(tl.int64) * depth, mask=inside, other=0.0)
+                    a = tl.load(a_ptr + tl.cast(rows, tl.int64) * depth, mask=inside, other=0.0)
                 z_q = tl.dot(a, b.to(a.dtype), z_q, input_precision="ieee")
         if ALIKE:  # see head._difference_
             z_q += z_p * tl.load(alike_ptr + row, mask=there, other=0.0)[:, None]
         inside = there[:, None] & (column < columns)[None, :]
         outside = float("-inf")
-        z_p = _finished(z_p, bias_ptr, column[None, :], columns, scale, cap, HAS_BIAS, SOFTCAP)
+        z_p = _finished(z_p, bias_ptr, column[None, :], columns, scale, HAS_BIAS)
         z_p = tl.where(inside, z_p, outside)
         if HAS_TARGETS:
             hit = column[None, :] == target[:, None]
             target_p = tl.maximum(target_p, tl.max(tl.where(hit, z_p, outside), 1))
         if PAIR:
-            z_q = _finished(z_q, bias_ptr, column[None, :], columns, scale, cap, HAS_BIAS, SOFTCAP)
+            z_q = _finished(z_q, bias_ptr, column[None, :], columns, scale, HAS_BIAS)
             z_q = tl.where(inside, z_q, outside)
             if HAS_TARGETS:
                 target_q = tl.maximum(target_q, tl.max(tl.where(hit, z_q, outside), 1))
@@ -119,116 +126,95 @@ def _sweep_kernel(
 
     fields: tl.constexpr = 10 if PAIR else 4
     out = parts_ptr + tl.cast(split, tl.int64) * fields * rows + row
-    tl.store(out, max_p, mask=there)
-    tl.store(out + rows, sum_p, mask=there)
-    tl.store(out + 2 * rows, moment_p, mask=there)
     tl.store(out + 3 * rows, target_p, mask=there)
     if PAIR:
-        tl.store(out + 4 * rows, max_q, mask=there)
-        tl.store(out + 5 * rows, sum_q, mask=there)
-        tl.store(out + 6 * rows, moment_q, mask=there)
         tl.store(out + 7 * rows, target_q, mask=there)
-        tl.store(out + 8 * rows, gap, mask=there)
-        tl.store(out + 9 * rows, excess, mask=there)
-
-
-@triton.jit
-def _part(parts, index, rows, there):
-    return tl.load(parts + index * rows, mask=there, other=0.0)
+        store_pair(out, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess)
+    else:
+        store_view(out, rows, there, max_p, sum_p, moment_p)
 
 
 @triton.jit
 def _merge_parts_kernel(parts_ptr, stats_ptr, rows, splits, PAIR: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
-    parts = parts_ptr + row
+    parts, out = parts_ptr + row, stats_ptr + row
     fields: tl.constexpr = 10 if PAIR else 4
-    max_p, sum_p = _part(parts, 0, rows, there), _part(parts, 1, rows, there)
-    moment_p, target_p = _part(parts, 2, rows, there), _part(parts, 3, rows, there)
+    target_p = tl.load(parts + 3 * rows, mask=there, other=0.0)
     if PAIR:
-        max_q, sum_q = _part(parts, 4, rows, there), _part(parts, 5, rows, there)
-        moment_q, target_q = _part(parts, 6, rows, there), _part(parts, 7, rows, there)
-        gap, excess = _part(parts, 8, rows, there), _part(parts, 9, rows, there)
-    for split in range(1, splits):
-        parts = parts_ptr + row + tl.cast(split, tl.int64) * fields * rows
-        a, b, c = _part(parts, 0, rows, there), _part(parts, 1, rows, there), _part(parts, 2, rows, there)
-        target_p = tl.maximum(target_p, _part(parts, 3, rows, there))
+        target_q = tl.load(parts + 7 * rows, mask=there, other=0.0)
+        max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = load_pair(parts, rows, there)
+    else:
+        max_p, sum_p, moment_p = load_view(parts, rows, there)
+    for _ in range(1, splits):
+        parts += fields * rows
+        target_p = tl.maximum(target_p, tl.load(parts + 3 * rows, mask=there, other=0.0))
         if PAIR:
-            target_q = tl.maximum(target_q, _part(parts, 7, rows, there))
+            target_q = tl.maximum(target_q, tl.load(parts + 7 * rows, mask=there, other=0.0))
+            a, b, c, d, e, f, g, h = load_pair(parts, rows, there)
             max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
-                max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c,
-                _part(parts, 4, rows, there), _part(parts, 5, rows, there), _part(parts, 6, rows, there),
-                _part(parts, 8, rows, there), _part(parts, 9, rows, there),
-            )  # fmt: skip
+                max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c, d, e, f, g, h
+            )
         else:
+            a, b, c = load_view(parts, rows, there)
             max_p, sum_p, moment_p = merge(max_p, sum_p, moment_p, a, b, c)
-    out = stats_ptr + row
-    tl.store(out, max_p, mask=there)
-    tl.store(out + rows, sum_p, mask=there)
-    tl.store(out + 2 * rows, moment_p, mask=there)
     tl.store(out + 3 * rows, target_p, mask=there)
     if PAIR:
-        tl.store(out + 4 * rows, max_q, mask=there)
-        tl.store(out + 5 * rows, sum_q, mask=there)
-        tl.store(out + 6 * rows, moment_q, mask=there)
         tl.store(out + 7 * rows, target_q, mask=there)
-        tl.store(out + 8 * rows, gap, mask=there)
-        tl.store(out + 9 * rows, excess, mask=there)
+        store_pair(out, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess)
+    else:
+        store_view(out, rows, there, max_p, sum_p, moment_p)
 
 
-def configuration(capability: tuple[int, int] | None, pair: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Block sizes, warps and stages for a chip; `capability` is None for one that is not NVIDIA's.
+def configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, Any]:
+    """Block sizes, warps and stages.
 
-    Rows are few because both views' accumulators and the fold's temporaries share the registers: none may spill.
+    Both views' accumulators and the fold's temporaries share the registers of a program, and none may spill: that
+    bounds a block to 64 x 128 where descriptors do the addressing, to a quarter of it where registers do.
     """
+    if triton.knobs.runtime.interpret:  # which pays by the operation, and has no registers
+        return dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, num_warps=4, num_stages=1)
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    if capability is not None and capability >= (9, 0):
-        return dict(BLOCK_M=64, BLOCK_N=128 if pair else 256, BLOCK_K=64, num_warps=8, num_stages=3)
-    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
+        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2)
+    if descriptors:
+        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3)
 
 
-def _descriptors(source: LinearHead, stacked: Tensor, config: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Tensor descriptors of both operands, where the chip and the operands' alignment allow them."""
-    weight = source.weight
+def _describable(stacked: Tensor, weight: Tensor) -> bool:
+    """Whether the chip has tensor descriptors (sm_90 on) and the operands are aligned as those need it."""
     if not weight.is_cuda or torch.version.hip or torch.cuda.get_device_capability(weight.device) < (9, 0):
-        return None
-    aligned = all(
+        return False
+    if weight.dtype != stacked.dtype or weight.dtype == torch.float32:  # float32 would spill
+        return False
+    return all(
         x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
         for x in (stacked, weight)
-    )
-    if not aligned or weight.dtype != stacked.dtype:
-        return None
-    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    return (
-        TensorDescriptor.from_tensor(stacked, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, [block_n, block_k]),
     )
 
 
 def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) -> Tensor:
     count, columns = rows.stop - rows.start, source.columns
     stacked, alike = source.stacked(rows)
-    on_nvidia = stacked.is_cuda and not torch.version.hip
-    capability = torch.cuda.get_device_capability(stacked.device) if on_nvidia else None
-    config = configuration(capability, pair, stacked.dtype)
+    h: Any = stacked
+    w: Any = source.weight
+    descriptors = _describable(h, w)
+    config = configuration(stacked.dtype, descriptors)
+    if descriptors:
+        h = TensorDescriptor.from_tensor(h, [config["BLOCK_M"], config["BLOCK_K"]])
+        w = TensorDescriptor.from_tensor(w, [config["BLOCK_N"], config["BLOCK_K"]])
     blocks, tiles = triton.cdiv(count, config["BLOCK_M"]), triton.cdiv(columns, config["BLOCK_N"])
     cores = torch.cuda.get_device_properties(stacked.device).multi_processor_count if stacked.is_cuda else 1
     span = triton.cdiv(tiles, max(1, min(tiles, cores * PROGRAMS_PER_CORE // blocks))) * config["BLOCK_N"]
     splits = triton.cdiv(columns, span)
     fields = 10 if pair else 4
     parts = torch.empty(splits, fields, count, device=stacked.device, dtype=torch.float32)
-    transform = source.transform
-    scale, cap = transform.logit_scale / transform.temperature, 0.0
-    if transform.softcap is not None:
-        scale, cap = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
-    described = _descriptors(source, stacked, config)
-    h, w = described or (stacked, source.weight)
+    scale = source.transform.logit_scale / source.transform.temperature
     _sweep_kernel[(blocks * splits,)](
-        h, w, source.bias, alike, targets, parts,
+        h, w, None if source.bias is None else source.bias.contiguous(), alike, targets, parts,
         source.first, count, columns, source.depth, source.weight.stride(0), source.weight.stride(1), span, splits,
-        scale, cap, pair, source.bias is not None, targets is not None, transform.softcap is not None,
-        alike is not None, described is not None, GROUP=GROUP, **config,
+        scale, pair, source.bias is not None, targets is not None, alike is not None, descriptors,
+        GROUP=GROUP, **config,
     )  # fmt: skip
     if splits == 1:
         return parts[0]

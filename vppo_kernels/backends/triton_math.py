@@ -100,8 +100,32 @@ def merge_pair(
 
 
 @triton.jit
-def tanh(x):
-    """Hyperbolic tangent to a few ulp, near zero too."""
-    size = tl.minimum(tl.abs(x), 15.0)
-    e = phi(2 * size) + 2 * size  # exp(2 |x|) - 1
-    return tl.where(x < 0, -e, e) / (e + 2)
+def load_view(packed, stride, there):
+    """(max, sum, moment) of one view from packed statistics, whose fields lie `stride` apart."""
+    max_, sum_ = tl.load(packed, mask=there, other=0.0), tl.load(packed + stride, mask=there, other=0.0)
+    return max_, sum_, tl.load(packed + 2 * stride, mask=there, other=0.0)
+
+
+@triton.jit
+def load_pair(packed, stride, there):
+    """What `merge_pair` takes of one part."""
+    max_p, sum_p, moment_p = load_view(packed, stride, there)
+    max_q, sum_q, moment_q = load_view(packed + 4 * stride, stride, there)
+    gap = tl.load(packed + 8 * stride, mask=there, other=0.0)
+    excess = tl.load(packed + 9 * stride, mask=there, other=0.0)
+    return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
+
+
+@triton.jit
+def store_view(packed, stride, there, max_, sum_, moment):
+    tl.store(packed, max_, mask=there)
+    tl.store(packed + stride, sum_, mask=there)
+    tl.store(packed + 2 * stride, moment, mask=there)
+
+
+@triton.jit
+def store_pair(packed, stride, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess):
+    store_view(packed, stride, there, max_p, sum_p, moment_p)
+    store_view(packed + 4 * stride, stride, there, max_q, sum_q, moment_q)
+    tl.store(packed + 8 * stride, gap, mask=there)
+    tl.store(packed + 9 * stride, excess, mask=there)

@@ -1,0 +1,37 @@
+"""Every kernel in every shipped configuration compiles to machine code for chips that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes of a program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED)
+def test_every_kernel_fits_the_chip(target: str) -> None:
+    """No spills, shared memory within the limit, and the chip's own matrix instructions where it multiplies."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(script), target], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    names = [kernel["kernel"] for kernel in kernels]
+    assert len(names) == len(set(names)) and sum(name.startswith("sweep") for name in names) >= 6
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED[target], kernel
+        if target == "gfx942":
+            assert kernel["code"] > 0
+            continue
+        assert kernel["stack"] == kernel["local"] == 0, f"spills: {kernel}"
+        if kernel["kernel"].startswith("sweep") and "fp32" not in kernel["kernel"]:
+            assert kernel["wgmma"] == (target == "sm_90"), kernel
+            assert kernel["tcgen05"] == (target == "sm_100"), kernel

@@ -1,0 +1,195 @@
+"""A vocabulary split over processes: the results and gradients of the whole, on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from views import Views, make_views, relative_error, tiles_of
+
+from vppo_kernels import divergence, linear_divergence, linear_logprob, workspace_limit
+
+VOCAB, PADDED = 101, 110
+# columns of each rank, padding at the end; a rank may hold padding only, or nothing
+SPLITS = {"2 ranks": [40, 70], "3 ranks, uneven": [1, 60, 49], "3 ranks, one without vocabulary": [60, 41, 9],
+          "3 ranks, one without rows": [60, 0, 50]}  # fmt: skip
+
+
+def spawn(worker: Any, tmp_path: Path, processes: int, *arguments: Any) -> None:
+    torch.multiprocessing.spawn(_enter, (worker, str(tmp_path / "store"), processes, *arguments), nprocs=processes)
+
+
+def _enter(rank: int, worker: Any, store: str, processes: int, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+    try:
+        worker(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> Views:
+    views = make_views(rows=9, vocab=PADDED, depth=12, dtype=dtype)
+    views.targets %= VOCAB
+    return views.grad()
+
+
+def gradients(outputs: Any, wanted: list[Tensor]) -> list[Tensor]:
+    scale = torch.linspace(-1, 1, 9)
+    return list(torch.autograd.grad(sum((scale * x).sum() for x in outputs if x is not None), wanted))
+
+
+def assert_same(got: Any, expected: Any, what: str) -> None:
+    for a, b in zip(got, expected, strict=True):
+        error, tolerance = relative_error(a, b), 1e-10 if b.dtype == torch.float64 else 1e-5
+        assert a.shape == b.shape and error < tolerance, (what, error)
+
+
+def split_vocabulary(rank: int, sizes: list[int], backend: str) -> None:
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    first = sum(sizes[:rank])
+    mine = slice(first, first + sizes[rank])
+    group = dist.group.WORLD
+    options: dict[str, Any] = dict(vocab_size=VOCAB, softcap=25.0, backend=backend)
+    for kind in ("kl", "reverse_kl", "jsd"):
+        whole, part = inputs(dtype), inputs(dtype)
+        weight, bias = (x.detach()[mine].clone().requires_grad_() for x in (part.weight, part.bias))
+        one = linear_divergence(
+            whole.hidden, whole.perturbed, whole.weight, whole.bias, targets=whole.targets, kind=kind, **options
+        )
+        with tiles_of(4, 17):
+            two = linear_divergence(
+                part.hidden, part.perturbed, weight, bias, targets=part.targets, kind=kind, process_group=group,
+                check=True, **options,
+            )  # fmt: skip
+            got = gradients(two, [part.hidden, part.perturbed, weight, bias])
+        assert_same(two, one, kind)
+        expected = gradients(one, [whole.hidden, whole.perturbed, whole.weight, whole.bias])
+        assert_same(got, [*expected[:2], expected[2][mine], expected[3][mine]], kind)
+
+        z_p, z_q = (z.detach().requires_grad_() for z in whole.logits())
+        mine_p, mine_q = (z.detach()[:, mine].clone().requires_grad_() for z in (z_p, z_q))
+        one = divergence(z_p, z_q, targets=whole.targets, kind=kind, **options)
+        two = divergence(mine_p, mine_q, targets=whole.targets, kind=kind, process_group=group, check=True, **options)
+        assert_same(two, one, f"{kind} of logits")
+        expected = gradients(one, [z_p, z_q])
+        assert_same(gradients(two, [mine_p, mine_q]), [g[:, mine] for g in expected], f"{kind} of logits")
+
+    whole, part = inputs(dtype), inputs(dtype)
+    weight = part.weight.detach()[mine].clone().requires_grad_()
+    single = linear_logprob(whole.hidden, whole.weight, whole.targets, **options)
+    both = linear_logprob(part.hidden, weight, part.targets, process_group=group, check=True, **options)
+    assert_same(both, single, "logprob")
+    expected = gradients(single, [whole.hidden, whole.weight])
+    assert_same(gradients(both, [part.hidden, weight]), [expected[0], expected[1][mine]], "logprob")
+
+    for change, words in (
+        (dict(vocab_size=PADDED + 1), f"takes None or an integer from 1 to {PADDED}"),
+        (dict(hidden=part.hidden.detach() * (1 + rank)), "differs between ranks"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_logprob(
+                **{"hidden": part.hidden, "weight": weight, "targets": part.targets, "process_group": group, **change}  # type: ignore[arg-type]
+            )
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_a_split_vocabulary(tmp_path: Path, sizes: list[int]) -> None:
+    spawn(split_vocabulary, tmp_path, len(sizes), sizes, "torch")
+
+
+@pytest.mark.parametrize("name", ["triton", "triton_fused"])
+def test_a_split_vocabulary_on_other_backends(tmp_path: Path, name: str) -> None:
+    spawn(split_vocabulary, tmp_path, 2, SPLITS["2 ranks"], name)
+
+
+def ranks_cut_alike(rank: int) -> None:
+    """One rank holds nearly everything, and the workspace is too small for all rows at a time."""
+    views = make_views(rows=300, vocab=3000, depth=4)
+    mine = slice(0, 100) if rank == 0 else slice(100, 3000)
+    with workspace_limit(1 << 20):
+        one = linear_divergence(views.hidden, views.perturbed, views.weight, kind="jsd")
+        two = linear_divergence(
+            views.hidden, views.perturbed, views.weight[mine], kind="jsd", process_group=dist.group.WORLD
+        )
+    assert_same(two[:3], one[:3], "jsd in blocks")
+
+
+def test_row_blocks_agree_between_uneven_ranks(tmp_path: Path) -> None:
+    spawn(ranks_cut_alike, tmp_path, 2)
+
+
+def sharded_tensor(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    whole, part = inputs(), inputs()
+    weight, bias = (
+        distribute_tensor(x.detach().clone(), mesh, [Shard(0)]).requires_grad_() for x in (part.weight, part.bias)
+    )
+    one = linear_logprob(whole.hidden, whole.weight, whole.targets, whole.bias, vocab_size=VOCAB)
+    for hidden in (part.hidden, distribute_tensor(part.hidden.detach(), mesh, [Replicate()]).requires_grad_()):
+        two = linear_logprob(hidden, weight, part.targets, bias, vocab_size=VOCAB)
+        assert_same(two, one, "DTensor")
+        got = gradients(two, [hidden, weight, bias])
+        expected = gradients(linear_logprob(whole.hidden, whole.weight, whole.targets, whole.bias, vocab_size=VOCAB),
+                             [whole.hidden, whole.weight, whole.bias])  # fmt: skip
+        assert got[1].placements == (Shard(0),) and got[1].shape == (PADDED, 12)  # type: ignore[attr-defined]
+        assert_same([g.full_tensor() if hasattr(g, "full_tensor") else g for g in got], expected, "DTensor")
+    with pytest.raises(ValueError, match="bias: got a plain tensor"):
+        linear_logprob(part.hidden, weight, part.targets, part.bias)
+    with pytest.raises(ValueError, match="weight: got a DTensor placed"):
+        linear_logprob(part.hidden, distribute_tensor(part.weight.detach(), mesh, [Shard(1)]), part.targets)
+
+
+def test_a_weight_that_is_a_sharded_tensor(tmp_path: Path) -> None:
+    spawn(sharded_tensor, tmp_path, 2)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(make_views(rows=1, vocab=PADDED, depth=12).weight)
+
+    def forward(self, hidden: Tensor, perturbed: Tensor) -> Tensor:
+        return linear_divergence(hidden, perturbed, self.weight, vocab_size=VOCAB).divergence.sum()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(12, 12, bias=False), Head()
+        nn.init.eye_(self.trunk.weight)
+
+    def forward(self, hidden: Tensor, perturbed: Tensor) -> Tensor:
+        return self.head(self.trunk(hidden), self.trunk(perturbed))
+
+
+def fully_sharded(rank: int, own_unit: bool) -> None:
+    """Every rank has rows of its own; FSDP averages the gradients of the ranks."""
+    rows = [make_views(rows=5 + r, vocab=PADDED, depth=12, seed=r) for r in range(2)]
+    plain = Model()
+    (sum(plain(v.hidden, v.perturbed) for v in rows) / 2).backward()
+    model = Model()
+    if own_unit:
+        fully_shard(model.head)
+    fully_shard(model)
+    for _ in range(2):  # the second step meets weights that were gathered and dropped before
+        model.zero_grad()
+        model(rows[rank].hidden, rows[rank].perturbed).backward()
+    for ours, exact in zip(model.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None and exact.grad is not None
+        assert_same([ours.grad.full_tensor()], [exact.grad], f"own unit: {own_unit}")  # type: ignore[attr-defined]
+    if own_unit:  # outside the head's forward the weight is sharded, but the ranks' rows differ: no split vocabulary
+        with pytest.raises(ValueError, match="call the operation inside the head module's forward"):
+            linear_divergence(rows[rank].hidden, rows[rank].perturbed, model.head.weight)
+
+
+@pytest.mark.parametrize("own_unit", [True, False], ids=["own unit", "root unit"])
+def test_a_head_under_fsdp2(tmp_path: Path, own_unit: bool) -> None:
+    spawn(fully_sharded, tmp_path, 2, own_unit)

@@ -1,0 +1,68 @@
+"""A loss of log-probabilities and entropies, from hidden states: its gradient is made in the forward.
+
+The loss of a batch needs only two numbers per row, so torch differentiates it as it is written. What it gives, the
+gradient of each row's log-probability and entropy, is all that the logits' gradient waits for: where the logits of all
+rows fit the workspace they are still there, and three products do the whole step; otherwise a fourth recomputes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vppo_kernels import tiling
+from vppo_kernels.backends import resolve
+from vppo_kernels.head import LinearHead, LogitTransform, full_precision
+from vppo_kernels.parallel import Shard
+from vppo_kernels.statistics import unpack_softmax
+
+LossOfRows = Callable[[Tensor, Tensor], Tensor]  # log-probabilities and entropies, `[rows]` each, to a scalar
+
+
+class LinearLoss(torch.autograd.Function):
+    """`loss_of(logprobs, entropy)` of `[rows, D]` hidden states under a head, a scalar. Differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        loss_of: LossOfRows,
+        transform: LogitTransform,
+        shard: Shard,
+        backend: str,
+        workspace: int,
+    ) -> Tensor:
+        wants = ctx.needs_input_grad
+        source = LinearHead([hidden], weight, bias, transform, shard, None, ((wants[0],), wants[1], wants[2]))
+        found: list[Tensor] = []
+
+        def derivative(view: Tensor) -> Tensor:
+            softmax = unpack_softmax(view)
+            rows = [softmax.logprobs.detach().requires_grad_(), softmax.entropy.detach().requires_grad_()]
+            with torch.enable_grad():
+                loss = loss_of(*rows)
+                grads = torch.autograd.grad(loss, rows, allow_unused=True) if loss.requires_grad else (None, None)
+            found.append(loss.detach())
+            return torch.stack([torch.zeros_like(x) if g is None else g for g, x in zip(grads, rows, strict=True)])
+
+        with full_precision(weight.device):
+            module = resolve(backend, source.device, source.dtype)
+            tiling.forward_backward(source, module, targets, derivative, workspace)
+            (ctx.grad_hidden,), ctx.grad_weight, ctx.grad_bias = source.gradients()
+        return found[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if not hasattr(ctx, "grad_hidden"):
+            raise RuntimeError("linear_vppo_loss: its gradient was made in the forward and is handed out once")
+        grads = [ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias]
+        del ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias  # in place: another copy of the weight's would be large
+        return *(None if g is None else g.mul_(upstream.to(g.dtype)) for g in grads), *(None,) * 6
