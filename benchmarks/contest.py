@@ -103,10 +103,6 @@ class Suite(ABC):
         """Presets to measure unless the user names some."""
 
     @abstractmethod
-    def entrants(self, device: torch.device, peers: list[str]) -> list[str]:
-        """Names of the contestants, in the order in which a case has them."""
-
-    @abstractmethod
     def case(self, setting: Setting, peers: list[str]) -> Case:
         """Inputs, contestants (the floor, ours, and the named peers) and truth."""
 

@@ -29,7 +29,7 @@ def run_case(
     records, calls = [], []
     for index, contestant in enumerate(case.contestants):
         report(f"checking {contestant.name}", 0.5 * index / len(case.contestants))
-        record, call = enter(contestant, case, device)
+        record, call = _enter(contestant, case, device)
         records.append(record)
         if call is not None:
             calls.append((record, call))
@@ -40,7 +40,7 @@ def run_case(
     return records
 
 
-def enter(contestant: Contestant, case: Case, device: torch.device) -> tuple[Record, Call | None]:
+def _enter(contestant: Contestant, case: Case, device: torch.device) -> tuple[Record, Call | None]:
     """Judge and weigh a contestant, which warms it up; its call, if it may be timed."""
     record = Record(contestant.name, contestant.role, contestant.note)
     call: Call | None = None
@@ -88,6 +88,8 @@ def _skip(record: Record, error: Exception) -> None:
 
 
 def _tidy(device: torch.device) -> None:
-    if device.type == "cuda":
+    if (
+        device.type == "cuda"
+    ):  # the CPU's allocator gives back by itself, and a collection takes a good part of a second
         gc.collect()
         torch.cuda.empty_cache()

@@ -9,19 +9,6 @@ from typing import Any
 import torch
 
 
-def synchronised(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The call, for clocks that know nothing of devices: it returns when its work is done."""
-    if device.type != "cuda":
-        return call
-
-    def until_done() -> Any:
-        result = call()
-        torch.cuda.synchronize(device)
-        return result
-
-    return until_done
-
-
 class Stopwatch:
     """Times single calls. On CUDA by events, each after a write that pushes all inputs out of the L2 cache."""
 

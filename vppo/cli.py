@@ -92,22 +92,6 @@ def demo(
         )
 
 
-@main.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
-def bench(context: typer.Context) -> None:
-    """Benchmarks of the kernels, in a checkout: what follows goes to `python -m benchmarks`; try `vppo bench list`."""
-    with clear_errors():
-        checkout = Path(__file__).resolve().parent.parent
-        if not (checkout / "benchmarks" / "cli.py").exists():
-            raise InputError(
-                "vppo bench needs a checkout of vppo-kernels, which this installation is not: the benchmarks are not "
-                "in the wheel. Install with `pip install --editable .` in a clone."
-            )
-        sys.path.insert(0, str(checkout))
-        from benchmarks.cli import main as run_benchmarks
-
-        run_benchmarks(context.args, "vppo bench")
-
-
 @main.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,

@@ -17,8 +17,6 @@ from benchmarks.pair import Pair, Truth, differentiated, make_pair
 from benchmarks.peers import plain
 from vppo_kernels import backends, linear_divergence
 
-FLOOR, OURS = "floor", "ours: "
-
 
 class Divergence(Suite):
     name = "divergence"
@@ -29,9 +27,6 @@ class Divergence(Suite):
 
     def rows(self, preset: str, device: torch.device) -> list[int]:
         return [1024, 4096, 16384, 32768] if device.type == "cuda" else [128 if preset == "tiny" else 512]
-
-    def entrants(self, device: torch.device, peers: list[str]) -> list[str]:
-        return [FLOOR, *peers, *(OURS + name for name in backend_names(device))]
 
     def case(self, setting: Setting, peers: list[str]) -> Case:
         dtype = torch.bfloat16 if setting.device.type == "cuda" else torch.float32
