@@ -16,9 +16,7 @@ from torch import Tensor
 from benchmarks.contest import Role
 
 PEER_ROWS = 1e-2  # nats: the gate of the peers looks at rows above it
-PEER_SHARE = (
-    0.25  # of the sum over those rows, and of a gradient's norm; bfloat16 logits of KL alone take 0.013 and 0.028
-)
+PEER_SHARE = 0.25  # of the sum over those rows, and of a gradient's norm; KL of bfloat16 logits took 0.013 and 0.028
 
 
 def divergence_bound(truth: Tensor) -> Tensor:

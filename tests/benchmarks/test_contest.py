@@ -1,4 +1,4 @@
-"""Real results through the harness: the truth is the definition, wrong values and gradients are caught, memory counted."""
+"""Real results through the harness: wrong values and gradients are caught, memory is counted, truth is exact."""
 
 from collections.abc import Callable
 from dataclasses import replace
