@@ -1,12 +1,7 @@
 """What all tests of the kernels share: every test that computes runs once per backend."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
 
 from vppo_kernels.backends import available
 
