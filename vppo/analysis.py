@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vppo.batch import Batch, View
+from vppo.heads import logit_options
+from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout, seeded
 from vppo.scored import ScoredResponse
-from vppo.scoring import Batch, logit_options, score
+from vppo.scoring import score
 from vppo_kernels import topk_mask
 
 
@@ -55,6 +58,7 @@ def score_responses(
     perturbation = perturbation or Perturbation(patch_size=layout.patch_size)
     training = model.training
     model.eval()
+    passes = ResponsePasses(model)
     try:
         scored = []
         for start in range(0, len(rows), batch_size):
@@ -64,14 +68,15 @@ def score_responses(
                 row: batch.perturbed_pixels(row, layout, perturbation, seeded(seed, start + row))
                 for row in range(len(part))
             }
+            keys = list(range(len(part)))  # a row is a prompt of its own
             dependency = score(
-                model,
+                passes,
                 batch,
-                range(len(part)),
-                pixels,
+                keys,
+                View(keys),
+                View(keys, pixels),
                 kind=divergence,
                 options=logit_options(model, temperature),
-                batch_size=batch_size,
             )
             keep = topk_mask(dependency, batch.mask, keep_ratio)
             for index, row in enumerate(part):
