@@ -136,7 +136,8 @@ def _batch_inputs(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) ->
         for row in rows
     ]
     images = [list(row["images"]) for row in rows]
-    encoded = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    shown = images if any(images) else None
+    encoded = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
     encoded = {name: value.to(model.device) for name, value in encoded.items()}
     responses = [torch.tensor(row["response_ids"], device=model.device) for row in rows]
     pad_id = processor.tokenizer.pad_token_id

@@ -121,6 +121,8 @@ class Batch:
 
     def _images(self, rows: list[int], view: View) -> dict[str, Any]:
         chosen: dict[str, Any] = {}
+        if not self.has_image[rows].any():
+            return chosen
         for name in IMAGE_INPUTS:
             values = self.split.get(name)
             if values is None:

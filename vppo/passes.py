@@ -8,6 +8,7 @@ pass whole, with the same result.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 
 from vppo.batch import Batch, View
 from vppo.heads import head_forward
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 SHARING = ("auto", "on", "off")
 GIB = 1 << 30
 TOLERANCE, TOLERANCE_16_BIT = 2e-3, 0.1  # relative: rounding stays far below, a token in a wrong place does not
