@@ -190,49 +190,48 @@ class TrainingStep:
         policy: What is trained.
         rows: Rollouts of a step.
         device: Where.
-        options: For `VPPOConfig`: `algorithm`, `prefix_sharing`, ...
+        stock: Whether TRL's own GRPO trainer takes it, with the clip that `algorithm="grpo"` has here.
+        options: For the trainer's config: `algorithm`, `prefix_sharing`, ...
     """
 
-    def __init__(self, policy: Policy, rows: int, device: torch.device, **options: Any) -> None:
+    def __init__(self, policy: Policy, rows: int, device: torch.device, stock: bool = False, **options: Any) -> None:
         from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
 
         from vppo import VPPOConfig, VPPOTrainer
 
         self.folder = tempfile.TemporaryDirectory()
         processor = processor_of(policy)
         vocab = policy.vocab if policy.layers else len(processor.tokenizer)
-        never = [
-            *forbidden_tokens(processor),
-            processor.tokenizer.eos_token_id,
-            *range(len(processor.tokenizer), vocab),
-        ]
-        args = VPPOConfig(
-            output_dir=self.folder.name,
-            per_device_train_batch_size=rows,
-            num_generations=policy.rollouts,
-            max_completion_length=policy.response,
-            generation_kwargs={"suppress_tokens": never},
-            learning_rate=1e-6,
-            bf16=policy.dtype == torch.bfloat16,
-            gradient_checkpointing=policy.dtype == torch.bfloat16,
-            use_cpu=device.type == "cpu",
-            seed=SEED,
-            report_to="none",
-            disable_tqdm=True,
+        never = [*forbidden_tokens(processor), processor.tokenizer.eos_token_id, *range(len(processor.tokenizer), vocab)]
+        common: dict[str, Any] = {
+            "output_dir": self.folder.name,
+            "per_device_train_batch_size": rows,
+            "num_generations": policy.rollouts,
+            "max_completion_length": policy.response,
+            "generation_kwargs": {"suppress_tokens": never},
+            "learning_rate": 1e-6,
+            "bf16": policy.dtype == torch.bfloat16,
+            "gradient_checkpointing": policy.dtype == torch.bfloat16,
+            "use_cpu": device.type == "cpu",
+            "seed": SEED,
+            "report_to": "none",
+            "disable_tqdm": True,
             **options,
-        )
-        self.prompts = prompts_of(policy, rows // policy.rollouts)
-        self.trainer = VPPOTrainer(
+        }
+        args = GRPOConfig(loss_type="dapo", top_p=0.99, **common) if stock else VPPOConfig(**common)
+        prompts = prompts_of(policy, rows // policy.rollouts)
+        self.trainer: Any = (GRPOTrainer if stock else VPPOTrainer)(
             model=model_of(policy, device),
             reward_funcs=_reward,
             args=args,
-            train_dataset=Dataset.from_list(self.prompts),
+            train_dataset=Dataset.from_list(prompts),
             processing_class=processor,
         )
         self.trainer.create_optimizer()
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.trainer.current_gradient_accumulation_steps = 1
-        self.batch = [row for row in self.prompts for _ in range(policy.rollouts)]
+        self.batch = [row for row in prompts for _ in range(policy.rollouts)]
 
     def __call__(self) -> Tensor:
         """The loss of the step."""
