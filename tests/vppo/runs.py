@@ -15,7 +15,9 @@ from torch import Tensor
 
 import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
+from vppo.data import Problem
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
+from vppo.prompts import Prompts
 from vppo_kernels import reference, sampled_divergence
 
 FAMILY = "qwen2_5_vl"  # for whatever does not depend on the family
@@ -34,6 +36,12 @@ def rows(
         }
         for i in range(count)
     ]
+
+
+def batch_inputs(model: Any, processor: Any, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Prompts, images and "response_ids" of rows as a TRL batch."""
+    prompts = Prompts(processor, [Problem(row["prompt"], row["images"], row["answer"]) for row in data])
+    return prompts.join(range(len(data)), [row["response_ids"] for row in data], model.device)
 
 
 def varied_reward(completions: list[Any], **kwargs: Any) -> list[float]:

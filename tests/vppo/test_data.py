@@ -219,7 +219,7 @@ GOOD: Row = {"problem": "P", "answer": "A", "images": ["a.png"]}
         ({**GOOD, "images": ["half.jpg"]}, "row 2, column 'images': cannot read"),
         ({**GOOD, "images": [""]}, "row 2, column 'images': an image is a path or an embedded picture, got ''"),
         ({**GOOD, "images": "a.png"}, "a column has values of different types"),
-        ([1], "row 2: must be an object with problem, answer, images; got [1]"),
+        ([1], "row 2: must be an object of columns and values; got [1]"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, bad: Any, expected: str) -> None:

@@ -213,9 +213,9 @@ def test_killed_anywhere_and_resumed_it_ends_the_same(finished: tuple[Path, dict
 
 def killed_and_resumed(out: Path) -> None:
     """One run that dies at every kill point in turn and is resumed each time, each in a process of its own."""
-    import vppo.analysis
     import vppo.demo.digits
     import vppo.report
+    import vppo.scored
     import vppo.trainer  # imported once, here: the children are forks  # noqa: F401
 
     for point in (*KILL_POINTS, None):
@@ -236,8 +236,8 @@ def killed_and_resumed(out: Path) -> None:
 def _die_at(point: str | None) -> None:
     import transformers
 
-    import vppo.analysis
     import vppo.progress
+    import vppo.scored
 
     def die(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -256,7 +256,7 @@ def _die_at(point: str | None) -> None:
     elif point == "checkpoint":  # with the weights written and the state not
         transformers.TrainerState.save_to_json = die  # type: ignore[method-assign]
     elif point == "evaluation":
-        vppo.analysis.score_responses = die  # type: ignore[assignment]
+        vppo.scored.score_responses = die  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

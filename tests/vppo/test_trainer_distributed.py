@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 import torch.multiprocessing as mp
-from runs import FAMILY, fix_rollouts, rows, trainer, varied_reward
+from runs import FAMILY, batch_inputs, fix_rollouts, rows, trainer, varied_reward
 from torch import Tensor
 
 from vppo.perturbations import Perturbation, PixelLayout, seeded
@@ -75,11 +75,9 @@ def sharded_dependency(rank: int, family: str, own_head: bool) -> Tensor:
 
 def score_some(model: Any, processor: Any, chosen: range, most_rows: int) -> Tensor:
     """Dependency of the chosen rows of a fixed batch of four."""
-    from vppo.analysis import _batch_inputs
-
     responses = [families.VOCABULARY[c] for c in "3+5=8"]
     data = [{**row, "response_ids": responses[: 5 - i % 2]} for i, row in enumerate(rows(4))]
-    batch = Batch(_batch_inputs(model, processor, data))
+    batch = Batch(batch_inputs(model, processor, data))
     layout = PixelLayout.of(processor.image_processor)
     pixels = {i: batch.perturbed_pixels(i, layout, Perturbation(), seeded(0, i)) for i in chosen}
     settings = {"kind": "kl", "options": logit_options(model, 1.0), "batch_size": 2}

@@ -11,8 +11,8 @@ import torch
 from runs import FAMILY, rows
 from torch import Tensor
 
-from vppo.analysis import score_responses
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
+from vppo.scored import score_responses
 from vppo_kernels import reference, sampled_divergence
 
 NAMES = [f.name for f in families.FAMILIES]
@@ -67,7 +67,7 @@ def test_dependency_of_every_family(name: str) -> None:
     """Rows of one batch are padded to each other; alone they are not."""
     model, processor = families.build(name)
     data = given((56, 28))
-    found = score_responses(model, processor, data, seed=3, batch_size=2, temperature=0.8)
+    found = score_responses(model, processor, data, seed=3, batch_tokens=50, temperature=0.8)
     assert [response.text for response in found] == [text + "<eos>" for text in TEXTS]
     for i, (response, row) in enumerate(zip(found, data, strict=True)):
         expected = by_hand(families.build(name)[0], processor, row, (3, i), "kl", 0.8)
