@@ -182,10 +182,15 @@ def analyze(
     """
     chosen = AnalysisOptions(**options)
     given = [responses] if isinstance(responses, str | Path) else list(responses)
-    if out is None:
-        with TemporaryDirectory() as folder:
-            return _Run(model, data, given, Path(folder), chosen, pages=False).finish()
-    return _Run(model, data, given, Path(out), chosen, pages=True).finish()
+    try:
+        if out is None:
+            with TemporaryDirectory() as folder:
+                return _Run(model, data, given, Path(folder), chosen, pages=False).finish()
+        return _Run(model, data, given, Path(out), chosen, pages=True).finish()
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"batch_tokens: got {chosen.batch_tokens}, more than the memory holds; the run goes on with fewer: {error}"
+        ) from error
 
 
 class _Run:
@@ -389,10 +394,10 @@ class _Run:
     def _fault(self, response: Response, prompt: int) -> str | None:
         """Why a response cannot be scored."""
         length, room = len(response.ids), self.subject.context
-        known = len(self.subject.processor.tokenizer)
+        known = self.subject.config.get_text_config().vocab_size
         if not length:
             return "the response is empty"
-        if response.ids.min() < 0 or response.ids.max() >= max(known, self.subject.config.get_text_config().vocab_size):
+        if response.ids.min() < 0 or response.ids.max() >= known:
             return "the response has tokens that the model does not know"
         if np.isin(response.ids, placeholder_tokens(self.subject.config)).any():
             return "the response holds a token that stands for an image"

@@ -18,7 +18,7 @@ from vppo.prompts import Prompts, chat_text
 from vppo.token_scores import token_batches
 
 Key = tuple[int, int]  # sample, response
-PLACEHOLDERS = ("image", "video", "audio", "vision")
+PLACEHOLDERS = ("image", "video", "audio", "vision", "media")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import families
 import numpy as np
 import pytest
 import torch
-from runs import FAMILY, rows
 from torch import Tensor
 
-from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
+from runs import FAMILY, plain_views, rows
+from vppo.perturbations import Perturbation
 from vppo.scored import score_responses
 from vppo_kernels import reference, sampled_divergence
 
@@ -27,38 +27,14 @@ def given(native: tuple[int, int], count: int = 3) -> list[dict[str, Any]]:
     return [{**row, "response_ids": ids[i], "correct": i == 1} for i, row in enumerate(data)]
 
 
-@torch.no_grad()
 def by_hand(
     model: Any, processor: Any, row: dict[str, Any], key: tuple[int, int], kind: str, temperature: float
 ) -> Tensor:
     """Dependency of one row alone, unpadded, in float64."""
-    message = {
-        "role": "user",
-        "content": [
-            {"type": "image", "image": row["images"][0]},
-            {"type": "text", "text": row["prompt"][0]["content"]},
-        ],
-    }
-    inputs = processor.apply_chat_template(
-        [[message]], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    layout = PixelLayout.of(processor.image_processor)
-    pixels, grid, inside = (inputs.get(k) for k in ("pixel_values", "image_grid_thw", "pixel_attention_mask"))
-    view = perturb(pixels, layout, Perturbation(patch_size=layout.patch_size), seeded(*key), grid=grid, inside=inside)
-    response = torch.tensor([row["response_ids"]])
-    length = response.shape[1]
-    extended = {
-        name: torch.cat([value, response if name == "input_ids" else torch.full_like(response, fill)], 1)
-        for name, fill in (("input_ids", 0), ("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0))
-        if (value := inputs.get(name)) is not None
-    }
-    model = model.double()
-    p, q = (
-        model(**{**inputs, **extended, "pixel_values": x.double()}).logits[0, -(length + 1) : -1] / temperature
-        for x in (pixels, view)
-    )
+    p, q = (z / temperature for z in plain_views(model, processor, row, key))
+    response = torch.tensor(row["response_ids"])
     if kind == "k3":
-        return sampled_divergence(reference.logprob(p, response[0]), reference.logprob(q, response[0]), kind="k3")
+        return sampled_divergence(reference.logprob(p, response), reference.logprob(q, response), kind="k3")
     return reference.divergence(p, q, kind=kind).divergence
 
 
