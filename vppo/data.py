@@ -139,7 +139,10 @@ class Problems:
 
         Raises:
             InputError: It has no question, or an image that cannot be read; the message names file, row and column.
+            IndexError: There is no such row.
         """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         row, columns, where, folder = self._row(index)
         column = "images" if "images" in columns else "image"
         answer = row.get("answer")

@@ -122,6 +122,22 @@ def test_the_saved_model_answers_as_the_summary_says(finished: tuple[Path, dict[
     assert np.mean(verdicts) == summary["accuracy_after"]
 
 
+@pytest.mark.parametrize("name", ["warmup", "model"])
+def test_what_it_leaves_can_be_analysed(finished: tuple[Path, dict[str, Any]], name: str) -> None:
+    """The model before and after training, on the strips of the report."""
+    from vppo import analyze
+    from vppo.data import Problems
+    from vppo.demo.digits import strips
+
+    out, _ = finished
+    for problem, strip in zip(Problems(out / "held_out.parquet"), strips("held-out", 8, seed=0), strict=True):
+        assert (problem.prompt, problem.answer) == (strip.prompt, strip.answer)
+        assert np.array_equal(np.asarray(problem.images[0]), np.asarray(strip.image))
+    found = analyze(out / name, out / "held_out.parquet", limit=3, max_tokens=8, temperature=0, device="cpu")
+    assert len(found.trajectories) == 3 and set(found.trajectories["question"]) == {"Sum?"}
+    assert found.summary["problems"] == 8 and (found.tokens["kl"] > 0).all()
+
+
 def test_an_occupied_folder_is_refused(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
