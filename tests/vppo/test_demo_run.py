@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import vppo.rewards
+from vppo import analyze
 from vppo.demo import run, warmup
 from vppo.demo.run import DemoOptions, run_demo
 from vppo.errors import InputError
@@ -125,7 +126,6 @@ def test_the_saved_model_answers_as_the_summary_says(finished: tuple[Path, dict[
 @pytest.mark.parametrize("name", ["warmup", "model"])
 def test_what_it_leaves_can_be_analysed(finished: tuple[Path, dict[str, Any]], name: str) -> None:
     """The model before and after training, on the strips of the report."""
-    from vppo import analyze
     from vppo.data import Problems
     from vppo.demo.digits import strips
 
