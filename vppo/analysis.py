@@ -32,6 +32,7 @@ from rich.progress import Progress
 from vppo.data import INSTRUCTION, SYSTEM_PROMPT, Problem, Problems
 from vppo.errors import InputError
 from vppo.files import write_atomic
+from vppo.passes import GIB
 from vppo.perturbations import Perturbation, PixelLayout
 from vppo.progress import columns
 from vppo.prompts import Prompts
@@ -66,7 +67,7 @@ class AnalysisOptions:
         temperature: Of sampling, and it divides the logits of both views; 0 takes the most probable token each time,
             and scores at 1.
         seed: Of sampling and perturbation.
-        batch_tokens: The most tokens in one forward, prompts and padding included; less memory with less.
+        memory: GiB that sampling and scoring may use for caches and activations, beside the weights.
         split: Which split of a dataset on the hub.
         system_prompt: First message of every prompt; empty for none.
         instruction: What follows every problem; may be empty.
@@ -96,7 +97,7 @@ class AnalysisOptions:
     max_tokens: int = 2048
     temperature: float = 1.0
     seed: int = 0
-    batch_tokens: int = 16384
+    memory: float = 4.0
     split: str = "train"
     system_prompt: str = SYSTEM_PROMPT
     instruction: str = INSTRUCTION
@@ -110,7 +111,7 @@ class AnalysisOptions:
     sampler: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("limit", "samples", "draws", "max_tokens", "batch_tokens"):
+        for name in ("limit", "samples", "draws", "max_tokens"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1) and not (name == "limit" and value is None):
                 raise InputError(f"{name}: got {value!r}, takes a whole number from 1")
@@ -121,6 +122,8 @@ class AnalysisOptions:
                 raise InputError(f"{name}: got {getattr(self, name)!r}, takes one of {list(choices)}")
         if not 0 < self.keep_ratio <= 1:
             raise InputError(f"keep_ratio: got {self.keep_ratio!r}, takes a number above 0 and at most 1")
+        if not self.memory > 0:
+            raise InputError(f"memory: got {self.memory!r}, takes a number of GiB above 0")
         if not self.temperature >= 0:
             raise InputError(f"temperature: got {self.temperature!r}, takes a number from 0")
         if self.temperature == 0 and self.samples > 1:
@@ -189,7 +192,7 @@ def analyze(
         return _Run(model, data, given, Path(out), chosen, pages=True).finish()
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"batch_tokens: got {chosen.batch_tokens}, more than the memory holds; the run goes on with fewer: {error}"
+            f"memory: got {chosen.memory} GiB, which is more than there is; the run goes on with less: {error}"
         ) from error
 
 
@@ -219,8 +222,8 @@ class _Run:
     # -- the folder ----------------------------------------------------------------------------------------------------
 
     def _identity(self, data: Any) -> dict[str, Any]:
-        """What a run has in common with the one that it goes on with; batches only change the rounding."""
-        chosen = {name: value for name, value in asdict(self.options).items() if name != "batch_tokens"}
+        """What a run has in common with the one that it goes on with; the memory only changes the rounding."""
+        chosen = {name: value for name, value in asdict(self.options).items() if name != "memory"}
         chosen |= {"device": self.subject.device, "sampler": self.subject.sampler}
         given = {str(source): _digest(source) for source in self.given if not isinstance(source, dict)}
         if self.given and not given:
@@ -316,7 +319,7 @@ class _Run:
             options.max_tokens,
             options.temperature,
             options.seed,
-            options.batch_tokens,
+            int(options.memory * GIB),
             placeholder_tokens(self.subject.config),
             self.subject.ends,
         )
@@ -348,7 +351,6 @@ class _Run:
             self.options.keep_ratio,
             self.options.temperature or 1.0,
             self.options.seed,
-            self.options.batch_tokens,
         )
         done = sum(map(len, parts[: missing[0]]))
         with self._bar("scoring ", len(responses), done) as bar:
@@ -369,7 +371,7 @@ class _Run:
                     good.append(response)
         ids = [response.ids.tolist() for response in good]
         rows = [places[response.sample] for response in good]
-        scores = list(score_tokens(self.subject.model, prompts, rows, ids, list(places), scoring)) if good else []
+        scores = score_tokens(self.subject.passes, prompts, rows, ids, list(places), scoring) if good else []
         texts = [token_texts(self.subject.processor.tokenizer, row) for row in ids]
         verdicts = self._verdicts(ids, [prompts.problems[row] for row in rows])
         pictures = {sample: self._write_pictures(sample, prompts, row, scoring) for sample, row in places.items()}

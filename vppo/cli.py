@@ -146,9 +146,10 @@ def analyze(
         float, typer.Option(min=0, help="Of sampling, and of both views' logits; 0 samples greedily, scores at 1.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and perturbation.")] = 0,
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="The most tokens in one forward; less memory with less.")
-    ] = 16384,
+    memory: Annotated[
+        float,
+        typer.Option(help="GiB that sampling and scoring may use for caches and activations, beside the weights."),
+    ] = 4.0,
     split: Annotated[str, typer.Option(help="Which split of a dataset on the hub.")] = "train",
     system_prompt: Annotated[
         str | None, typer.Option(help="First message of every prompt, empty for none; training's if not given.")

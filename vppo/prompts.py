@@ -11,11 +11,9 @@ from torch import Tensor
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad, unsplit_pixel_values_by_grid
 
+from vppo.batch import TOKEN_INPUTS, Batch
 from vppo.data import Problem
 from vppo.perturbations import Perturbation, PixelLayout
-from vppo.scoring import Batch
-
-OF_TOKENS = ("token_type_ids", "mm_token_type_ids")  # one entry per token
 
 
 def chat_text(processor: Any, problem: Problem) -> str:
@@ -29,7 +27,7 @@ class Prompts:
 
     Args:
         processor: Of the model, with a chat template.
-        problems: Each with at least one image.
+        problems: With images or without.
 
     Attributes:
         problems: As given.
@@ -48,7 +46,8 @@ class Prompts:
         images = [problem.images for problem in problems]
         encoded = {"input_ids": nothing, "attention_mask": nothing}
         if problems:
-            encoded = dict(processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"))
+            shown = images if any(images) else None
+            encoded = dict(processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt"))
         self._ids, self._mask = encoded.pop("input_ids"), encoded.pop("attention_mask")
         self._batch = Batch(
             {
@@ -85,7 +84,7 @@ class Prompts:
         for name in self._encoded:
             values = self._batch.split[name]
             inputs[name] = [values[row] for row in index] if isinstance(values, list) else values[index]
-            if name in OF_TOKENS:  # the response is text
+            if name in TOKEN_INPUTS:  # the response is text
                 inputs[name] = torch.cat([inputs[name][:, -longest:], torch.zeros_like(completion_ids)], dim=1)
         inputs = {
             "prompt_ids": self._ids[index, -longest:],

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vppo.passes import Footprint, fill
 from vppo.perturbations import seeded
 from vppo.prompts import Prompts, chat_text
-from vppo.token_scores import token_batches
 
 Key = tuple[int, int]  # sample, response
 PLACEHOLDERS = ("image", "video", "audio", "vision", "media")
@@ -29,7 +29,7 @@ class Sampling:
         max_tokens: The longest response.
         temperature: Divides the logits; 0 takes the most probable token each time.
         seed: Response `k` of sample `i` is drawn from (seed, i, k), whatever else is in the batch.
-        batch_tokens: The most tokens of prompts and responses in one batch; one response may be longer.
+        memory: Bytes for caches and activations; a single response may exceed it.
         forbidden: Tokens that are never sampled, see `placeholder_tokens`.
         ends: Tokens that end a response.
     """
@@ -37,7 +37,7 @@ class Sampling:
     max_tokens: int
     temperature: float
     seed: int
-    batch_tokens: int
+    memory: int
     forbidden: Sequence[int]
     ends: Sequence[int]
 
@@ -66,12 +66,14 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
 
 def with_transformers(model: Any) -> Sampler:
     """Samples by the model's own `generate`."""
+    footprint = Footprint.of(model)
 
     @torch.no_grad()
     def sample(prompts: Prompts, rows: Sequence[int], keys: Sequence[Key], sampling: Sampling) -> list[list[int]]:
-        sizes = [(prompts.lengths[row], sampling.max_tokens) for row in rows]
+        lengths = [prompts.lengths[row] for row in rows]
+        costs = [(n + sampling.max_tokens) * footprint.cached + 2 * n * footprint.passing for n in lengths]
         responses: list[list[int]] = []
-        for part in token_batches(sizes, sampling.batch_tokens):
+        for part in fill(range(len(rows)), costs, sampling.memory):
             inputs = prompts.join([rows[i] for i in part], [[]] * len(part), model.device)
             names = {"prompt_ids": "input_ids", "prompt_mask": "attention_mask"}
             left_out = ("completion_ids", "completion_mask", "num_images")

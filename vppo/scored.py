@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vppo.data import Problem
+from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout
 from vppo.prompts import Prompts
 from vppo.tables import token_texts
@@ -57,7 +58,6 @@ def score_responses(
     keep_ratio: float = 0.4,
     temperature: float = 1.0,
     seed: int = 0,
-    batch_tokens: int = 16384,
 ) -> list[ScoredResponse]:
     """Dependency of every token of given responses on their image, with the pictures, in memory.
 
@@ -71,7 +71,6 @@ def score_responses(
         keep_ratio: Fraction of each response that counts as kept, in (0, 1].
         temperature: Divides the logits of both views.
         seed: Of the perturbation; row `i` is drawn from (seed, i).
-        batch_tokens: The most tokens in one forward, prompts and padding included.
 
     Returns:
         One `ScoredResponse` per row, in order; dependencies in nats.
@@ -84,15 +83,13 @@ def score_responses(
             if not len(row.get(name) or ()):
                 raise ValueError(f"rows: row {index} has an empty {name!r}, takes at least one entry")
     patch_size = PixelLayout.of(processor.image_processor).patch_size
-    scoring = Scoring(
-        perturbation or Perturbation(patch_size=patch_size), 1, divergence, keep_ratio, temperature, seed, batch_tokens
-    )
-    scored = []
+    scoring = Scoring(perturbation or Perturbation(patch_size=patch_size), 1, divergence, keep_ratio, temperature, seed)
+    passes, scored = ResponsePasses(model), []
     for start in range(0, len(rows), AT_ONCE):
         part = rows[start : start + AT_ONCE]
         prompts = Prompts(processor, [Problem(row["prompt"], list(row["images"]), str(row["answer"])) for row in part])
         ids, keys = [list(row["response_ids"]) for row in part], list(range(start, start + len(part)))
-        found = score_tokens(model, prompts, range(len(part)), ids, keys, scoring)
+        found = score_tokens(passes, prompts, range(len(part)), ids, keys, scoring)
         for place, (row, score) in enumerate(zip(part, found, strict=True)):
             perturbed = prompts.perturbed(place, *scoring.draw(keys[place], 0))
             scored.append(

@@ -13,6 +13,7 @@ import torch
 
 from vppo.errors import InputError
 from vppo.loading import check_device, load_model, load_processor
+from vppo.passes import GIB, ResponsePasses
 from vppo.sampling import Sampler, end_tokens, with_transformers, with_vllm
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class Subject:
         return load_model(
             self.name, device=self.device, dtype=self._options.dtype, attn_implementation=attention, **self._hub
         )
+
+    @cached_property
+    def passes(self) -> ResponsePasses:
+        return ResponsePasses(self.model, memory=int(self._options.memory * GIB))
 
     @cached_property
     def config(self) -> Any:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vppo.batch import Batch, View
+from vppo.heads import LogitOptions, logit_options
+from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, seeded
 from vppo.prompts import Prompts
-from vppo.scoring import Batch, head_forward, logit_options, response_hidden
 from vppo_kernels import linear_divergence, sampled_divergence, topk_mask
 
 EXACT = ("kl", "reverse_kl", "jsd")
@@ -31,7 +34,6 @@ class Scoring:
         keep_ratio: Fraction of each response that counts as kept, in (0, 1].
         temperature: Divides the logits of both views.
         seed: Of the perturbation.
-        batch_tokens: The most tokens in one forward, prompts and padding included; one response may be longer.
     """
 
     perturbation: Perturbation
@@ -40,7 +42,6 @@ class Scoring:
     keep_ratio: float = 0.4
     temperature: float = 1.0
     seed: int = 0
-    batch_tokens: int = 16384
 
     def draw(self, key: int, number: int) -> tuple[Perturbation, torch.Generator]:
         """What makes the perturbed view `number` of the problem with this key."""
@@ -84,104 +85,74 @@ class TokenScores:
         return float((first & second).sum() / first.sum())
 
 
+@torch.no_grad()
 def score_tokens(
-    model: Any,
+    passes: ResponsePasses,
     prompts: Prompts,
     rows: Sequence[int],
     responses: Sequence[Sequence[int]],
     keys: Sequence[int],
     scoring: Scoring,
-) -> Iterator[TokenScores]:
-    """Scores given responses: one clean pass, `scoring.draws` perturbed ones, and never a logit in memory.
+) -> list[TokenScores]:
+    """Scores given responses: one clean view, `scoring.draws` perturbed ones, and never a logit in memory.
 
     Args:
-        model: A vision-language model; it is left in the mode it was in.
+        passes: Of the model, which is left in the mode it was in.
         prompts: The problems.
         rows: The problem of each response.
         responses: Token ids, at least one each.
         keys: A number for each problem; its draw `m` comes from (seed, key, m), whatever else is in the batch.
         scoring: How to score.
 
-    Yields:
+    Returns:
         The scores of each response, in order.
     """
-    sizes = [(prompts.lengths[row], len(ids)) for row, ids in zip(rows, responses, strict=True)]
+    model = passes.model
+    batch, clean = Batch(prompts.join(rows, responses, model.device)), View(rows)
+    options = logit_options(model, scoring.temperature)
+    found: list[dict[str, list[Tensor]]] = [{} for _ in rows]  # of each response: every number, in each draw
+
+    def score(known: Tensor, place: dict[int, int], head: Any, part: list[int], hidden: Tensor) -> None:
+        mask = batch.mask[part, : hidden.shape[1]]
+        before = known[[place[row] for row in part], : hidden.shape[1]]
+        targets = batch.completion_ids[part, : hidden.shape[1]][mask].to(hidden.device)
+        mask = mask.to(hidden.device)
+        values = _numbers(head, before.to(hidden.device)[mask], hidden[mask], targets, options)
+        lengths = [len(responses[row]) for row in part]
+        for name, value in values.items():
+            for row, own in zip(part, value.double().cpu().split(lengths), strict=True):
+                found[row].setdefault(name, []).append(own)
+
     training = model.training
     model.eval()
     try:
-        for part in token_batches(sizes, scoring.batch_tokens):
-            found = _score(model, prompts, [rows[i] for i in part], [responses[i] for i in part], keys, scoring)
-            start = 0
-            for index in part:
-                end = start + len(responses[index])
-                yield _summary({name: values[:, start:end] for name, values in found.items()}, scoring)
-                start = end
+        for portion in passes.portions(batch, range(len(rows)), clean):
+            known = passes.hidden(batch, portion, clean)
+            receive = partial(score, known, {row: index for index, row in enumerate(portion)})
+            for draw in range(scoring.draws):
+                shown = {rows[row] for row in portion}
+                views = {row: prompts.perturbed(row, *scoring.draw(keys[row], draw)) for row in sorted(shown)}
+                pixels = {row: view.to(model.device) for row, view in views.items()}
+                passes.run(batch, portion, View(rows, pixels), receive)
     finally:
         model.train(training)
+    return [_summary({name: torch.stack(draws).numpy() for name, draws in own.items()}, scoring) for own in found]
 
 
-def token_batches(sizes: Sequence[tuple[int, int]], most: int) -> Iterator[list[int]]:
-    """Neighbouring rows that go through the model together.
-
-    Args:
-        sizes: The length of each row's prompt and response.
-        most: Tokens in a batch, each row padded to the longest prompt and the longest response; one row may be longer.
-
-    Yields:
-        Indices of rows.
-    """
-    part: list[int] = []
-    longest = (0, 0)
-    for index, size in enumerate(sizes):
-        wider = max(longest[0], size[0]), max(longest[1], size[1])
-        if part and sum(wider) * (len(part) + 1) > most:
-            yield part
-            part, wider = [], size
-        part.append(index)
-        longest = wider
-    if part:
-        yield part
-
-
-@torch.no_grad()
-def _score(
-    model: Any,
-    prompts: Prompts,
-    rows: Sequence[int],
-    responses: Sequence[Sequence[int]],
-    keys: Sequence[int],
-    scoring: Scoring,
-) -> dict[str, np.ndarray]:
-    """Every number of every draw, each `[draws, tokens of all rows]` float64."""
-    batch = Batch(prompts.join(rows, responses, model.device))
-    everything, length = range(len(rows)), batch.mask.shape[1]
-    clean = response_hidden(model, batch.model_inputs(everything), length)[batch.mask]
-    targets = batch.completion_ids[batch.mask]
-    options = logit_options(model, scoring.temperature)
-    found: dict[str, list[Tensor]] = {}
-
-    def at_head(head: Any, hidden: Tensor) -> None:
-        perturbed = hidden[:, -(length + 1) : -1][batch.mask]
-        views = clean.to(perturbed.device), perturbed, head.weight, getattr(head, "bias", None)
-        outputs = {
-            kind: linear_divergence(*views, targets=targets.to(perturbed.device), kind=kind, **options)
-            for kind in EXACT
-        }
-        values = {kind: output.divergence for kind, output in outputs.items()}
-        kl = outputs["kl"]
-        assert kl.logprobs is not None and kl.logprobs_perturbed is not None
-        values["k3"] = sampled_divergence(kl.logprobs, kl.logprobs_perturbed, kind="k3")
-        values |= {"logprob": kl.logprobs, "logprob_perturbed": kl.logprobs_perturbed}
-        values |= {"entropy": kl.entropy, "entropy_perturbed": kl.entropy_perturbed}
-        for name, value in values.items():
-            found.setdefault(name, []).append(value.double().cpu())
-
-    for draw in range(scoring.draws):
-        views = {row: prompts.perturbed(row, *scoring.draw(keys[row], draw)) for row in set(rows)}
-        pixels = {place: views[row].to(model.device) for place, row in enumerate(rows)}
-        with head_forward(model, at_head):
-            model(**batch.model_inputs(everything, pixels), use_cache=False)
-    return {name: torch.stack(values).numpy() for name, values in found.items()}
+def _numbers(head: Any, clean: Tensor, perturbed: Tensor, targets: Tensor, options: LogitOptions) -> dict[str, Tensor]:
+    """Every number of some tokens, each `[tokens]`, from `[tokens, D]` hidden states of both views."""
+    views = clean, perturbed, head.weight, getattr(head, "bias", None)
+    outputs = {kind: linear_divergence(*views, targets=targets, kind=kind, **options) for kind in EXACT}
+    kl = outputs["kl"]
+    assert kl.logprobs is not None and kl.logprobs_perturbed is not None
+    return {
+        **{kind: output.divergence for kind, output in outputs.items()},
+        "k3": sampled_divergence(kl.logprobs, kl.logprobs_perturbed, kind="k3"),
+        "logprob": kl.logprobs,
+        "logprob_perturbed": kl.logprobs_perturbed,
+        "entropy": kl.entropy,
+        "entropy_perturbed": kl.entropy_perturbed,
+    }
 
 
 def _summary(found: dict[str, np.ndarray], scoring: Scoring) -> TokenScores:

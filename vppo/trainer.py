@@ -20,12 +20,15 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from vppo.batch import Batch, View
 from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.fused_head import fused_head
+from vppo.heads import logit_options
+from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import PixelLayout, seeded
 from vppo.sampler import EpochSampler
-from vppo.scoring import Batch, logit_options, score
+from vppo.scoring import score
 from vppo_kernels import TrajectoryStats, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
 
@@ -79,6 +82,9 @@ class VPPOTrainer(GRPOTrainer):
             self._layout = PixelLayout.of(image_processor)
             self._perturbation = args.make_perturbation(self._layout.patch_size)
             self._has_dropout = _has_dropout(self.model)
+            self._passes = ResponsePasses(
+                self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self._most
+            )
 
     # -- going on from a checkpoint ----------------------------------------------------------------------------------
 
@@ -118,15 +124,13 @@ class VPPOTrainer(GRPOTrainer):
         rows = scored.nonzero().flatten().tolist()
         with self._quiet_model(), self.accelerator.autocast():
             dependency = score(
-                self.model,
+                self._passes,
                 batch,
                 rows,
-                self._perturbed(batch, rows),
+                *self._views(batch, rows),
                 kind=str(self.args.divergence),
                 options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
-                batch_size=self.args.per_device_train_batch_size,
                 hidden_clean=hidden_clean,
-                most_rows=self._most_rows(rows),
                 check=self.args.check_kernels,
             )
         stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), process_group=self._process_group())
@@ -161,24 +165,25 @@ class VPPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(advantages)
         return live[first : first + len(advantages)]
 
-    def _most_rows(self, rows: Sequence[int]) -> int:
-        """The most rows that any process scores, where the model is sharded and all must join each forward."""
+    def _most(self, count: int) -> int:
+        """The largest count of all processes where the model is sharded and all must join each forward."""
         if not (self._dist.is_fsdp or self._dist.is_zero3):
-            return len(rows)
-        count = torch.tensor([len(rows)], device=self.accelerator.device)
-        return int(self.accelerator.gather(count).max())
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
-    def _perturbed(self, batch: Batch, rows: Sequence[int]) -> dict[int, Tensor]:
-        """The perturbed pixels of each row, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
-        first = self.accelerator.process_index * len(batch.input_ids)
-        views: dict[int, Tensor] = {}
+    def _views(self, batch: Batch, rows: Sequence[int]) -> tuple[View, View]:
+        """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
+        first = self.accelerator.process_index * len(batch)
+        prompts = [(first + row) // self.num_generations for row in range(len(batch))]
+        each = self.args.perturbation_scope == "rollout"
+        keys = [first + row for row in range(len(batch))] if each else prompts
+        pixels: dict[int, Tensor] = {}
         for row in rows:
-            prompt, rollout = divmod(first + row, self.num_generations)
-            key = [self.args.seed, self.state.global_step, prompt]
-            if self.args.perturbation_scope == "rollout":
-                key.append(rollout)
-            views[row] = batch.perturbed_pixels(row, self._layout, self._perturbation, seeded(*key))
-        return views
+            if keys[row] not in pixels:
+                draw = divmod(first + row, self.num_generations) if each else (prompts[row],)
+                generator = seeded(self.args.seed, self.state.global_step, *draw)
+                pixels[keys[row]] = batch.perturbed_pixels(row, self._layout, self._perturbation, generator)
+        return View(prompts), View(keys, pixels)
 
     def _process_group(self) -> Any:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None

@@ -40,7 +40,7 @@ def rows(
 
 def batch_inputs(model: Any, processor: Any, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Prompts, images and "response_ids" of rows as a TRL batch."""
-    prompts = Prompts(processor, [Problem(row["prompt"], row["images"], row["answer"]) for row in data])
+    prompts = Prompts(processor, [Problem(row["prompt"], row["images"], row.get("answer")) for row in data])
     return prompts.join(range(len(data)), [row["response_ids"] for row in data], model.device)
 
 

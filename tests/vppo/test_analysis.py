@@ -66,12 +66,13 @@ def columns_by_hand(family: str, row: dict[str, Any], sample: int, draws: int) -
     return {**{name: x.mean(0) for name, x in values.items()}, **first, "all": values["kl"]}
 
 
+@pytest.mark.parametrize("memory", [1e-9, 4.0], ids=["one by one", "together"])
 @pytest.mark.parametrize("family", NAMES)
-def test_every_column_of_every_family(family: str) -> None:
+def test_every_column_of_every_family(family: str, memory: float) -> None:
     """Means over draws, standard errors and kept sets; batches of several problems, padded to each other."""
     model, processor = families.build(family)
     data, draws = rows(3, sizes=((56, 28), (28, 56))), 3
-    found = analyze((model, processor), data, responses=given(3), draws=draws, seed=7, batch_tokens=120)
+    found = analyze((model, processor), data, responses=given(3), draws=draws, seed=7, memory=memory)
     assert found.tokens["model"].unique().tolist() == ["responses"] and found.out is None
     assert list(found.trajectories["tokens"]) == [len(row["response_ids"]) for row in given(3)]
     groups = found.tokens.groupby(["sample", "response"])
@@ -140,7 +141,7 @@ def test_a_draw_belongs_to_seed_sample_and_number() -> None:
     """Neither to the batch, nor to what else is analysed."""
     model = families.build(FAMILY)
     whole = analyze(model, rows(3), responses=given(3), draws=2).tokens
-    alone = analyze(model, rows(3), responses=given(3)[4:], draws=2, batch_tokens=1).tokens
+    alone = analyze(model, rows(3), responses=given(3)[4:], draws=2, memory=1e-9).tokens
     np.testing.assert_allclose(alone["kl"], whole[whole["sample"] == 2]["kl"], rtol=1e-3, atol=1e-7)
     first = analyze(model, rows(3), responses=given(3)).tokens
     np.testing.assert_allclose(first["kl"], whole["kl_first"], rtol=1e-3, atol=1e-7)
@@ -360,6 +361,7 @@ def test_ids_need_ids_and_each_once(tmp_path: Path) -> None:
         ({"seed": -1}, "seed: got -1"),
         ({"divergence": "k1"}, "divergence: got 'k1', takes one of"),
         ({"sampler": "llm"}, "sampler: got 'llm', takes one of"),
+        ({"memory": 0}, "memory: got 0, takes a number of GiB above 0"),
         ({"keep_ratio": 0.0}, "keep_ratio: got 0.0"),
         ({"temperature": float("nan")}, "temperature: got nan"),
         ({"temperature": 0, "samples": 2}, "samples: got 2, takes 1 at temperature 0"),
@@ -402,7 +404,7 @@ def test_only_the_same_run_goes_on(saved: Path, tmp_path: Path) -> None:
         run(saved, tmp_path / "a", limit=2, responses=tmp_path / "g.jsonl", draws=4)
     with pytest.raises(InputError, match=r"--keep-ratio: got 0.5, but"):
         run(saved, tmp_path / "a", limit=2, responses=tmp_path / "g.jsonl", keep_ratio=0.5)
-    run(saved, tmp_path / "a", limit=2, responses=tmp_path / "g.jsonl", batch_tokens=5)  # only rounding
+    run(saved, tmp_path / "a", limit=2, responses=tmp_path / "g.jsonl", memory=1)  # only rounding
     (tmp_path / "g.jsonl").write_text('{"sample": 1, "response": "4"}\n')
     with pytest.raises(InputError, match=r"--responses: got .*g.jsonl"):
         run(saved, tmp_path / "a", limit=2, responses=tmp_path / "g.jsonl")

@@ -166,7 +166,7 @@ def test_every_option_of_analyze_arrives(analyze_calls: list[dict[str, Any]]) ->
     values = {
         "limit": 3, "samples": 2, "perturbation": "noise", "patch_size": 7, "patch_probability": 0.25, "noise_std": 9.0,
         "blur_radius": 2.0, "draws": 4, "divergence": "jsd", "keep_ratio": 0.2, "max_tokens": 5, "temperature": 0.5,
-        "seed": 6, "batch_tokens": 99, "split": "test", "system_prompt": "", "instruction": "Think.", "min_pixels": 784,
+        "seed": 6, "memory": 2.5, "split": "test", "system_prompt": "", "instruction": "Think.", "min_pixels": 784,
         "max_pixels": 7840, "device": "cuda:1", "dtype": "bfloat16", "attn_implementation": "eager",
         "revision": "v2", "sampler": "vllm",
     }  # fmt: skip

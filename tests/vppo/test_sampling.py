@@ -34,7 +34,7 @@ def prompts_of(processor: Any, count: int, sizes: tuple[tuple[int, int], ...] = 
 
 
 def settings(model: Any, **changes: Any) -> Sampling:
-    values = {"max_tokens": 5, "temperature": 1.0, "seed": 0, "batch_tokens": 10_000, "ends": [EOS]}
+    values = {"max_tokens": 5, "temperature": 1.0, "seed": 0, "memory": 1 << 30, "ends": [EOS]}
     return Sampling(**{**values, "forbidden": placeholder_tokens(model.config), **changes})
 
 
@@ -47,7 +47,7 @@ def test_responses_belong_to_their_keys(name: str) -> None:
     found = sample(prompts, [i for i, _ in keys], keys, settings(model))
     assert [len(ids) <= 5 and (len(ids) == 5 or ids[-1] == EOS) for ids in found] == [True] * 6
     assert len({tuple(ids) for ids in found}) > 3
-    one_by_one = sample(prompts, [i for i, _ in keys], keys, settings(model, batch_tokens=1))
+    one_by_one = sample(prompts, [i for i, _ in keys], keys, settings(model, memory=1))
     assert one_by_one == found
     assert sample(prompts, [2], [(2, 1)], settings(model)) == [found[5]]
     assert sample(prompts, [2], [(2, 1)], settings(model, seed=1)) != [found[5]]

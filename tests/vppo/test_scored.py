@@ -8,9 +8,9 @@ import families
 import numpy as np
 import pytest
 import torch
+from runs import FAMILY, plain_views, rows
 from torch import Tensor
 
-from runs import FAMILY, plain_views, rows
 from vppo.perturbations import Perturbation
 from vppo.scored import score_responses
 from vppo_kernels import reference, sampled_divergence
@@ -43,7 +43,7 @@ def test_dependency_of_every_family(name: str) -> None:
     """Rows of one batch are padded to each other; alone they are not."""
     model, processor = families.build(name)
     data = given((56, 28))
-    found = score_responses(model, processor, data, seed=3, batch_tokens=50, temperature=0.8)
+    found = score_responses(model, processor, data, seed=3, temperature=0.8)
     assert [response.text for response in found] == [text + "<eos>" for text in TEXTS]
     for i, (response, row) in enumerate(zip(found, data, strict=True)):
         expected = by_hand(families.build(name)[0], processor, row, (3, i), "kl", 0.8)
