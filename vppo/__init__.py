@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vppo.analysis import Analysis, AnalysisOptions, analyze
+    from vppo.analysis import Analysis, analyze
+    from vppo.analysis_options import AnalysisOptions
     from vppo.config import VPPOConfig
     from vppo.trainer import VPPOTrainer
     from vppo_kernels import vppo_loss

@@ -29,11 +29,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from vppo.data import INSTRUCTION, SYSTEM_PROMPT, Problem, Problems
+from vppo.analysis_options import AnalysisOptions
+from vppo.data import Problem, Problems
 from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.passes import GIB
-from vppo.perturbations import Perturbation, PixelLayout
+from vppo.perturbations import PixelLayout
 from vppo.progress import columns
 from vppo.prompts import Prompts
 from vppo.responses import Response, Skipped, read_responses
@@ -41,104 +42,10 @@ from vppo.rewards import accuracy_reward
 from vppo.sampling import Sampler, Sampling, placeholder_tokens
 from vppo.subject import Subject
 from vppo.tables import TOKENS, TRAJECTORIES, join_tables, token_rows, token_texts, trajectory_row, write_table
-from vppo.token_scores import DIVERGENCES, Scoring, score_tokens
+from vppo.token_scores import Scoring, TokenScores, score_tokens
 
 PART = 32  # responses between two writes
-SAMPLERS = ("auto", "vllm", "transformers")
 PACKAGES = ("torch", "transformers", "vppo-kernels")
-
-
-@dataclass(frozen=True)
-class AnalysisOptions:
-    """What `vppo.analyze` can be told.
-
-    Attributes:
-        limit: Only the first problems of the data; None for all.
-        samples: Responses to sample to each problem.
-        perturbation: What the perturbed view does: "patch", "noise", "blur" or "grey".
-        patch_size: Side of a blackened patch in pixels; None takes the model's own patch, or 14.
-        patch_probability: Chance of each patch to be blackened, 0..1.
-        noise_std: Standard deviation of the noise on the 0..255 scale.
-        blur_radius: Standard deviation of the blur in pixels.
-        draws: Perturbed views of each problem; scores are means over them, with a standard error from two on.
-        divergence: What counts as dependency: "kl", "reverse_kl", "jsd" or "k3"; all four are in the table.
-        keep_ratio: Fraction of each response that counts as kept, in (0, 1].
-        max_tokens: The longest response that is sampled.
-        temperature: Of sampling, and it divides the logits of both views; 0 takes the most probable token each time,
-            and scores at 1.
-        seed: Of sampling and perturbation.
-        memory: GiB that sampling and scoring may use for caches and activations, beside the weights.
-        split: Which split of a dataset on the hub.
-        system_prompt: First message of every prompt; empty for none.
-        instruction: What follows every problem; may be empty.
-        min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
-        max_pixels: Larger images are reduced to this many pixels; None keeps the processor's own limit.
-        device: "cpu", "cuda", ..., "auto" to spread the model over all GPUs; None for a GPU where there is one.
-        dtype: Of a model that is loaded: "auto" for the checkpoint's own, "float32", "bfloat16" or "float16".
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None for the model's own choice.
-        revision: Branch, tag or commit of a model on the hub.
-        trust_remote_code: Whether the model's own code may run.
-        sampler: "vllm", "transformers", or "auto": vLLM where it is installed and a GPU is there.
-
-    Raises:
-        InputError: A value is out of range; the message names it, what it got and what it takes.
-    """
-
-    limit: int | None = None
-    samples: int = 1
-    perturbation: str = "patch"
-    patch_size: int | None = None
-    patch_probability: float = 0.5
-    noise_std: float = 189.0
-    blur_radius: float = 6.0
-    draws: int = 1
-    divergence: str = "kl"
-    keep_ratio: float = 0.4
-    max_tokens: int = 2048
-    temperature: float = 1.0
-    seed: int = 0
-    memory: float = 4.0
-    split: str = "train"
-    system_prompt: str = SYSTEM_PROMPT
-    instruction: str = INSTRUCTION
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    device: str | None = None
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    revision: str = "main"
-    trust_remote_code: bool = False
-    sampler: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "samples", "draws", "max_tokens"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1) and not (name == "limit" and value is None):
-                raise InputError(f"{name}: got {value!r}, takes a whole number from 1")
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            raise InputError(f"seed: got {self.seed!r}, takes a whole number from 0")
-        for name, choices in (("divergence", DIVERGENCES), ("sampler", SAMPLERS)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}: got {getattr(self, name)!r}, takes one of {list(choices)}")
-        if not 0 < self.keep_ratio <= 1:
-            raise InputError(f"keep_ratio: got {self.keep_ratio!r}, takes a number above 0 and at most 1")
-        if not self.memory > 0:
-            raise InputError(f"memory: got {self.memory!r}, takes a number of GiB above 0")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature: got {self.temperature!r}, takes a number from 0")
-        if self.temperature == 0 and self.samples > 1:
-            raise InputError(f"samples: got {self.samples}, takes 1 at temperature 0, where all would be the same")
-        if self.draws > 1 and self.perturbation in ("blur", "grey"):
-            raise InputError(f"draws: got {self.draws}, takes 1 with {self.perturbation!r}, which is always the same")
-        try:
-            self.make_perturbation(14)  # validates its own fields
-        except ValueError as error:
-            raise InputError(str(error)) from error
-
-    def make_perturbation(self, model_patch_size: int) -> Perturbation:
-        """The perturbation; blackened patches default to the model's own."""
-        size = model_patch_size if self.patch_size is None else self.patch_size
-        return Perturbation(self.perturbation, size, self.patch_probability, self.noise_std, self.blur_radius)
 
 
 @dataclass(frozen=True)
@@ -332,13 +239,14 @@ class _Run:
                 "sample": sample,
                 "response": decode(ids, skip_special_tokens=True),
                 "response_ids": ids,
-                "truncated": ids[-1] not in self.subject.ends,
+                "truncated": bool(ids) and ids[-1] not in self.subject.ends,
             }
             for (sample, _), ids in zip(keys, responses, strict=True)
         ]
         self._write_part(name, skipped, started, responses=found)
 
     # -- scores --------------------------------------------------------------------------------------------------------
+
     def _score(self, responses: Sequence[Response]) -> None:
         parts = list(_parts(responses))
         missing = [i for i in range(len(parts)) if not self._part(f"scores-{i:05d}").exists()]
@@ -371,7 +279,10 @@ class _Run:
                     good.append(response)
         ids = [response.ids.tolist() for response in good]
         rows = [places[response.sample] for response in good]
-        scores = score_tokens(self.subject.passes, prompts, rows, ids, list(places), scoring) if good else []
+        scores: list[TokenScores] = []
+        for start in range(0, len(good), PART):  # images are repeated for each response
+            part = slice(start, start + PART)
+            scores += score_tokens(self.subject.passes, prompts, rows[part], ids[part], list(places), scoring)
         texts = [token_texts(self.subject.processor.tokenizer, row) for row in ids]
         verdicts = self._verdicts(ids, [prompts.problems[row] for row in rows])
         pictures = {sample: self._write_pictures(sample, prompts, row, scoring) for sample, row in places.items()}

@@ -7,17 +7,15 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from vppo.analysis_options import AnalysisOptions
 from vppo.errors import InputError
 from vppo.loading import check_device, load_model, load_processor
 from vppo.passes import GIB, ResponsePasses
 from vppo.sampling import Sampler, end_tokens, with_transformers, with_vllm
-
-if TYPE_CHECKING:
-    from vppo.analysis import AnalysisOptions
 
 
 class Subject:
