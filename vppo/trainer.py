@@ -67,7 +67,9 @@ class VPPOTrainer(GRPOTrainer):
             args = VPPOConfig()
         if not isinstance(args, VPPOConfig):
             raise TypeError(f"args: got {type(args).__name__}, takes a vppo.VPPOConfig")
-        self._recorded: list[Tensor] | None = None  # hidden states of TRL's scoring pass, while it is listened to
+        # hidden states of the clean view that TRL's own passes make: while they score, and while they generate
+        self._recorded: list[Tensor] | None = None
+        self._generated: list[Tensor] = []
         self._train_logprobs: Tensor | None = None
         self._warned_blind = False
         super().__init__(model, reward_funcs, args, **kwargs)
@@ -112,7 +114,7 @@ class VPPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
             hidden_clean = self._take_recorded(output)
         finally:
-            self._recorded = None
+            self._recorded, self._generated = None, []
         return self._fold(output, hidden_clean) if training and self.args.scores_tokens else output
 
     @torch.no_grad()
@@ -229,7 +231,27 @@ class VPPOTrainer(GRPOTrainer):
         everyone = self.accelerator.gather(padded).view(len(count), -1)
         return torch.cat([row[: int(n)] for row, n in zip(everyone, count, strict=True)])
 
-    # -- TRL's scoring pass, listened to -----------------------------------------------------------------------------
+    # -- TRL's own passes, listened to -------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. What its sampling gives the head are the clean view's hidden states: one pass less.
+
+        Only in float32, where decoding token by token and passing whole differ in the last digits alone.
+        """
+        whole = not (self._dist.is_fsdp or self._dist.is_zero3)
+        exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        if self._recorded is None or self._has_dropout or not (whole and exact):
+            return super()._generate_single_turn(*args, **kwargs)
+        steps: list[Tensor] = []
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, inputs: steps.append(inputs[0][:, -1:].clone()))
+        try:
+            result = super()._generate_single_turn(*args, **kwargs)
+        finally:
+            hook.remove()
+        if len({len(step) for step in steps}) == 1:
+            self._generated.append(torch.cat(steps, dim=1))
+        return result
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -261,12 +283,14 @@ class VPPOTrainer(GRPOTrainer):
         return backbone.register_forward_hook(keep)
 
     def _take_recorded(self, output: dict[str, Any]) -> Tensor | None:
-        """Hidden states of the clean view if TRL's pass under the sampling policy has left them for every row."""
-        if not self._recorded or "old_per_token_logps" not in output:  # then it was the reference policy's pass
-            return None
-        if sum(map(len, self._recorded)) != len(output["completion_ids"]):
-            return None
-        return torch.cat(self._recorded)
+        """Hidden states of the clean view, `[B, T, D]`, if a pass of TRL's has left them for every token."""
+        shape = output["completion_ids"].shape
+        # without old log-probabilities it was the reference policy's pass
+        if self._recorded and "old_per_token_logps" in output and sum(map(len, self._recorded)) == shape[0]:
+            return torch.cat(self._recorded)
+        if len(self._generated) == 1 and not self.tools and self._generated[0].shape[:2] == shape:
+            return self._generated[0]
+        return None
 
     # -- in the loss -------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
+from vppo.passes import ResponsePasses
 from vppo_kernels import reference
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
@@ -288,6 +289,34 @@ def test_trls_clean_pass_is_reused(steps: dict[str, int], tmp_path: Path, monkey
         counts.append(forwards)
     assert counts == [[4, 4, 8], [8, 8]], "TRL's clean and our perturbed pass; or our clean and our perturbed"
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", [f.name for f in families.FAMILIES])
+@pytest.mark.parametrize("long", [False, True])
+def test_sampling_leaves_the_clean_view(
+    family: str, long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the head was given while TRL sampled is what a pass of the clean view would give; with ends of responses."""
+    likely = {"temperature": 1.0, "generation_kwargs": {"suppress_tokens": families.PLACEHOLDERS}}
+    if long:
+        ends = families.VOCABULARY["<eos>"]
+        likely["generation_kwargs"] = {"suppress_tokens": [*families.PLACEHOLDERS, ends]}
+    run = trainer(tmp_path, family=family, **likely)
+    monkeypatch.setattr(ResponsePasses, "hidden", None)  # the clean pass
+    seen = listen(monkeypatch)
+    batch = generation_batch(run, rows(2, ((56, 28), (30, 60))))
+    assert "old_per_token_logps" not in batch
+    assert not long or batch["completion_mask"].all()
+    torch.testing.assert_close(seen[0].double(), plain_dependency(run, batch), rtol=1e-4, atol=1e-6)
+
+
+def test_sampling_in_half_precision_is_not_the_clean_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There decoding and passing whole round differently, which would look like dependency."""
+    model, _ = families.build(FAMILY)
+    run = trainer(tmp_path, model=model.bfloat16(), patch_probability=0.0)
+    seen = listen(monkeypatch)
+    generation_batch(run, rows(1))
+    assert not run._generated and seen[0].abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
