@@ -89,7 +89,7 @@ class ResponsePasses:
         """The rows in portions of whole prompts that fit the memory; as many, some empty, on every process."""
         groups = _groups(batch, rows, view)
         costs = [self._prompt_cost(batch, group) + sum(self._row_cost(batch, row) for row in group) for group in groups]
-        portions = [[row for group in part for row in group] for part in _fill(groups, costs, self.memory)]
+        portions = [[row for group in part for row in group] for part in fill(groups, costs, self.memory)]
         return portions + [[] for _ in range(self.most(len(portions)) - len(portions))]
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ class ResponsePasses:
 
     def _parts(self, rows: Sequence[int], costs: list[int], memory: int) -> list[tuple[list[int], bool]]:
         """Rows in parts that fit, and whether what they give is wanted; as many parts on every process."""
-        parts = _fill(rows, costs, memory)
+        parts = fill(rows, costs, memory)
         unwanted = self.most(len(parts)) - len(parts)
         return [(part, True) for part in parts] + [(parts[-1], False)] * unwanted
 
@@ -219,7 +219,7 @@ class ResponsePasses:
             )
 
 
-def _fill(items: Sequence[Any], costs: Sequence[int], memory: int) -> list[list[Any]]:
+def fill(items: Sequence[Any], costs: Sequence[int], memory: int) -> list[list[Any]]:
     """Items in order, in lists whose costs fit the memory or that hold one item."""
     lists: list[list[Any]] = []
     room = 0

@@ -14,11 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from runs import FAMILY
+from runs import FAMILY, batch_inputs
 from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from vppo.analysis import _batch_inputs
 from vppo.batch import Batch, View
 from vppo.heads import logit_options
 from vppo.passes import Footprint, ResponsePasses
@@ -60,7 +59,7 @@ def grouped(
             chat = [{"role": "user", "content": question}]
             data.append({"prompt": chat, "images": pictures, "response_ids": ids.tolist()})
             keys.append(prompt)
-    return Batch(_batch_inputs(model, processor, data)), View(keys)
+    return Batch(batch_inputs(model, processor, data)), View(keys)
 
 
 def perturbed(batch: Batch, processor: Any, keys: Sequence[int]) -> View:

@@ -9,10 +9,9 @@ import families
 import pytest
 import torch
 from accelerate import cpu_offload
-from runs import FAMILY, rows
+from runs import FAMILY, batch_inputs, rows
 from torch import Tensor
 
-from vppo.analysis import _batch_inputs
 from vppo.batch import Batch, View
 from vppo.heads import head_forward, logit_options
 from vppo.passes import ResponsePasses
@@ -32,7 +31,7 @@ def some_batch(name: str, images: tuple[int, ...] = (1,)) -> tuple[Any, Batch, V
     model, processor = families.build(name)
     ids = [families.VOCABULARY[character] for character in "3+5=8"]
     data = rows(5, sizes=((56, 28), (28, 56)), images=images)
-    batch = Batch(_batch_inputs(model, processor, [{**r, "response_ids": ids[: 1 + i]} for i, r in enumerate(data)]))
+    batch = Batch(batch_inputs(model, processor, [{**r, "response_ids": ids[: 1 + i]} for i, r in enumerate(data)]))
     layout = PixelLayout.of(processor.image_processor)
     pixels = {i: batch.perturbed_pixels(i, layout, Perturbation(), seeded(i)) for i in range(5)}
     return model, batch, View(range(5), pixels)
@@ -132,7 +131,7 @@ def test_rows_whose_response_is_masked_out_whole() -> None:
 def test_external_tokens_of_a_response_do_not_count() -> None:
     """Tool results are part of the response's text, not of what the policy chose."""
     model, processor = families.build(FAMILY)
-    inputs = _batch_inputs(model, processor, [{**rows(1)[0], "response_ids": [20, 21, 22, 23]}])
+    inputs = batch_inputs(model, processor, [{**rows(1)[0], "response_ids": [20, 21, 22, 23]}])
     tools = torch.tensor([[1, 0, 0, 1]])
     assert torch.equal(Batch({**inputs, "tool_mask": tools}).mask, tools.bool())
 

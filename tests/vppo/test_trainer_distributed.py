@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 import torch.multiprocessing as mp
-from runs import FAMILY, fix_rollouts, rows, trainer, varied_reward
+from runs import FAMILY, batch_inputs, fix_rollouts, rows, trainer, varied_reward
 from torch import Tensor
 
 from vppo.batch import Batch, View
@@ -90,12 +90,10 @@ def _most(count: int) -> int:
 
 def score_some(model: Any, processor: Any, chosen: range, **settings: Any) -> Tensor:
     """Dependency of the chosen rows of a fixed batch of two prompts with three rollouts each."""
-    from vppo.analysis import _batch_inputs
-
     responses = [families.VOCABULARY[c] for c in "3+5=8"]
     prompts = [row for row in rows(2) for _ in range(3)]
     data = [{**row, "response_ids": responses[: 5 - i % 2]} for i, row in enumerate(prompts)]
-    batch = Batch(_batch_inputs(model, processor, data))
+    batch = Batch(batch_inputs(model, processor, data))
     layout, keys = PixelLayout.of(processor.image_processor), [0, 0, 0, 1, 1, 1]
     pixels = {key: batch.perturbed_pixels(3 * key, layout, Perturbation(), seeded(0, key)) for key in (0, 1)}
     passes = ResponsePasses(model, **settings)
