@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vppo.analysis import _batch_inputs
 from vppo.batch import Batch, View
+from vppo.data import Problem
 from vppo.demo.batches import forbidden_tokens
-from vppo.demo.model import CELL, build_model, build_processor
-from vppo.perturbations import Perturbation, PixelLayout, seeded
+from vppo.demo.model import CELL, SPECIAL, build_model, build_processor
+from vppo.perturbations import Perturbation, seeded
+from vppo.prompts import Prompts
 
 SEED = 0
 
@@ -78,8 +79,8 @@ POLICIES = {
     "small": SMALL,
     "3b": THREE_B,
     **{
-        f"prompt-{cells * cells + 33}": replace(SMALL, cells=(cells, cells), prompt=cells * cells + 33)
-        for cells in (6, 10, 16, 22, 31)
+        f"prompt-{prompt}": replace(SMALL, cells=(side, side), prompt=prompt)
+        for prompt, side in {64: 5, 128: 9, 256: 14, 512: 20, 1024: 30}.items()
     },
     **{f"rollouts-{count}": replace(SMALL, rollouts=count) for count in (1, 2, 4, 8, 16)},
 }
@@ -97,8 +98,9 @@ def model_of(policy: Policy, device: torch.device) -> Any:
     """The policy with random weights, the same each time."""
     processor = processor_of(policy)
     if not policy.layers:
-        return build_model(processor, SEED).to(device)
-    own = build_model(processor, SEED).config  # token ids, and whatever else fits any size
+        demo: Any = build_model(processor, SEED)
+        return demo.to(device)
+    own: Any = build_model(processor, SEED).config  # token ids, and whatever else fits any size
     head = policy.width // policy.heads
     third = head // 2 // 3
     text = {
@@ -168,19 +170,15 @@ def rollouts_of(policy: Policy, model: Any, rows: int) -> tuple[Batch, View, Vie
     """A batch of random responses, all of the full length, with its clean and its perturbed view."""
     processor = processor_of(policy)
     generator = torch.Generator().manual_seed(SEED)
-    first = len(processor.tokenizer.all_special_ids)
+    first = len(SPECIAL)
     ids = torch.randint(first, len(processor.tokenizer), (rows, policy.response), generator=generator).tolist()
-    prompts = prompts_of(policy, -(-rows // policy.rollouts))
+    problems = [Problem(row["prompt"], row["images"], None) for row in prompts_of(policy, -(-rows // policy.rollouts))]
+    prompts = Prompts(processor, problems)
     keys = [row // policy.rollouts for row in range(rows)]
-    batch = Batch(
-        _batch_inputs(model, processor, [{**prompts[k], "response_ids": r} for k, r in zip(keys, ids, strict=True)])
-    )
-    layout = PixelLayout.of(processor.image_processor)
     pixels: dict[int, Tensor] = {
-        key: batch.perturbed_pixels(key * policy.rollouts, layout, Perturbation(), seeded(SEED, key))
-        for key in range(len(prompts))
+        key: prompts.perturbed(key, Perturbation(), seeded(SEED, key)).to(model.device) for key in range(len(problems))
     }
-    return batch, View(keys), View(keys, pixels)
+    return Batch(prompts.join(keys, ids, model.device)), View(keys), View(keys, pixels)
 
 
 class TrainingStep:
@@ -203,7 +201,11 @@ class TrainingStep:
         self.folder = tempfile.TemporaryDirectory()
         processor = processor_of(policy)
         vocab = policy.vocab if policy.layers else len(processor.tokenizer)
-        never = [*forbidden_tokens(processor), processor.tokenizer.eos_token_id, *range(len(processor.tokenizer), vocab)]
+        never = [
+            *forbidden_tokens(processor),
+            processor.tokenizer.eos_token_id,
+            *range(len(processor.tokenizer), vocab),
+        ]
         common: dict[str, Any] = {
             "output_dir": self.folder.name,
             "per_device_train_batch_size": rows,
@@ -219,9 +221,10 @@ class TrainingStep:
             "disable_tqdm": True,
             **options,
         }
-        args = GRPOConfig(loss_type="dapo", top_p=0.99, **common) if stock else VPPOConfig(**common)
+        args: Any = GRPOConfig(loss_type="dapo", top_p=0.99, **common) if stock else VPPOConfig(**common)
+        trainer: Any = GRPOTrainer if stock else VPPOTrainer
         prompts = prompts_of(policy, rows // policy.rollouts)
-        self.trainer: Any = (GRPOTrainer if stock else VPPOTrainer)(
+        self.trainer = trainer(
             model=model_of(policy, device),
             reward_funcs=_reward,
             args=args,
@@ -234,7 +237,8 @@ class TrainingStep:
         self.batch = [row for row in prompts for _ in range(policy.rollouts)]
 
     def __call__(self) -> Tensor:
-        """The loss of the step."""
+        """The loss of the step; every call samples from the same stream."""
+        torch.manual_seed(SEED)
         self.model.train()
         loss: Tensor = self.trainer.training_step(self.model, list(self.batch), None)
         self.trainer.optimizer.step()

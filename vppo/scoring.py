@@ -54,7 +54,7 @@ def score(
             before = known[[place[row] for row in part], :length].to(hidden.device)
             mask, targets = batch.mask[part, :length], batch.completion_ids[part, :length]
             values = torch.zeros(mask.shape, device=mask.device)
-            values[mask] = _divergence(head, before, hidden, targets, mask, kind, options, check).to(values.device)
+            values[mask] = _divergence(head, before, hidden, targets, mask, kind, options, check).to(values)
             dependency[part, :length] = values
 
         passes.run(batch, portion, perturbed, at_head)
