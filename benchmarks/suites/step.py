@@ -16,7 +16,7 @@ from vppo.passes import ResponsePasses
 from vppo.scoring import score
 
 CURVES = ("prompt", "rollouts")  # presets that differ in this number alone
-RELATIVE, ABSOLUTE = 1e-3, 1e-5  # of a dependency in nats from float32 hidden states
+RELATIVE, ABSOLUTE = 1e-3, 1e-7  # of a dependency in nats from float32 hidden states
 RELATIVE_16_BIT = 0.25  # of the sum of all: a model's own rounding, whichever way its tokens pass
 
 
