@@ -99,9 +99,7 @@ __global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fiel
 template <typename... Arguments>
 cudaError_t launch_columns(void (*vectors)(Arguments...), void (*scalars)(Arguments...), const Tile& tile,
                            cudaStream_t stream, Arguments... arguments) {
-  constexpr int64_t kColumns = kThreads * kEntries, kMost = 65535;
-  const int64_t blocks = (tile.columns + kColumns - 1) / kColumns;
-  const dim3 grid(static_cast<unsigned>(tile.rows), static_cast<unsigned>(blocks < kMost ? blocks : kMost));
+  const dim3 grid = grid_over(tile.rows, tile.columns, kThreads * kEntries);
   return launch(aligned(tile) ? vectors : scalars, grid, dim3(kThreads), stream, arguments...);
 }
 

@@ -87,6 +87,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// A row of blocks for every row, one for each so many columns as far as the grid goes.
+inline dim3 grid_over(int64_t rows, int64_t columns, int64_t columns_of_block) {
+  const int64_t blocks = (columns + columns_of_block - 1) / columns_of_block, most = 65535;
+  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(blocks < most ? blocks : most));
+}
+
 // Starts a kernel for the rows of a tile. `choose(threads, width)` is the kernel for so many threads to a row that read
 // so many numbers at once; both come as integral constants.
 template <typename Choose, typename... Arguments>
