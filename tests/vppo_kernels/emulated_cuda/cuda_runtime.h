@@ -1,0 +1,194 @@
+// Stands in for CUDA's own header of this name, so that a C++ compiler builds `csrc/cuda` as it is, for a CPU.
+//
+// Every CUDA thread of a block is a fibre, and blocks run one after the other. A fibre runs until it meets its warp or
+// its block (a shuffle or `__syncthreads`); when all have, they go on. That is stricter than a GPU: all threads of a
+// block that are still running must meet in the same places, and the process aborts where they do not. With
+// EMULATED_CUDA_ORDER=reversed blocks and fibres take turns from the last to the first: a result that changes is a race.
+#pragma once
+
+#include <dlpack/dlpack.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#define kDLCUDA kDLCPU  // the tensors that the bindings take
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(threads)
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fibre that runs
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfiguration"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+namespace emulated {
+
+constexpr size_t kStack = 64 << 10;
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  dim3 index;
+  const char* waits_at = nullptr;  // null while it runs, "end" when it has returned
+  unsigned shuffles = 0;
+};
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<Fibre> fibres;
+  std::vector<uint32_t> passed[2];  // what threads hold out in a shuffle; every other one uses the other
+  const std::function<void()>* kernel = nullptr;
+  Fibre* running = nullptr;
+};
+
+inline Block block;
+
+[[noreturn]] inline void fail(const std::string& why) {
+  std::fprintf(stderr, "emulated_cuda: %s\n", why.c_str());
+  std::abort();
+}
+
+inline bool reversed() {
+  const char* order = std::getenv("EMULATED_CUDA_ORDER");
+  return order != nullptr && std::string(order) == "reversed";
+}
+
+inline void wait(const char* where) {
+  block.running->waits_at = where;
+  swapcontext(&block.running->context, &block.scheduler);
+}
+
+inline void enter() {
+  (*block.kernel)();
+  block.running->waits_at = "end";
+  swapcontext(&block.running->context, &block.scheduler);
+}
+
+inline void run_block(const std::function<void()>& kernel) {
+  const size_t threads = blockDim.x * blockDim.y * blockDim.z;
+  block.kernel = &kernel;
+  block.fibres.resize(std::max(threads, block.fibres.size()));
+  for (auto& values : block.passed) values.resize(block.fibres.size());
+  for (size_t i = 0; i < threads; ++i) {
+    Fibre& fibre = block.fibres[i];
+    if (!fibre.stack) fibre.stack.reset(new char[kStack]);
+    fibre.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    fibre.waits_at = nullptr;
+    fibre.shuffles = 0;
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_size = kStack;
+    fibre.context.uc_link = nullptr;
+    makecontext(&fibre.context, enter, 0);
+  }
+  const bool backwards = reversed();
+  for (bool any = true; any;) {
+    any = false;
+    const char* where = nullptr;
+    for (size_t turn = 0; turn < threads; ++turn) {
+      Fibre& fibre = block.fibres[backwards ? threads - 1 - turn : turn];
+      if (fibre.waits_at != nullptr && std::strcmp(fibre.waits_at, "end") == 0) continue;
+      block.running = &fibre;
+      threadIdx = fibre.index;
+      swapcontext(&block.scheduler, &fibre.context);
+      if (std::strcmp(fibre.waits_at, "end") == 0) continue;
+      any = true;
+      if (where != nullptr && std::strcmp(where, fibre.waits_at) != 0) {
+        fail(std::string("threads of a block wait at ") + where + " and at " + fibre.waits_at);
+      }
+      where = fibre.waits_at;
+    }
+  }
+}
+
+template <typename Value>
+Value shuffle(Value value, unsigned mask, unsigned partner_lane, const char* where) {
+  static_assert(sizeof(Value) == sizeof(uint32_t));
+  Fibre& self = *block.running;
+  const unsigned thread = static_cast<unsigned>(&self - block.fibres.data()), partner = thread / 32 * 32 + partner_lane;
+  auto& values = block.passed[self.shuffles++ % 2];
+  std::memcpy(&values[thread], &value, sizeof(value));
+  wait(where);
+  if (mask != ~0u || partner >= blockDim.x * blockDim.y * blockDim.z ||
+      block.fibres[partner].shuffles < self.shuffles) {
+    fail("a shuffle with a lane that is not there");
+  }
+  std::memcpy(&value, &values[partner], sizeof(value));
+  return value;
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::wait("__syncthreads"); }
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned mask, Value value, int step) {
+  return emulated::shuffle(value, mask, (threadIdx.x % 32) ^ static_cast<unsigned>(step), "__shfl_xor_sync");
+}
+
+template <typename Value>
+Value __shfl_up_sync(unsigned mask, Value value, int step) {
+  const unsigned lane = threadIdx.x % 32, by = static_cast<unsigned>(step);
+  return emulated::shuffle(value, mask, lane < by ? lane : lane - by, "__shfl_up_sync");
+}
+
+inline int atomicAdd(int* address, int value) {
+  const int before = *address;
+  *address += value;
+  return before;
+}
+
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, size = config->blockDim;
+  if (grid.x * grid.y * grid.z == 0 || grid.y > 65535 || size.x * size.y * size.z == 0 ||
+      size.x * size.y * size.z > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  gridDim = grid;
+  blockDim = size;
+  const bool backwards = emulated::reversed();
+  for (unsigned turn = 0; turn < grid.x * grid.y; ++turn) {
+    const unsigned at = backwards ? grid.x * grid.y - 1 - turn : turn;
+    blockIdx = dim3(at % grid.x, at / grid.x);
+    emulated::run_block([&] { kernel(static_cast<Parameters>(arguments)...); });
+  }
+  return cudaSuccess;
+}
