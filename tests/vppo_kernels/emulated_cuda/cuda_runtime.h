@@ -7,6 +7,7 @@
 #pragma once
 
 #include <dlpack/dlpack.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -54,17 +55,19 @@ struct cudaLaunchConfig_t {
 namespace emulated {
 
 constexpr size_t kStack = 64 << 10;
+inline const char* const kEnd = "the end";
 
 struct Fibre {
-  ucontext_t context;
   std::unique_ptr<char[]> stack;
+  jmp_buf place;  // where it waits
+  bool started = false;
   dim3 index;
-  const char* waits_at = nullptr;  // null while it runs, "end" when it has returned
+  const char* waits_at = nullptr;
   unsigned shuffles = 0;
 };
 
 struct Block {
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::vector<Fibre> fibres;
   std::vector<uint32_t> passed[2];  // what threads hold out in a shuffle; every other one uses the other
   const std::function<void()>* kernel = nullptr;
@@ -83,15 +86,30 @@ inline bool reversed() {
   return order != nullptr && std::string(order) == "reversed";
 }
 
+// Contexts start fibres; jumps, which ask nothing of the operating system, go between them.
 inline void wait(const char* where) {
   block.running->waits_at = where;
-  swapcontext(&block.running->context, &block.scheduler);
+  if (_setjmp(block.running->place) == 0) _longjmp(block.scheduler, 1);
 }
 
 inline void enter() {
   (*block.kernel)();
-  block.running->waits_at = "end";
-  swapcontext(&block.running->context, &block.scheduler);
+  wait(kEnd);
+}
+
+inline void resume(Fibre& fibre) {
+  block.running = &fibre;
+  threadIdx = fibre.index;
+  if (_setjmp(block.scheduler) != 0) return;
+  if (fibre.started) _longjmp(fibre.place, 1);
+  fibre.started = true;
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = fibre.stack.get();
+  start.uc_stack.ss_size = kStack;
+  start.uc_link = nullptr;
+  makecontext(&start, enter, 0);
+  setcontext(&start);
 }
 
 inline void run_block(const std::function<void()>& kernel) {
@@ -103,13 +121,9 @@ inline void run_block(const std::function<void()>& kernel) {
     Fibre& fibre = block.fibres[i];
     if (!fibre.stack) fibre.stack.reset(new char[kStack]);
     fibre.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    fibre.started = false;
     fibre.waits_at = nullptr;
     fibre.shuffles = 0;
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get();
-    fibre.context.uc_stack.ss_size = kStack;
-    fibre.context.uc_link = nullptr;
-    makecontext(&fibre.context, enter, 0);
   }
   const bool backwards = reversed();
   for (bool any = true; any;) {
@@ -117,11 +131,9 @@ inline void run_block(const std::function<void()>& kernel) {
     const char* where = nullptr;
     for (size_t turn = 0; turn < threads; ++turn) {
       Fibre& fibre = block.fibres[backwards ? threads - 1 - turn : turn];
-      if (fibre.waits_at != nullptr && std::strcmp(fibre.waits_at, "end") == 0) continue;
-      block.running = &fibre;
-      threadIdx = fibre.index;
-      swapcontext(&block.scheduler, &fibre.context);
-      if (std::strcmp(fibre.waits_at, "end") == 0) continue;
+      if (fibre.waits_at == kEnd) continue;
+      resume(fibre);
+      if (fibre.waits_at == kEnd) continue;
       any = true;
       if (where != nullptr && std::strcmp(where, fibre.waits_at) != 0) {
         fail(std::string("threads of a block wait at ") + where + " and at " + fibre.waits_at);
