@@ -1,9 +1,9 @@
 // Stands in for CUDA's own header of this name, so that a C++ compiler builds `csrc/cuda` as it is, for a CPU.
 //
-// Every CUDA thread of a block is a fibre, and blocks run one after the other. A fibre runs until it meets its warp or
-// its block (a shuffle or `__syncthreads`); when all have, they go on. That is stricter than a GPU: all threads of a
-// block that are still running must meet in the same places, and the process aborts where they do not. With
-// EMULATED_CUDA_ORDER=reversed blocks and fibres take turns from the last to the first: a result that changes is a race.
+// Every CUDA thread of a block is a fibre, and blocks run one after the other. A warp runs as far as it can, to the next
+// `__syncthreads`, before the next warp takes its turn; its threads must meet in the same shuffles, or the process
+// aborts. With EMULATED_CUDA_ORDER=reversed, blocks, warps and threads take turns from the last to the first: a result
+// that changes is a race.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -55,7 +56,12 @@ struct cudaLaunchConfig_t {
 namespace emulated {
 
 constexpr size_t kStack = 64 << 10;
+constexpr size_t kLanes = 32;
+// where a thread can wait
 inline const char* const kEnd = "the end";
+inline const char* const kBarrier = "__syncthreads";
+inline const char* const kShuffleXor = "__shfl_xor_sync";
+inline const char* const kShuffleUp = "__shfl_up_sync";
 
 struct Fibre {
   std::unique_ptr<char[]> stack;
@@ -72,6 +78,7 @@ struct Block {
   std::vector<uint32_t> passed[2];  // what threads hold out in a shuffle; every other one uses the other
   const std::function<void()>* kernel = nullptr;
   Fibre* running = nullptr;
+  bool reversed = false;
 };
 
 inline Block block;
@@ -79,11 +86,6 @@ inline Block block;
 [[noreturn]] inline void fail(const std::string& why) {
   std::fprintf(stderr, "emulated_cuda: %s\n", why.c_str());
   std::abort();
-}
-
-inline bool reversed() {
-  const char* order = std::getenv("EMULATED_CUDA_ORDER");
-  return order != nullptr && std::string(order) == "reversed";
 }
 
 // Contexts start fibres; jumps, which ask nothing of the operating system, go between them.
@@ -112,8 +114,30 @@ inline void resume(Fibre& fibre) {
   setcontext(&start);
 }
 
+inline size_t turn(size_t index, size_t count) {
+  return block.reversed ? count - 1 - index : index;
+}
+
+// Runs the threads of a warp until all that are left wait for the block; whether there are any.
+inline bool run_warp(size_t first, size_t threads) {
+  for (;;) {
+    const char* where = nullptr;
+    for (size_t i = 0; i < threads; ++i) {
+      Fibre& fibre = block.fibres[first + turn(i, threads)];
+      if (fibre.waits_at == kEnd) continue;
+      resume(fibre);
+      if (fibre.waits_at == kEnd) continue;
+      if (where != nullptr && where != fibre.waits_at) {
+        fail(std::string("threads of a warp wait at ") + where + " and at " + fibre.waits_at);
+      }
+      where = fibre.waits_at;
+    }
+    if (where == nullptr || where == kBarrier) return where != nullptr;
+  }
+}
+
 inline void run_block(const std::function<void()>& kernel) {
-  const size_t threads = blockDim.x * blockDim.y * blockDim.z;
+  const size_t threads = blockDim.x * blockDim.y * blockDim.z, warps = (threads + kLanes - 1) / kLanes;
   block.kernel = &kernel;
   block.fibres.resize(std::max(threads, block.fibres.size()));
   for (auto& values : block.passed) values.resize(block.fibres.size());
@@ -125,20 +149,11 @@ inline void run_block(const std::function<void()>& kernel) {
     fibre.waits_at = nullptr;
     fibre.shuffles = 0;
   }
-  const bool backwards = reversed();
-  for (bool any = true; any;) {
-    any = false;
-    const char* where = nullptr;
-    for (size_t turn = 0; turn < threads; ++turn) {
-      Fibre& fibre = block.fibres[backwards ? threads - 1 - turn : turn];
-      if (fibre.waits_at == kEnd) continue;
-      resume(fibre);
-      if (fibre.waits_at == kEnd) continue;
-      any = true;
-      if (where != nullptr && std::strcmp(where, fibre.waits_at) != 0) {
-        fail(std::string("threads of a block wait at ") + where + " and at " + fibre.waits_at);
-      }
-      where = fibre.waits_at;
+  for (bool waiting = true; waiting;) {
+    waiting = false;
+    for (size_t i = 0; i < warps; ++i) {
+      const size_t first = turn(i, warps) * kLanes;
+      waiting |= run_warp(first, std::min(kLanes, threads - first));
     }
   }
 }
@@ -147,7 +162,7 @@ template <typename Value>
 Value shuffle(Value value, unsigned mask, unsigned partner_lane, const char* where) {
   static_assert(sizeof(Value) == sizeof(uint32_t));
   Fibre& self = *block.running;
-  const unsigned thread = static_cast<unsigned>(&self - block.fibres.data()), partner = thread / 32 * 32 + partner_lane;
+  const unsigned thread = static_cast<unsigned>(&self - block.fibres.data()), partner = thread / kLanes * kLanes + partner_lane;
   auto& values = block.passed[self.shuffles++ % 2];
   std::memcpy(&values[thread], &value, sizeof(value));
   wait(where);
@@ -161,17 +176,17 @@ Value shuffle(Value value, unsigned mask, unsigned partner_lane, const char* whe
 
 }  // namespace emulated
 
-inline void __syncthreads() { emulated::wait("__syncthreads"); }
+inline void __syncthreads() { emulated::wait(emulated::kBarrier); }
 
 template <typename Value>
 Value __shfl_xor_sync(unsigned mask, Value value, int step) {
-  return emulated::shuffle(value, mask, (threadIdx.x % 32) ^ static_cast<unsigned>(step), "__shfl_xor_sync");
+  return emulated::shuffle(value, mask, threadIdx.x % 32 ^ static_cast<unsigned>(step), emulated::kShuffleXor);
 }
 
 template <typename Value>
 Value __shfl_up_sync(unsigned mask, Value value, int step) {
   const unsigned lane = threadIdx.x % 32, by = static_cast<unsigned>(step);
-  return emulated::shuffle(value, mask, lane < by ? lane : lane - by, "__shfl_up_sync");
+  return emulated::shuffle(value, mask, lane < by ? lane : lane - by, emulated::kShuffleUp);
 }
 
 inline int atomicAdd(int* address, int value) {
@@ -194,11 +209,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       size.x * size.y * size.z > 1024) {
     return cudaErrorInvalidConfiguration;
   }
+  static std::mutex alone;
+  const std::lock_guard<std::mutex> lock(alone);
+  const char* order = std::getenv("EMULATED_CUDA_ORDER");
+  emulated::block.reversed = order != nullptr && std::string(order) == "reversed";
   gridDim = grid;
   blockDim = size;
-  const bool backwards = emulated::reversed();
-  for (unsigned turn = 0; turn < grid.x * grid.y; ++turn) {
-    const unsigned at = backwards ? grid.x * grid.y - 1 - turn : turn;
+  for (unsigned i = 0; i < grid.x * grid.y; ++i) {
+    const size_t at = emulated::turn(i, grid.x * grid.y);
     blockIdx = dim3(at % grid.x, at / grid.x);
     emulated::run_block([&] { kernel(static_cast<Parameters>(arguments)...); });
   }
