@@ -11,11 +11,13 @@
 namespace vppo {
 namespace {
 
-constexpr int kViewFields = 4, kPairFields = 10, kSums = 12;
+constexpr int64_t kViewFields = 4, kPairFields = 10, kSums = 12;
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // blocks of a grid, and tokens that an int can count
 
 DLDevice device_of(const char* name, const TensorView& tensor) {
-  if (tensor.device().device_type != kDLCUDA) TVM_FFI_THROW(ValueError) << name << ": takes a tensor on a CUDA device";
+  if (tensor.device().device_type != kDLCUDA) {
+    TVM_FFI_THROW(ValueError) << name << ": got a tensor on " << text_of(tensor.device()) << ", takes one on cuda";
+  }
   return tensor.device();
 }
 
@@ -39,7 +41,7 @@ Tile check_tile(const TensorView& tile, int views) {
   return {data, rows, columns};
 }
 
-Fields check_fields(const char* name, const TensorView& packed, int fields, int64_t rows, DLDevice device) {
+Fields fields_of(const char* name, const TensorView& packed, int64_t fields, int64_t rows, DLDevice device) {
   Fields found{};
   found.data = check_rows<float>(name, packed, {fields, rows}, device, found.stride);
   return found;
@@ -55,30 +57,30 @@ bool empty(const Tile& tile) { return tile.rows == 0 || tile.columns == 0; }
 void fold_(TensorView tile, Optional<TensorView> targets, int64_t first, TensorView stats) {
   const Tile z = check_tile(tile, 1);
   const Targets chosen = check_targets(targets, first, z.rows, tile.device());
-  const Fields into = check_fields("stats", stats, kViewFields, z.rows, tile.device());
+  const Fields into = fields_of("stats", stats, kViewFields, z.rows, tile.device());
   if (!empty(z)) on(tile.device(), [&](cudaStream_t stream) { return fold(z, chosen, into, stream); });
 }
 
 void fold_pair_(TensorView tile, Optional<TensorView> targets, int64_t first, TensorView stats) {
   const Tile z = check_tile(tile, 2);
   const Targets chosen = check_targets(targets, first, z.rows, tile.device());
-  const Fields into = check_fields("stats", stats, kPairFields, z.rows, tile.device());
+  const Fields into = fields_of("stats", stats, kPairFields, z.rows, tile.device());
   if (!empty(z)) on(tile.device(), [&](cudaStream_t stream) { return fold_pair(z, chosen, into, stream); });
 }
 
 void fold_jsd_(TensorView tile, TensorView pair, TensorView halves) {
   const Tile z = check_tile(tile, 2);
-  const Fields both = check_fields("pair", pair, kPairFields, z.rows, tile.device());
-  const Fields into = check_fields("halves", halves, 2, z.rows, tile.device());
+  const Fields both = fields_of("pair", pair, kPairFields, z.rows, tile.device());
+  const Fields into = fields_of("halves", halves, 2, z.rows, tile.device());
   if (!empty(z)) on(tile.device(), [&](cudaStream_t stream) { return fold_jsd(z, both, into, stream); });
 }
 
 void gradient_(TensorView tile, TensorView view, TensorView targets, int64_t first, TensorView grads, double scale,
                double to_cap) {
   const Tile z = check_tile(tile, 1);
-  const Fields softmax = check_fields("view", view, kViewFields, z.rows, tile.device());
+  const Fields softmax = fields_of("view", view, kViewFields, z.rows, tile.device());
   const Targets chosen = check_targets(targets, first, z.rows, tile.device());
-  const Fields upstream = check_fields("grads", grads, 2, z.rows, tile.device());
+  const Fields upstream = fields_of("grads", grads, 2, z.rows, tile.device());
   const Slope slope{static_cast<float>(scale), static_cast<float>(to_cap)};
   if (empty(z)) return;
   on(tile.device(), [&](cudaStream_t stream) { return gradient(z, softmax, chosen, upstream, slope, stream); });
@@ -87,10 +89,10 @@ void gradient_(TensorView tile, TensorView view, TensorView targets, int64_t fir
 void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> halves, Optional<TensorView> targets,
                     int64_t first, TensorView grads, double scale, double to_cap) {
   const Tile z = check_tile(tile, 2);
-  const Fields both = check_fields("pair", pair, kPairFields, z.rows, tile.device());
-  const Fields half = halves.has_value() ? check_fields("halves", *halves, 2, z.rows, tile.device()) : Fields{};
+  const Fields both = fields_of("pair", pair, kPairFields, z.rows, tile.device());
+  const Fields half = halves.has_value() ? fields_of("halves", *halves, 2, z.rows, tile.device()) : Fields{};
   const Targets chosen = check_targets(targets, first, z.rows, tile.device());
-  const Fields upstream = check_fields("grads", grads, targets.has_value() ? 5 : 3, z.rows, tile.device());
+  const Fields upstream = fields_of("grads", grads, targets.has_value() ? 5 : 3, z.rows, tile.device());
   const Slope slope{static_cast<float>(scale), static_cast<float>(to_cap)};
   if (empty(z)) return;
   on(tile.device(),
