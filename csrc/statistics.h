@@ -9,7 +9,7 @@
 #ifdef __CUDACC__
 #define VPPO_BOTH __host__ __device__ __forceinline__
 #else
-#define VPPO_BOTH inline
+#define VPPO_BOTH static inline  // one copy per instruction set
 #endif
 
 namespace vppo {

@@ -20,13 +20,17 @@ from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
 
-NAMES = ("torch", "triton", "triton_fused")
+from vppo_kernels import native_library
+
+NAMES = ("torch", "native", "triton", "triton_fused")
 
 
 def _missing(name: str, device: Device, dtype: Dtype) -> str:
     """Why a backend cannot take tensors of this device and dtype; "" if it can."""
     if name == "torch":
         return ""
+    if name == "native":
+        return "it takes float32, bfloat16 and float16" if dtype == float64 else native_library.missing(device.type)
     if not _installed("triton"):
         return "Triton is not installed"
     if dtype == float64:
@@ -53,9 +57,10 @@ def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]
 
 
 def _choose(name: str, device: Device, dtype: Dtype) -> str:
-    """The backend that a name stands for; "auto" is Triton's on a GPU, plain torch everywhere else."""
+    """The backend that a name stands for; "auto" is Triton's on a GPU, the native one on a CPU, or else plain torch."""
     if name == "auto":
-        name = "triton" if device.type == "cuda" and not _missing("triton", device, dtype) else "torch"
+        best = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
+        name = "torch" if _missing(best, device, dtype) else best
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
@@ -86,6 +91,6 @@ def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     if name == "auto" and compiler.is_compiling():
         return None
     dtype = float64 if any(x.dtype == float64 for x in given) else float32
-    if _choose(name, given[0].device, dtype) == "torch" or not given[0].numel():
+    if _choose(name, given[0].device, dtype) in ("torch", "native") or not given[0].numel():
         return None
     return import_module("vppo_kernels.backends.triton_selection")
