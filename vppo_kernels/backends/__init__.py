@@ -4,8 +4,8 @@ Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and 
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
 
-What happens to tokens afterwards (selection, shaping, the loss) has one module of kernels, `triton_selection.py`; plain
-torch stands beside each call of it.
+What happens to tokens afterwards (selection, shaping, the loss) has two modules of kernels, `triton_selection.py` and
+`native_selection.py`, which leaves shaping to torch; plain torch stands beside each call of them.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]
 
 
 def _choose(name: str, device: Device, dtype: Dtype) -> str:
-    """The backend that a name stands for; "auto" is Triton's on a GPU, the native one on a CPU, or else plain torch."""
+    """The backend that a name stands for; "auto" is the first that is there of Triton's (on a GPU), native and torch."""
     if name == "auto":
-        best = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
-        name = "torch" if _missing(best, device, dtype) else best
+        best = ("triton", "native", "torch") if device.type == "cuda" else ("native", "torch")
+        name = next(name for name in best if not _missing(name, device, dtype))
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
@@ -91,6 +91,7 @@ def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     if name == "auto" and compiler.is_compiling():
         return None
     dtype = float64 if any(x.dtype == float64 for x in given) else float32
-    if _choose(name, given[0].device, dtype) in ("torch", "native") or not given[0].numel():
+    chosen = _choose(name, given[0].device, dtype)
+    if chosen == "torch" or not given[0].numel():
         return None
-    return import_module("vppo_kernels.backends.triton_selection")
+    return import_module(f"vppo_kernels.backends.{'native' if chosen == 'native' else 'triton'}_selection")
