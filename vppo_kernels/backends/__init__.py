@@ -4,8 +4,8 @@ Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and 
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
 
-What happens to tokens afterwards (selection, shaping, the loss) has two modules of kernels, `triton_selection.py` and
-`native_selection.py`, which leaves shaping to torch; plain torch stands beside each call of them.
+What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and the
+loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]
 
 
 def _choose(name: str, device: Device, dtype: Dtype) -> str:
-    """The backend that a name stands for; "auto" is the first that is there of Triton's (on a GPU), native and torch."""
+    """The backend that a name stands for; "auto" is the first that is there of Triton's (on a GPU), native, torch."""
     if name == "auto":
         best = ("triton", "native", "torch") if device.type == "cuda" else ("native", "torch")
         name = next(name for name in best if not _missing(name, device, dtype))
@@ -81,8 +81,8 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
 
-    Both of Triton's backends have the same ones. Nothing is launched on empty input. Under "auto", code that
-    `torch.compile` traces stays plain torch: the compiler fuses it.
+    Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty
+    input. Under "auto", code that `torch.compile` traces stays plain torch: the compiler fuses it.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.
