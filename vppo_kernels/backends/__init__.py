@@ -10,6 +10,7 @@ loss, `native_selection.py` for selection and the loss. Plain torch stands besid
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -51,6 +52,11 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
 def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]:
     """Names of the backends that take tensors of this device and dtype."""
     return [name for name in NAMES if not _missing(name, Device(device), dtype)]
@@ -60,7 +66,10 @@ def _choose(name: str, device: Device, dtype: Dtype) -> str:
     """The backend that a name stands for; "auto" is Triton's on a GPU, the native one on a CPU, or else plain torch."""
     if name == "auto":
         best = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
-        name = "torch" if _missing(best, device, dtype) else best
+        reason = _missing(best, device, dtype)
+        if reason and best == "native" and dtype != float64:
+            _say_once(f'backend "auto" takes plain torch on this CPU, which is slower: {reason}')
+        name = "torch" if reason else best
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
