@@ -26,7 +26,7 @@ from setuptools.command.build import build
 ROOT = Path(__file__).parent
 LIB = Path("vppo_kernels", "lib")
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
-WARNINGS = "-Wall -Wextra -Werror".split()
+WARNINGS = "-Wall -Wextra".split()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # csrc/cpu/simd/ is compiled once per instruction set; on Arm the baseline has NEON
 INSTRUCTIONS = {"baseline": []} | (

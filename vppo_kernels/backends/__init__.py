@@ -10,6 +10,7 @@ loss, `native_selection.py` for selection and the loss. Plain torch stands besid
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -51,6 +52,11 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
 def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]:
     """Names of the backends that take tensors of this device and dtype."""
     return [name for name in NAMES if not _missing(name, Device(device), dtype)]
@@ -61,6 +67,9 @@ def _choose(name: str, device: Device, dtype: Dtype) -> str:
     if name == "auto":
         best = ("triton", "native", "torch") if device.type == "cuda" else ("native", "torch")
         name = next(name for name in best if not _missing(name, device, dtype))
+        if name == "torch" and dtype != float64 and device.type in ("cpu", "cuda"):
+            reason = _missing("native", device, dtype)
+            _say_once(f'backend "auto" takes plain torch on this {device.type} device, which is slower: {reason}')
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
