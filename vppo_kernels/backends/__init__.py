@@ -4,8 +4,8 @@ Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and 
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
 
-What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and the
-loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
+What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and
+the loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
 
-    Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty input. Under "auto", code that
-    `torch.compile` traces stays plain torch: the compiler fuses it.
+    Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty
+    input. Under "auto", code that `torch.compile` traces stays plain torch: the compiler fuses it.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.
