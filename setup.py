@@ -1,7 +1,7 @@
 """Builds the native libraries of `csrc/` into the package; everything else is in pyproject.toml.
 
-They are plain shared libraries that know neither Python's nor torch's binary interface, so one wheel serves every version
-of both. What cannot be built is left out and the reason noted in `lib/build.json`, for `vppo_kernels` to tell.
+They are plain shared libraries that know neither Python's nor torch's binary interface, so one wheel serves every
+version of both. What cannot be built is left out and the reason noted in `lib/build.json`, for `vppo_kernels` to tell.
 
 CXX and CXXFLAGS name the C++17 compiler and more flags; VPPO_BUILD_CUDA is "auto" (build it if nvcc is there), 0 or 1.
 """
@@ -25,8 +25,8 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
 LIB = Path("vppo_kernels", "lib")
-FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
-WARNINGS = "-Wall -Wextra".split()
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]  # nobody reads errno or the flags of the FPU
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # csrc/cpu/simd/ is compiled once per instruction set; on Arm the baseline has NEON
 INSTRUCTIONS = {"baseline": []} | (
@@ -42,7 +42,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = {"compute_80": "80", "compute_90": "90a", "compute_100": "100"}
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """Why a library is left out."""
 
 
@@ -50,14 +50,14 @@ def run(command: list[str]) -> None:
     """Run a compiler.
 
     Raises:
-        NotBuilt: It failed.
+        NotBuiltError: It failed.
     """
     print(shlex.join(command), flush=True)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout, done.stderr, file=sys.stderr, flush=True)
         what = next((line for line in (done.stderr + done.stdout).splitlines() if "error" in line), "")
-        raise NotBuilt(f"{shlex.join(command[:1])} failed: {what.strip() or f'exit status {done.returncode}'}")
+        raise NotBuiltError(f"{shlex.join(command[:1])} failed: {what.strip() or f'exit status {done.returncode}'}")
 
 
 def compile_all(commands: list[list[str]]) -> None:
@@ -72,20 +72,20 @@ def compiler() -> list[str]:
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
-    raise NotBuilt(f"there is no C++ compiler ({named[0] if named else 'c++, g++ or clang++'})")
+    raise NotBuiltError(f"there is no C++ compiler ({named[0] if named else 'c++, g++ or clang++'})")
 
 
 def ffi() -> Path:
     """The folder of apache-tvm-ffi: what connects the libraries with Python, and hands them tensors of torch."""
     spec = find_spec("tvm_ffi")
     if spec is None or spec.origin is None:
-        raise NotBuilt("apache-tvm-ffi is not installed")
+        raise NotBuiltError("apache-tvm-ffi is not installed")
     return Path(spec.origin).parent
 
 
 def build_cpu(objects: Path, out: Path) -> str:
     cxx, headers = compiler(), ffi()
-    flags = [*FLAGS, *WARNINGS, "-isystem", str(headers / "include"), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*FLAGS, "-isystem", str(headers / "include"), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     units = [(source, source.stem, []) for source in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
     for source in sorted(ROOT.glob("csrc/cpu/simd/*.cpp")):
         for name, more in INSTRUCTIONS.items():
@@ -103,7 +103,7 @@ def cuda_flags(nvcc: str) -> list[str]:
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     known = [name for name in ARCHITECTURES if name in listed]
     if not known:
-        raise NotBuilt(f"{nvcc} knows none of {', '.join(ARCHITECTURES)}")
+        raise NotBuiltError(f"{nvcc} knows none of {', '.join(ARCHITECTURES)}")
     codes = [f"-gencode=arch=compute_{ARCHITECTURES[name]},code=sm_{ARCHITECTURES[name]}" for name in known]
     return [*CUDA_FLAGS, *codes, f"-gencode=arch={known[-1]},code={known[-1]}"]
 
@@ -113,10 +113,10 @@ def build_cuda(objects: Path, out: Path) -> str:
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"VPPO_BUILD_CUDA: got {wanted!r}, takes auto, 0 or 1")
     if wanted == "0":
-        raise NotBuilt("VPPO_BUILD_CUDA is 0")
+        raise NotBuiltError("VPPO_BUILD_CUDA is 0")
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     if nvcc is None:
-        raise NotBuilt("there is no nvcc")
+        raise NotBuiltError("there is no nvcc")
     headers, flags = ffi(), cuda_flags(nvcc)
     # kernels know nothing of Python: nvcc does not see the headers that would take it longer than the kernels do
     host = [*CUDA_FLAGS, "-isystem", str(headers / "include")]
@@ -166,7 +166,7 @@ class BuildNative(Command):
                 record[name] = {"built": True, "by": make(objects, fresh)}
                 # a process that has the old library loaded keeps it: the new one takes over its name only
                 os.replace(shutil.copy(fresh, library.with_suffix(".new")), library)
-            except NotBuilt as reason:
+            except NotBuiltError as reason:
                 if name == "cuda" and os.environ.get("VPPO_BUILD_CUDA") == "1":
                     raise SystemExit(f"VPPO_BUILD_CUDA is 1, but {reason}") from None
                 library.unlink(missing_ok=True)

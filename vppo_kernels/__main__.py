@@ -33,13 +33,10 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _libraries() -> Iterator[tuple[str, str]]:
     for device in ("cpu", "cuda"):
         reason = native_library.missing(device)
-        if reason:
-            yield device, reason
-        else:
-            yield device, f"built by {native_library.built_by(device)}"
-    if not native_library.missing("cpu"):
-        loaded = native_library.library("cpu")
-        yield "", f"instruction set {loaded.instructions()}, {loaded.threads()} threads"
+        if not reason and device == "cpu":
+            loaded = native_library.library(device)
+            yield device, f"instruction set {loaded.instructions()}, {loaded.threads()} threads"
+        yield device, reason or f"built by {native_library.built_by(device)}"
 
 
 def _backends() -> Iterator[tuple[str, str]]:

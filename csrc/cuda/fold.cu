@@ -1,7 +1,7 @@
 // Folding a tile into the statistics of its rows: one view, two views, and the halves of the Jensen-Shannon divergence.
 //
-// A row is read once. Its threads take a chunk into registers, agree on the chunk's maxima, then on its sums and mean gap,
-// then on the excess about that gap; the first thread merges the chunk with what came before.
+// A row is read once. Its threads take a chunk into registers, agree on the chunk's maxima, then on its sums and mean
+// gap, then on the excess about that gap; the first thread merges the chunk with what came before.
 #include <cmath>
 
 #include "../statistics.h"
@@ -55,14 +55,8 @@ __device__ void store_view(Fields stats, int field, int64_t row, const View& vie
   at[2 * stats.stride] = view.moment;
 }
 
-// Column of a row's target within the tile, or -1.
-__device__ int64_t target_column(Targets targets, int64_t row, int64_t columns) {
-  const int64_t column = targets.index == nullptr ? -1 : targets.index[row] - targets.first;
-  return column < columns ? column : -1;
-}
-
 template <int THREADS, int WIDTH>
-__global__ void __launch_bounds__(THREADS == kWarp ? 4 * kWarp : THREADS)
+__global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     fold_kernel(Tile tile, Targets targets, Fields stats) {
   __shared__ Partials<THREADS, 1> tops;
   __shared__ Partials<THREADS, 2> sums;
@@ -100,7 +94,7 @@ __global__ void __launch_bounds__(THREADS == kWarp ? 4 * kWarp : THREADS)
 }
 
 template <int THREADS, int WIDTH>
-__global__ void __launch_bounds__(THREADS == kWarp ? 4 * kWarp : THREADS)
+__global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     fold_pair_kernel(Tile tile, Targets targets, Fields stats) {
   __shared__ Partials<THREADS, 2> tops;
   __shared__ Partials<THREADS, 5> sums;
@@ -174,7 +168,7 @@ __global__ void __launch_bounds__(THREADS == kWarp ? 4 * kWarp : THREADS)
 }
 
 template <int THREADS, int WIDTH>
-__global__ void __launch_bounds__(THREADS == kWarp ? 4 * kWarp : THREADS)
+__global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     fold_jsd_kernel(Tile tile, Fields pair, Fields halves) {
   __shared__ Partials<THREADS, 2> sums;
   const int64_t row = row_of_thread();

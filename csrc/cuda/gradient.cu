@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   float* z_row = tile.data + row * tile.columns;
   const Softmax softmax(view, 0, row);
   const float of_logprob = field(grads, 0, row), of_entropy = field(grads, 1, row);
-  const int64_t target = targets.index[row] - targets.first;
+  const int64_t target = target_column(targets, row, tile.columns);
 
   each_vector<WIDTH>(tile.columns, [&](int64_t column) {
     auto z = load<WIDTH>(z_row + column);
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fiel
   const bool with_targets = targets.index != nullptr;
   const float of_logprob_p = with_targets ? field(grads, 3, row) : 0.0f;
   const float of_logprob_q = with_targets ? field(grads, 4, row) : 0.0f;
-  const int64_t target = with_targets ? targets.index[row] - targets.first : -1;
+  const int64_t target = target_column(targets, row, tile.columns);
 
   each_vector<WIDTH>(tile.columns, [&](int64_t column) {
     auto z_p = load<WIDTH>(p_row + column), z_q = load<WIDTH>(q_row + column);

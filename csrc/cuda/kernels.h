@@ -1,4 +1,4 @@
-// The operations of the CUDA library, as its bindings see them. Each enqueues one kernel on a stream and returns at once.
+// The operations of the CUDA library, as its bindings see them. Each enqueues one kernel and returns at once.
 //
 // Arguments are checked, on the current device and not empty. Tiles are contiguous and in single precision; contracts
 // are those of `vppo_kernels/backends/torch.py`, `selection.py` and `loss.py`.
@@ -33,7 +33,7 @@ struct Slope {
   float scale, to_cap;
 };
 
-// Scores of trajectories: rows of `columns` each, or row r from `offsets[r]` to `offsets[r + 1]` where that is not null.
+// Scores of trajectories: rows of `columns` each, or row r from `offsets[r]` to `offsets[r + 1]` if that is not null.
 struct Scores {
   const float* data;
   const bool* valid;

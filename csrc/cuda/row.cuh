@@ -16,6 +16,10 @@ namespace vppo {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Rows that a block takes where a row has so many threads.
+template <int THREADS>
+constexpr int kRowsOfBlock = THREADS == kWarp ? 4 : 1;
+
 struct Add {
   __device__ float operator()(float a, float b) const { return a + b; }
 };
@@ -73,7 +77,7 @@ __device__ void store(float* address, const Vector<WIDTH>& vector) {
   *reinterpret_cast<Vector<WIDTH>*>(address) = vector;
 }
 
-// Whether its rows can be read by the 16 bytes.
+// Whether a tile can be read 16 bytes at a time.
 inline bool aligned(const Tile& tile) {
   return tile.columns % 4 == 0 && reinterpret_cast<uintptr_t>(tile.data) % 16 == 0;
 }
@@ -87,10 +91,17 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// A row of blocks for every row, one for each so many columns as far as the grid goes.
+// A row of blocks for every row, each for so many columns; where the grid ends, blocks take more.
 inline dim3 grid_over(int64_t rows, int64_t columns, int64_t columns_of_block) {
   const int64_t blocks = (columns + columns_of_block - 1) / columns_of_block, most = 65535;
   return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(blocks < most ? blocks : most));
+}
+
+// Column of a row's target within the tile, or -1.
+__device__ inline int64_t target_column(const Targets& targets, int64_t row, int64_t columns) {
+  if (targets.index == nullptr || targets.index[row] < targets.first) return -1;
+  const uint64_t column = static_cast<uint64_t>(targets.index[row]) - static_cast<uint64_t>(targets.first);
+  return column < static_cast<uint64_t>(columns) ? static_cast<int64_t>(column) : -1;
 }
 
 // Starts a kernel for the rows of a tile. `choose(threads, width)` is the kernel for so many threads to a row that read
@@ -98,7 +109,7 @@ inline dim3 grid_over(int64_t rows, int64_t columns, int64_t columns_of_block) {
 template <typename Choose, typename... Arguments>
 cudaError_t launch_rows(const Tile& tile, cudaStream_t stream, Choose choose, Arguments... arguments) {
   const auto start = [&](auto threads, auto width) {
-    constexpr int kRows = threads == kWarp ? 4 : 1;
+    constexpr int kRows = kRowsOfBlock<threads>;
     const dim3 grid(static_cast<unsigned>((tile.rows + kRows - 1) / kRows)), block(threads, kRows);
     return launch(choose(threads, width), grid, block, stream, arguments...);
   };

@@ -1,7 +1,7 @@
 // The top-k mask: a radix select by one block per trajectory, then the mask, which may overwrite the scores.
 //
 // Scores become unsigned keys of the same order. Eight bits at a time, from the highest, a histogram of the keys that
-// begin like the lowest kept one gives that key's next digit; after four it is known, and how many of its equals to keep.
+// begin like the lowest kept one gives that key's next digit. After four the key is known, and how many equals to keep.
 #include <cstdint>
 
 #include "kernels.h"

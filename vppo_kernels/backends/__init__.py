@@ -4,8 +4,8 @@ Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and 
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
 
-What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and the
-loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
+What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and
+the loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ inline float& field(const Fields& packed, int index, int64_t row) { return packe
 // The tile's column that is the target of a row; -1 if it lies elsewhere.
 inline int64_t target_column(const Targets& targets, int64_t row, int64_t columns) {
   if (targets.data == nullptr) return -1;
-  // unsigned: a number before the tile turns into one far behind it
-  const std::uint64_t column = static_cast<std::uint64_t>(targets.data[row]) - static_cast<std::uint64_t>(targets.first);
+  const int64_t target = targets.data[row];
+  if (target < targets.first) return -1;
+  // unsigned: the distance of two integers may not fit into one
+  const std::uint64_t column = static_cast<std::uint64_t>(target) - static_cast<std::uint64_t>(targets.first);
   return column < static_cast<std::uint64_t>(columns) ? static_cast<int64_t>(column) : -1;
 }
 

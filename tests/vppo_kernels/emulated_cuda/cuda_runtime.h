@@ -1,7 +1,7 @@
 // Stands in for CUDA's own header of this name, so that a C++ compiler builds `csrc/cuda` as it is, for a CPU.
 //
-// Every CUDA thread of a block is a fibre, and blocks run one after the other. A warp runs as far as it can, to the next
-// `__syncthreads`, before the next warp takes its turn; its threads must meet in the same shuffles, or the process
+// Every CUDA thread of a block is a fibre, and blocks run one after the other. A warp runs as far as it can, to the
+// next `__syncthreads`, before the next warp takes its turn; its threads must meet in the same shuffles, or the process
 // aborts. With EMULATED_CUDA_ORDER=reversed, blocks, warps and threads take turns from the last to the first: a result
 // that changes is a race.
 #pragma once
@@ -162,7 +162,8 @@ template <typename Value>
 Value shuffle(Value value, unsigned mask, unsigned partner_lane, const char* where) {
   static_assert(sizeof(Value) == sizeof(uint32_t));
   Fibre& self = *block.running;
-  const unsigned thread = static_cast<unsigned>(&self - block.fibres.data()), partner = thread / kLanes * kLanes + partner_lane;
+  const size_t thread = static_cast<size_t>(&self - block.fibres.data());
+  const size_t partner = thread / kLanes * kLanes + partner_lane;
   auto& values = block.passed[self.shuffles++ % 2];
   std::memcpy(&values[thread], &value, sizeof(value));
   wait(where);
