@@ -68,8 +68,8 @@ def _choose(name: str, device: Device, dtype: Dtype) -> str:
         best = ("triton", "native", "torch") if device.type == "cuda" else ("native", "torch")
         name = next(name for name in best if not _missing(name, device, dtype))
         if name == "torch" and dtype != float64 and device.type in ("cpu", "cuda"):
-            reason = _missing("native", device, dtype)
-            _say_once(f'backend "auto" takes plain torch on this {device.type} device, which is slower: {reason}')
+            kind, reason = "CPU" if device.type == "cpu" else "GPU", _missing("native", device, dtype)
+            _say_once(f'backend "auto" takes plain torch on this {kind}, which is slower: {reason}')
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
