@@ -6,13 +6,19 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
+# For a machine with a GPU: everything is right first, then timed.
+gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks run selection --device cuda
+	$(BIN)/python -m benchmarks run divergence --device cuda
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

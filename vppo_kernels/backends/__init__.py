@@ -4,12 +4,13 @@ Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and 
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
 
-What happens to tokens afterwards (selection, shaping, the loss) has one module of kernels, `triton_selection.py`; plain
-torch stands beside each call of it.
+What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and
+the loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,13 +21,17 @@ from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
 
-NAMES = ("torch", "triton", "triton_fused")
+from vppo_kernels import native_library
+
+NAMES = ("torch", "native", "triton", "triton_fused")
 
 
 def _missing(name: str, device: Device, dtype: Dtype) -> str:
     """Why a backend cannot take tensors of this device and dtype; "" if it can."""
     if name == "torch":
         return ""
+    if name == "native":
+        return "it takes float32, bfloat16 and float16" if dtype == float64 else native_library.missing(device.type)
     if not _installed("triton"):
         return "Triton is not installed"
     if dtype == float64:
@@ -47,15 +52,24 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
 def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]:
     """Names of the backends that take tensors of this device and dtype."""
     return [name for name in NAMES if not _missing(name, Device(device), dtype)]
 
 
 def _choose(name: str, device: Device, dtype: Dtype) -> str:
-    """The backend that a name stands for; "auto" is Triton's on a GPU, plain torch everywhere else."""
+    """The backend that a name stands for; "auto" is the first that is there of Triton's (on a GPU), native, torch."""
     if name == "auto":
-        name = "triton" if device.type == "cuda" and not _missing("triton", device, dtype) else "torch"
+        best = ("triton", "native", "torch") if device.type == "cuda" else ("native", "torch")
+        name = next(name for name in best if not _missing(name, device, dtype))
+        if name == "torch" and dtype != float64 and device.type in ("cpu", "cuda"):
+            kind, reason = "CPU" if device.type == "cpu" else "GPU", _missing("native", device, dtype)
+            _say_once(f'backend "auto" takes plain torch on this {kind}, which is slower: {reason}')
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
@@ -76,8 +90,8 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
 
-    Both of Triton's backends have the same ones. Nothing is launched on empty input. Under "auto", code that
-    `torch.compile` traces stays plain torch: the compiler fuses it.
+    Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty
+    input. Under "auto", code that `torch.compile` traces stays plain torch: the compiler fuses it.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.
@@ -86,6 +100,7 @@ def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     if name == "auto" and compiler.is_compiling():
         return None
     dtype = float64 if any(x.dtype == float64 for x in given) else float32
-    if _choose(name, given[0].device, dtype) == "torch" or not given[0].numel():
+    chosen = _choose(name, given[0].device, dtype)
+    if chosen == "torch" or not given[0].numel():
         return None
-    return import_module("vppo_kernels.backends.triton_selection")
+    return import_module(f"vppo_kernels.backends.{'native' if chosen == 'native' else 'triton'}_selection")
