@@ -2,7 +2,8 @@
 
 Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and `gradient_pair_` (`torch.py` says what
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
-`PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
+`PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`, or
+`product` (a `NarrowProduct`) where this machine multiplies 16-bit operands faster than torch does.
 
 What happens to tokens afterwards (selection, shaping, the loss) has one module of kernels, `triton_selection.py`; plain
 torch stands beside each call of it.
@@ -19,6 +20,8 @@ from typing import Any
 from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
+
+from vppo_kernels.head import NarrowProduct
 
 NAMES = ("torch", "triton", "triton_fused")
 
@@ -71,6 +74,11 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
         ValueError: There is no such backend, or not for these tensors.
     """
     return import_module(f"vppo_kernels.backends.{_choose(name, device, dtype)}")
+
+
+def narrow_product(backend: ModuleType) -> NarrowProduct | None:
+    """The backend's own product of 16-bit operands for a `LinearHead`, if it has one on this machine."""
+    return getattr(backend, "product", None)
 
 
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
