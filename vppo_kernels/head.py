@@ -84,8 +84,8 @@ class Source(Protocol):
 
 
 NarrowProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""`product(first, second, alike, weight, out)` of bfloat16 rows `[r, D]` and `[r or r - 1, D]` and weight `[V, D]` fills
-`out`, `[rows, V]` float32; `alike`, `[r]` bool, says where a second row's rounding is to follow the first one's."""
+"""`product(first, second, alike, weight, out)` of bfloat16 `[r, D]`, `[r or r - 1, D]` and `[V, D]` fills `out`,
+`[rows, V]` float32; `alike`, `[r]` bool, says which second rows are to be rounded as the first ones beside them are."""
 
 
 def logit_dtype(*tensors: Tensor) -> torch.dtype:
