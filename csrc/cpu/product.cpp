@@ -116,7 +116,7 @@ bool has_product() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
 }
 
-int64_t product_scratch(int64_t rows, int64_t depth) { return blocks_of(rows + rows % 2) * kRows * 2 * pairs_of(depth); }
+int64_t product_scratch(int64_t rows, int64_t depth) { return blocks_of(rows + rows % 2) * kRows * pairs_of(depth); }
 
 void product(const Product& given, int threads) {
   const int64_t half = given.half(), pairs = pairs_of(given.depth), blocks = blocks_of(2 * half);

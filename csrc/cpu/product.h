@@ -14,7 +14,7 @@ struct Product {
   const bool* alike;            // [half]: whether the second row is summed as its difference from the first
   const std::uint16_t* weight;  // [columns, depth]
   std::int64_t weight_stride;
-  std::uint16_t* scratch;  // [product_scratch(rows, depth)]
+  std::int32_t* scratch;  // [product_scratch(rows, depth)]
   float* out;              // [rows, columns]: products of the first rows, then of the second
   std::int64_t rows, columns, depth;
 
@@ -24,7 +24,7 @@ struct Product {
 // Whether this processor multiplies bfloat16.
 bool has_product();
 
-// Elements that `product` packs its rows into.
+// Numbers that `product` packs the pairs of its rows into.
 std::int64_t product_scratch(std::int64_t rows, std::int64_t depth);
 
 // Fills `out`; bitwise the same for any number of threads.
