@@ -153,7 +153,7 @@ class LinearHead:
             would build a second weight gradient to undo it.)
         active: Indices of the rows that take part; None for all.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
-        product: A backend's own product of bfloat16 operands, if it has one. Those of the gradients stay in float32.
+        product: A backend's own product of bfloat16 operands on a CPU, if it has one. Those of the gradients stay in float32.
     """
 
     def __init__(
@@ -174,7 +174,8 @@ class LinearHead:
         # only CUDA multiplies 16-bit operands, equal ones, with a sum in float32; all else goes to the logits' dtype
         narrow = weight.is_cuda and all(h.dtype == weight.dtype for h in hidden)
         self.product_dtype = weight.dtype if narrow else self.dtype
-        self._narrow_product = product if all(x.dtype == torch.bfloat16 for x in (*hidden, weight)) else None
+        fits = weight.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
+        self._narrow_product = product if fits else None
         self._stack: tuple[slice, Tensor, Tensor | None] | None = None
         if wants is not None:
             want_hidden, want_weight, want_bias = wants

@@ -15,6 +15,9 @@
 
 #include <immintrin.h>
 
+#include "operations.h"
+#include "parallel.h"
+
 #define VPPO_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 namespace vppo {
@@ -111,20 +114,15 @@ VPPO_AVX512_BF16 void multiply(const Product& given, int64_t block, const uint32
 
 }  // namespace
 
-bool has_product() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-}
+bool has_product() { return &operations() == &operations_avx512 && __builtin_cpu_supports("avx512bf16"); }
 
 int64_t product_scratch(int64_t rows, int64_t depth) { return blocks_of(rows + rows % 2) * kRows * pairs_of(depth); }
 
-void product(const Product& given, int threads) {
+void product(const Product& given) {
   const int64_t half = given.half(), pairs = pairs_of(given.depth), blocks = blocks_of(2 * half);
   auto* const rows = reinterpret_cast<uint32_t*>(given.scratch);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for
-    for (int64_t block = 0; block < blocks; ++block) {
+  parallel_for(blocks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
       const int64_t top = block * kHalf;
       uint32_t* const to = rows + block * pairs * kRows;
       turn(given.first + top * given.first_stride, given.first_stride, std::min<int64_t>(kHalf, half - top),
@@ -132,22 +130,20 @@ void product(const Product& given, int threads) {
       turn(given.second + top * given.second_stride, given.second_stride,
            std::min<int64_t>(kHalf, given.rows - half - top), given.depth, pairs, to + kHalf, kRows, kHalf);
     }
+  });
+  parallel_for(given.columns, kColumns, [&](int64_t column, int64_t end) {
     alignas(64) uint32_t weights[kPairs * kColumns];
-#pragma omp for nowait
-    for (int64_t column = 0; column < given.columns; column += kColumns) {
-      const uint16_t* const panel = given.weight + column * given.weight_stride;
-      const int64_t count = std::min<int64_t>(kColumns, given.columns - column);
-      int64_t pair = 0;
-      do {  // once without any depth: zeros
-        const int64_t part = std::min<int64_t>(kPairs, pairs - pair);
-        turn(panel + 2 * pair, given.weight_stride, count, given.depth - 2 * pair, part, weights, kColumns, kColumns);
-        for (int64_t block = 0; block < blocks; ++block)
-          multiply(given, block, rows + (block * pairs + pair) * kRows, column, weights, part, pair == 0,
-                   pair + part == pairs);
-        pair += part;
-      } while (pair < pairs);
-    }
-  }
+    int64_t pair = 0;
+    do {  // once without any depth: zeros
+      const int64_t part = std::min<int64_t>(kPairs, pairs - pair);
+      turn(given.weight + column * given.weight_stride + 2 * pair, given.weight_stride, end - column,
+           given.depth - 2 * pair, part, weights, kColumns, kColumns);
+      for (int64_t block = 0; block < blocks; ++block)
+        multiply(given, block, rows + (block * pairs + pair) * kRows, column, weights, part, pair == 0,
+                 pair + part == pairs);
+      pair += part;
+    } while (pair < pairs);
+  });
 }
 
 }  // namespace vppo
@@ -158,7 +154,7 @@ namespace vppo {
 
 bool has_product() { return false; }
 std::int64_t product_scratch(std::int64_t, std::int64_t) { return 0; }
-void product(const Product&, int) {}
+void product(const Product&) {}
 
 }  // namespace vppo
 

@@ -14,20 +14,20 @@ struct Product {
   const bool* alike;            // [half]: whether the second row is summed as its difference from the first
   const std::uint16_t* weight;  // [columns, depth]
   std::int64_t weight_stride;
-  std::int32_t* scratch;  // [product_scratch(rows, depth)]
+  float* scratch;  // [product_scratch(rows, depth)]
   float* out;              // [rows, columns]: products of the first rows, then of the second
   std::int64_t rows, columns, depth;
 
   std::int64_t half() const { return (rows + 1) / 2; }
 };
 
-// Whether this processor multiplies bfloat16.
+// Whether this processor multiplies bfloat16, and VPPO_KERNELS_ISA does not ask for less.
 bool has_product();
 
-// Numbers that `product` packs the pairs of its rows into.
+// Floats of working space that the rows' pairs of elements are packed into.
 std::int64_t product_scratch(std::int64_t rows, std::int64_t depth);
 
-// Fills `out`; bitwise the same for any number of threads.
-void product(const Product& given, int threads);
+// Fills `out`. An entry depends on nothing but its two rows and its weight, not on what else is multiplied at a time.
+void product(const Product& given);
 
 }  // namespace vppo

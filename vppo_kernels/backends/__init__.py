@@ -3,7 +3,7 @@
 Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and `gradient_pair_` (`torch.py` says what
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`, or
-`product` (a `NarrowProduct`) where this machine multiplies 16-bit operands faster than torch does.
+`product`, a `NarrowProduct`, and `has_product`, which says whether this machine can run it.
 
 What happens to tokens afterwards (selection, shaping, the loss) has one module of kernels, `triton_selection.py`; plain
 torch stands beside each call of it.
@@ -21,15 +21,18 @@ from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
 
+from vppo_kernels import native_library
 from vppo_kernels.head import NarrowProduct
 
-NAMES = ("torch", "triton", "triton_fused")
+NAMES = ("torch", "native", "triton", "triton_fused")
 
 
 def _missing(name: str, device: Device, dtype: Dtype) -> str:
     """Why a backend cannot take tensors of this device and dtype; "" if it can."""
     if name == "torch":
         return ""
+    if name == "native":
+        return "it takes float32, bfloat16 and float16" if dtype == float64 else native_library.missing(device.type)
     if not _installed("triton"):
         return "Triton is not installed"
     if dtype == float64:
@@ -56,9 +59,10 @@ def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]
 
 
 def _choose(name: str, device: Device, dtype: Dtype) -> str:
-    """The backend that a name stands for; "auto" is Triton's on a GPU, plain torch everywhere else."""
+    """The backend that a name stands for; "auto" is Triton's on a GPU, the native one on a CPU, or else plain torch."""
     if name == "auto":
-        name = "triton" if device.type == "cuda" and not _missing("triton", device, dtype) else "torch"
+        best = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
+        name = "torch" if _missing(best, device, dtype) else best
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
@@ -77,8 +81,8 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
 
 
 def narrow_product(backend: ModuleType) -> NarrowProduct | None:
-    """The backend's own product of 16-bit operands for a `LinearHead`, if it has one on this machine."""
-    return getattr(backend, "product", None)
+    """The backend's own product of bfloat16 operands for a `LinearHead`, if it has one on this machine."""
+    return backend.product if hasattr(backend, "product") and backend.has_product() else None
 
 
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
@@ -94,6 +98,6 @@ def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     if name == "auto" and compiler.is_compiling():
         return None
     dtype = float64 if any(x.dtype == float64 for x in given) else float32
-    if _choose(name, given[0].device, dtype) == "torch" or not given[0].numel():
+    if _choose(name, given[0].device, dtype) in ("torch", "native") or not given[0].numel():
         return None
     return import_module("vppo_kernels.backends.triton_selection")

@@ -1,0 +1,18 @@
+#include "parallel.h"
+
+#include <dlfcn.h>
+
+namespace vppo {
+
+void on_every_thread(void (*task)(void*), void* state) {
+  // the entry that GCC's `omp parallel` calls; Intel's and LLVM's runtimes have it too
+  using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+  static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (parallel != nullptr) {
+    parallel(task, state, 0, 0);  // 0 threads: as many as are set
+  } else {
+    task(state);
+  }
+}
+
+}  // namespace vppo

@@ -1,0 +1,87 @@
+// The statistics of `vppo_kernels/statistics.py` for one row: the scalar formulas that CPU and CUDA code share.
+//
+// Names, formulas and their reasons are those of that file; here is only what single precision asks for besides.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#ifdef __CUDACC__
+#define VPPO_BOTH __host__ __device__ __forceinline__
+#else
+#define VPPO_BOTH static inline  // one copy per instruction set
+#endif
+
+namespace vppo {
+
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kFloor = -1.0e30f;  // stands for an infinite distance: its exponential, and 0 times it, are 0
+
+// `exp(x) - 1 - x` as a series, for |x| < 0.5: there the difference would lose its digits (error 1e-9 of the value).
+VPPO_BOTH float phi_near(float x) {
+  float series = 1.0f / 5040 + x * (1.0f / 40320 + x * (1.0f / 362880));
+  series = 1.0f / 24 + x * (1.0f / 120 + x * (1.0f / 720 + x * series));
+  return x * x * (0.5f + x * (1.0f / 6 + x * series));
+}
+
+// `exp(x) - 1 - x`
+VPPO_BOTH float phi(float x) { return fabsf(x) < 0.5f ? phi_near(x) : expf(x) - 1.0f - x; }
+
+// `log(p / m)` for `d = log(p / q)` and `m = (p + q) / 2`: `d / 2 - log cosh(d / 2)`.
+VPPO_BOTH float log_share(float d) {
+  if (fabsf(d) >= 0.5f) return fminf(d, 0.0f) + kLn2 - log1pf(expf(-fabsf(d)));
+  const float s = 0.25f * d * d;
+  const float log_cosh = s * (0.5f + s * (-1.0f / 12 + s * (1.0f / 45 + s * (-17.0f / 2520 + s * (31.0f / 14175)))));
+  return 0.5f * d - log_cosh;
+}
+
+// One view over a part of the vocabulary: largest logit m, `sum exp(z - m)`, `sum exp(z - m) (z - m)`.
+struct View {
+  float max, sum, moment;
+};
+
+// Two views over a part: and the mean gap under p, and the excess about it.
+struct Pair {
+  View p, q;
+  float gap, excess;
+};
+
+// `sum w phi(d)` of an entry with weight `w = exp(z_p - m_p)`, `d` below the mean gap; `log_q` is `z_q - m_q`.
+VPPO_BOTH float excess_of(float weight, float d, float log_q, float gap) {
+  // exp(d) alone could overflow while its product with the weight, exp(log_q + gap), does not
+  return d < 1.0f ? weight * phi(d) : expf(log_q + gap) - weight * (1.0f + d);
+}
+
+// `part - whole <= 0`, finite also where one or both are -inf.
+VPPO_BOTH float distance(float part, float whole) { return part == whole ? 0.0f : fmaxf(part - whole, kFloor); }
+
+VPPO_BOTH View merge(const View& a, const View& b) {
+  const float top = fmaxf(a.max, b.max);
+  const float down_a = distance(a.max, top), down_b = distance(b.max, top);
+  const float scale_a = expf(down_a), scale_b = expf(down_b);
+  return {top, scale_a * a.sum + scale_b * b.sum,
+          scale_a * (a.moment + down_a * a.sum) + scale_b * (b.moment + down_b * b.sum)};
+}
+
+// A part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`.
+VPPO_BOTH float move_excess(const Pair& part, float d, float down, float both) {
+  const float step = d < 1.0f ? expf(down) * phi(d) : expf(both) - expf(down) * (1.0f + d);
+  return expf(both) * part.excess + step * part.p.sum;
+}
+
+VPPO_BOTH Pair merge(const Pair& a, const Pair& b) {
+  const View p = merge(a.p, b.p), q = merge(a.q, b.q);
+  const float down_a = distance(a.p.max, p.max), down_b = distance(b.p.max, p.max);
+  const float lower_a = distance(a.q.max, q.max), lower_b = distance(b.q.max, q.max);
+  const float gap_a = a.gap + (down_a - lower_a), gap_b = b.gap + (down_b - lower_b);
+  const float weight_a = expf(down_a) * a.p.sum, weight_b = expf(down_b) * b.p.sum;
+  const float total = fmaxf(p.sum, FLT_MIN);
+  // from the heavier part's side: a large gap in a part without weight must not round the other's away
+  const float gap = weight_a > weight_b ? gap_a + weight_b / total * (gap_b - gap_a)
+                                        : gap_b + weight_a / total * (gap_a - gap_b);
+  return {p, q, gap,
+          move_excess(a, gap - gap_a, down_a, lower_a + (gap - a.gap)) +
+              move_excess(b, gap - gap_b, down_b, lower_b + (gap - b.gap))};
+}
+
+}  // namespace vppo

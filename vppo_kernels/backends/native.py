@@ -1,0 +1,72 @@
+"""The tile operations of the native library `csrc/`: one call each, statistics merged in place, no working space.
+
+Contracts are those of `backends/torch.py`; tiles are contiguous float32 tensors. The library for a CPU loops over rows on
+torch's threads, and every row's result is its own: it is bitwise the same for any number of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vppo_kernels.head import LogitTransform
+from vppo_kernels.native_library import library, missing
+
+SCRATCH = 0  # nothing but the tile itself
+PEAK = 4  # tiles of one view alive at a time: two of logits, and their gradient in 16 bits
+
+
+def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
+    """See `backends/torch.py`; `stats` is updated in place."""
+    library(tile.device.type).fold(tile, targets, first, stats)
+    return stats
+
+
+def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
+    """See `backends/torch.py`; `stats` is updated in place."""
+    library(tile.device.type).fold_pair(tile, targets, first, stats)
+    return stats
+
+
+def fold_jsd(tile: Tensor, pair: Tensor, halves: Tensor) -> Tensor:
+    """See `backends/torch.py`; `halves` is updated in place."""
+    library(tile.device.type).fold_jsd(tile, pair, halves)
+    return halves
+
+
+def gradient_(
+    tile: Tensor, view: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+) -> None:
+    """See `backends/torch.py`."""
+    library(tile.device.type).gradient(tile, view, targets, first, grads, *_slope(transform))
+
+
+def gradient_pair_(
+    tile: Tensor,
+    pair: Tensor,
+    halves: Tensor | None,
+    targets: Tensor | None,
+    first: int,
+    grads: Tensor,
+    transform: LogitTransform,
+) -> None:
+    """See `backends/torch.py`."""
+    library(tile.device.type).gradient_pair(tile, pair, halves, targets, first, grads, *_slope(transform))
+
+
+def _slope(transform: LogitTransform) -> tuple[float, float]:
+    """What turns finished logits z into the slope of the transform, `scale * (1 - (to_cap z)^2)`."""
+    cap = transform.softcap
+    return transform.logit_scale / transform.temperature, 0.0 if cap is None else transform.temperature / cap
+
+
+def has_product() -> bool:
+    """Whether this CPU multiplies bfloat16. Without the instruction torch's float32 product of converted tiles is best."""
+    return not missing("cpu") and library("cpu").has_product()
+
+
+def product(first: Tensor, second: Tensor, alike: Tensor, weight: Tensor, out: Tensor) -> None:
+    """A `NarrowProduct` (see `head.py`), bitwise the same for any number of threads, and for a row in any company."""
+    first, second, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (first, second, weight))
+    scratch = torch.empty(library("cpu").product_scratch(len(out), weight.shape[1]))
+    library("cpu").product(first, second, alike, weight, scratch, out)
