@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,6 +163,14 @@ def test_one_view_of_an_odd_number_of_rows() -> None:
     got = linear_logprob(views.hidden, views.weight, views.targets, backend="native")
     exact = reference.logprob(views.to(torch.float64).logits()[0], views.targets)
     assert float((got.logprobs - exact).abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_other_instruction_sets_leave_it_to_torch(name: str) -> None:
+    code = "from vppo_kernels.backends import native, narrow_product; print(narrow_product(native) is not None)"
+    environment = os.environ | {"VPPO_KERNELS_ISA": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(name == "avx512")
 
 
 # --- arguments

@@ -61,7 +61,7 @@ def _slope(transform: LogitTransform) -> tuple[float, float]:
 
 
 def has_product() -> bool:
-    """Whether this CPU multiplies bfloat16. Without the instruction torch's float32 product of converted tiles is best."""
+    """Whether this CPU multiplies bfloat16. If not, nothing beats torch's float32 product of a converted tile."""
     return not missing("cpu") and library("cpu").has_product()
 
 
