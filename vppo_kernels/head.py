@@ -153,7 +153,7 @@ class LinearHead:
             would build a second weight gradient to undo it.)
         active: Indices of the rows that take part; None for all.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
-        product: A backend's own product of bfloat16 operands on a CPU, if it has one; gradients are multiplied in float32.
+        product: A backend's product of bfloat16 operands on a CPU, if it has one; gradients are multiplied in float32.
     """
 
     def __init__(

@@ -165,12 +165,11 @@ def test_one_view_of_an_odd_number_of_rows() -> None:
     assert float((got.logprobs - exact).abs().max()) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_other_instruction_sets_leave_it_to_torch(name: str) -> None:
-    code = "from vppo_kernels.backends import native, narrow_product; print(narrow_product(native) is not None)"
-    environment = os.environ | {"VPPO_KERNELS_ISA": name}
+def test_other_instruction_sets_leave_it_to_torch() -> None:
+    code = "from vppo_kernels.backends import native, narrow_product; print(narrow_product(native))"
+    environment = os.environ | {"VPPO_KERNELS_ISA": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(name == "avx512")
+    assert done.stdout.strip() == "None"
 
 
 # --- arguments
