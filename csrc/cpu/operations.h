@@ -1,44 +1,77 @@
-// The tile operations for the rows `begin` to `end` of a tile, once per instruction set; `backends/torch.py` says what each
-// does. Every row is computed by itself, so results do not depend on how rows are divided among threads.
+// The operations on tiles and tokens, once per instruction set; `backends/torch.py` and `loss.py` say what each does.
+//
+// All take rows `begin` to `end`. Every row is computed by itself, so results do not depend on how rows are divided among
+// threads. Nothing is allocated.
 #pragma once
 
 #include <cstdint>
 
 namespace vppo {
 
-constexpr int kViewFields = 4, kPairFields = 10;  // of packed statistics, in the order of statistics.py
+// Packed numbers of all rows, in the order of statistics.py and of `SUMS` of loss.py.
+constexpr int kViewFields = 4, kPairFields = 10, kSums = 12;
 
 // Finished logits, `[rows, columns]`, of one view, or of two views one after the other.
 struct Tile {
   float* data;
   std::int64_t rows, columns;
-
-  float* view(int index, std::int64_t row) const { return data + (index * rows + row) * columns; }
 };
 
-// Packed statistics, `[fields, rows]`; fields lie `stride` apart.
+// Field f of row r lies at `data[f * stride + r]`.
 struct Fields {
   float* data;
   std::int64_t stride;
-
-  float& operator()(int field, std::int64_t row) const { return data[field * stride + row]; }
 };
 
-// Targets of all rows, or none; `first` is the vocabulary index of the tile's first column.
+// The target of every row, where there are targets; `first` is the vocabulary index of the tile's first column.
 struct Targets {
   const std::int64_t* data;
   std::int64_t first;
+};
 
-  // The tile's column that is the target of a row, -1 if it is not in this tile.
-  std::int64_t column(std::int64_t row, std::int64_t columns) const {
-    if (data == nullptr || data[row] < first || data[row] - first >= columns) return -1;
-    return data[row] - first;
-  }
+// Derivative of finished logits z by raw ones: `scale * (1 - (to_cap z)^2)`; `to_cap` is 0 without a cap.
+struct Slope {
+  float scale, to_cap;
+};
+
+// Tokens `[rows, columns]` of a batch. Values where `mask` is 0 take part in nothing. From `entropy` on there may be none.
+struct Tokens {
+  const float *logprobs, *old_logprobs, *advantages;
+  const bool *keep, *mask;
+  const float *entropy, *ref_logprobs, *is_weights, *dependency;
+  std::int64_t rows, columns;
+};
+
+// As the arguments of `_clipped_loss` in loss.py; `dual` is infinite where there is no such clip.
+struct LossOptions {
+  float low, high, dual, limit, nll_coef, entropy_coef, kl_coef;
+  bool ref_of_all;
+};
+
+// Upstream gradient of each token's loss, or of each row's, and where those of log-probabilities and entropy go.
+struct LossGradient {
+  const float* upstream;
+  bool per_token;
+  float *logprobs, *entropy;  // `entropy` may be null
 };
 
 struct Operations {
   const char* name;
-  void (*fold)(const Tile& tile, const Targets& targets, const Fields& stats, std::int64_t begin, std::int64_t end);
+  void (*fold)(Tile tile, Targets targets, Fields stats, std::int64_t begin, std::int64_t end);
+  void (*fold_pair)(Tile tile, Targets targets, Fields stats, std::int64_t begin, std::int64_t end);
+  void (*fold_jsd)(Tile tile, Fields pair, Fields halves, std::int64_t begin, std::int64_t end);
+  void (*gradient)(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, std::int64_t begin,
+                   std::int64_t end);
+  // `halves.data` is null where the divergence is not Jensen-Shannon's
+  void (*gradient_pair)(Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope,
+                        std::int64_t begin, std::int64_t end);
+  // `values`, `[rows, columns]`, may be null; `sums` is `[kSums, rows]`
+  void (*clipped_loss)(const Tokens& tokens, const LossOptions& options, float* values, Fields sums,
+                       std::int64_t begin, std::int64_t end);
+  void (*clipped_loss_gradient)(const Tokens& tokens, const LossOptions& options, const LossGradient& gradient,
+                                std::int64_t begin, std::int64_t end);
+  // for tests: `out[i] = function(x[i])`, false if there is no function of that name
+  bool (*evaluate)(const char* function, const float* x, float* out, std::int64_t count);
 };
 
 extern const Operations operations_baseline;
@@ -46,7 +79,7 @@ extern const Operations operations_baseline;
 extern const Operations operations_avx2, operations_avx512;
 #endif
 
-// Those for the best instruction set of this processor, or the one that VPPO_KERNELS_ISA names.
+// Those for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names.
 const Operations& operations();
 
 }  // namespace vppo

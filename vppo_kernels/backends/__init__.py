@@ -5,8 +5,8 @@ each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working sp
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`, or
 `product`, a `NarrowProduct`, and `has_product`, which says whether this machine can run it.
 
-What happens to tokens afterwards (selection, shaping, the loss) has one module of kernels, `triton_selection.py`; plain
-torch stands beside each call of it.
+What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and the
+loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def narrow_product(backend: ModuleType) -> NarrowProduct | None:
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
 
-    Both of Triton's backends have the same ones. Nothing is launched on empty input. Under "auto", code that
+    Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty input. Under "auto", code that
     `torch.compile` traces stays plain torch: the compiler fuses it.
 
     Raises:
@@ -98,6 +98,7 @@ def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     if name == "auto" and compiler.is_compiling():
         return None
     dtype = float64 if any(x.dtype == float64 for x in given) else float32
-    if _choose(name, given[0].device, dtype) in ("torch", "native") or not given[0].numel():
+    chosen = _choose(name, given[0].device, dtype)
+    if chosen == "torch" or not given[0].numel():
         return None
-    return import_module("vppo_kernels.backends.triton_selection")
+    return import_module(f"vppo_kernels.backends.{'native' if chosen == 'native' else 'triton'}_selection")

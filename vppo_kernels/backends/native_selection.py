@@ -22,7 +22,7 @@ def topk(scores: Tensor, valid: Tensor, keep_ratio: float, cu_seqlens: Tensor | 
     """Write the top-k mask of selection.py into `out`, which may be `scores`; both contiguous."""
     keep = out if out.dtype in (torch.bool, torch.float32) else torch.zeros_like(out, dtype=torch.bool)
     offsets = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    library(scores.device).topk_mask(scores.float(), valid.contiguous(), keep_ratio, offsets, keep)
+    library(scores.device.type).topk_mask(scores.float(), valid.contiguous(), keep_ratio, offsets, keep)
     if keep is not out:
         out.copy_(keep)
 
@@ -46,7 +46,7 @@ class _ClippedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         values = torch.empty_like(logprobs) if per_token else None
         sums = logprobs.new_empty((SUMS, len(mask)))
-        library(mask.device).clipped_loss(
+        library(mask.device.type).clipped_loss(
             logprobs, entropy, old_logprobs, advantages, keep, mask, ref_logprobs, is_weights, dependency,
             *numbers, ref_of_all, values, sums,
         )  # fmt: skip
@@ -61,7 +61,7 @@ class _ClippedLoss(torch.autograd.Function):
         logprobs, old_logprobs, advantages, mask, ref_logprobs, is_weights = ctx.saved_tensors
         grad = torch.empty_like(logprobs)
         grad_entropy = torch.empty_like(logprobs) if ctx.needs_input_grad[1] else None
-        library(mask.device).clipped_loss_gradient(
+        library(mask.device.type).clipped_loss_gradient(
             logprobs, old_logprobs, advantages, mask, ref_logprobs, is_weights, upstream.contiguous(),
             *ctx.numbers, grad, grad_entropy,
         )  # fmt: skip

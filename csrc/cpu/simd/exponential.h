@@ -1,4 +1,4 @@
-// Exponentials of vectors; `tests/vppo_kernels/test_native.py` holds them to float64.
+// Exponentials and logarithms of vectors. Tests hold them to float64 over all floats.
 #pragma once
 
 #include "vector.h"
@@ -6,12 +6,11 @@
 namespace vppo {
 namespace {
 
-// `exp(x)` for x <= 0, at most 2 units in the last place off, numbers below the normal ones included.
-inline Vec exp_down(Vec x) {
-  const Vec least = all(-104.0f);  // exp of it is 0
-  x = max(least, x);               // a NaN stays one
-  // n = round(x / ln 2), the integer left in the lowest bits of `shifted`; r = x - n ln 2, |r| <= 0.35
-  const Vec shifted = x * 1.44269504088896341f + 12582912.0f;
+constexpr float kLeast = -104.0f;  // its exponential, and that of all below, is 0
+
+// `x = n ln 2 + r` and `exp(r)`, |r| <= 0.35; n stands in the lowest bits of `shifted`.
+inline Vec exp_of_rest(Vec x, Vec& shifted) {
+  shifted = x * 1.44269504088896341f + 12582912.0f;
   const Vec n = shifted - 12582912.0f;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -19,10 +18,75 @@ inline Vec exp_down(Vec x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // 2^(n + 64), then 2^-64: the result alone may be below the normal numbers
-  const Int bits = (reinterpret_cast<Int>(shifted) + (64 + 127)) << 23;
-  return p * reinterpret_cast<Vec>(bits) * 0x1p-64f;
+  return p * (r * r) + r + 1.0f;
+}
+
+inline Vec power_of_two(Int n) { return reinterpret_cast<Vec>((n + 127) << 23); }
+
+// `exp(x)` for kLeast <= x <= 40; a NaN stays one.
+inline Vec exp_down(Vec x) {
+  Vec shifted;
+  const Vec p = exp_of_rest(x, shifted);
+  // 2^(n + 64), then 2^-64: only the result may be smaller than normal numbers are
+  return p * power_of_two(reinterpret_cast<Int>(shifted) + 64) * 0x1p-64f;
+}
+
+// `exp(x)` of any x.
+inline Vec exp(Vec x) {
+  Vec shifted;
+  const Vec p = exp_of_rest(min(all(89.0f), max(all(kLeast), x)), shifted);
+  const Int n = reinterpret_cast<Int>(shifted) - reinterpret_cast<Int>(all(12582912.0f)), half = n >> 1;
+  return p * power_of_two(half) * power_of_two(n - half);
+}
+
+// `exp(x) - 1 - x` for |x| <= 0.5, where the difference would lose its digits.
+inline Vec phi_near(Vec x) {
+  Vec p = x * 1.99448744416e-4f + 1.39821860463e-3f;
+  p = p * x + 8.33323613352e-3f;
+  p = p * x + 4.166579123e-2f;
+  p = p * x + 1.66666668017e-1f;
+  p = p * x + 5.00000012161e-1f;
+  return x * x * p;
+}
+
+// `exp(x) - 1 - x`
+inline Vec phi(Vec x) { return abs(x) < 0.5f ? phi_near(x) : exp(x) - 1.0f - x; }
+
+// `exp(x) - 1`
+inline Vec expm1(Vec x) { return abs(x) < 0.5f ? x + phi_near(x) : exp(x) - 1.0f; }
+
+// `log(1 + u)` for 0 <= u <= 1: twice the inverse hyperbolic tangent of u / (2 + u).
+inline Vec log1p(Vec u) {
+  const Vec s = u / (u + 2.0f), t = s * s;
+  Vec p = t * 1.1612164612e-1f + 1.08532879004e-1f;
+  p = p * t + 1.42961789972e-1f;
+  p = p * t + 1.9999853166e-1f;
+  p = p * t + 3.33333336603e-1f;
+  return 2.0f * (s + s * t * p);
+}
+
+// `log(p / m)` and `log(q / m)` for `d = log(p / q)` and `m = (p + q) / 2`: `+-d / 2 - log cosh(d / 2)`.
+inline void log_shares(Vec d, Vec& of_p, Vec& of_q) {
+  const Vec t = d * d;
+  const Vec log_cosh = t * ((t * 3.37560846304e-4f - 5.20743339822e-3f) * t + 1.24999987515e-1f);
+  const Vec rest = 0.69314718056f - log1p(exp_down(max(all(kLeast), -abs(d))));
+  const Int near = abs(d) < 0.5f;
+  of_p = near ? 0.5f * d - log_cosh : min(d, Vec{}) + rest;
+  of_q = near ? -0.5f * d - log_cosh : min(-d, Vec{}) + rest;
+}
+
+inline bool evaluate(const char* function, const float* x, float* out, int64_t count) {
+  const auto is = [&](const char* name) { return __builtin_strcmp(function, name) == 0; };
+  const auto apply = [&](auto of) {
+    each_vector(count, [&](int64_t i, int n) { store(out + i, of(load(x + i, n, 0.0f)), n); });
+    return true;
+  };
+  if (is("exp_down")) return apply([](Vec v) { return exp_down(max(all(kLeast), v)); });
+  if (is("exp")) return apply([](Vec v) { return exp(v); });
+  if (is("expm1")) return apply([](Vec v) { return expm1(v); });
+  if (is("phi")) return apply([](Vec v) { return phi(v); });
+  if (is("log1p")) return apply([](Vec v) { return log1p(v); });
+  return false;
 }
 
 }  // namespace

@@ -1,14 +1,18 @@
 // Vectors of floats as wide as the instruction set has them, by the vector extension of GCC and Clang.
 //
-// This folder is compiled once per instruction set, with VPPO_INSTRUCTIONS its name. Nothing in it may have external
-// linkage but the table of operations: the linker keeps one copy of an inline function, and a baseline machine must not
-// be given the one with AVX-512 in it. Hence the namespaces without names, and no standard library.
+// This folder is compiled once per instruction set, with VPPO_INSTRUCTIONS its name. Nothing in it has external linkage but
+// the table of operations: of an inline function the linker keeps one copy for all, and an old processor must not be
+// given the one with AVX-512 in it. Hence the namespaces without names, and no standard library beyond C's.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 
 namespace vppo {
 namespace {
+
+using std::int64_t;
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -19,17 +23,13 @@ constexpr int kWidth = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
-typedef std::int32_t Int __attribute__((vector_size(4 * kWidth)));
-typedef Vec Unaligned __attribute__((aligned(4), may_alias));
+typedef std::int32_t Int __attribute__((vector_size(4 * kWidth)));  // also of conditions: -1 where true
+typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
 
-inline Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
-inline void store(float* to, Vec value) { *reinterpret_cast<Unaligned*>(to) = value; }
-inline Vec all(float value) { return value - Vec{}; }
-inline Vec select(Int where, Vec yes, Vec no) { return where ? yes : no; }
-
-// The larger; the second if either is NaN.
-inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
-inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+inline Vec all(float value) { return Vec{} + value; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<Int>(a) & 0x7FFFFFFF); }
 
 inline float sum(Vec value) {
   double total = 0;
@@ -43,24 +43,28 @@ inline float largest(Vec value) {
   return top;
 }
 
-// Calls `body(column, count)` for consecutive vectors of a row of `columns`; `count` is less than kWidth in the last only.
-template <typename Body>
-inline void each_vector(std::int64_t columns, const Body& body) {
-  std::int64_t column = 0;
-  for (; column + kWidth <= columns; column += kWidth) body(column, kWidth);
-  if (column < columns) body(column, static_cast<int>(columns - column));
-}
-
+// `count` entries are there, fewer than kWidth at the end of a row only; `rest` stands for the others.
 inline Vec load(const float* from, int count, float rest) {
-  if (count == kWidth) return load(from);
   Vec value = all(rest);
-  for (int i = 0; i < count; ++i) value[i] = from[i];
+  __builtin_memcpy(&value, from, sizeof(float) * count);
   return value;
 }
 
-inline void store(float* to, Vec value, int count) {
-  if (count == kWidth) return store(to, value);
-  for (int i = 0; i < count; ++i) to[i] = value[i];
+inline void store(float* to, Vec value, int count) { __builtin_memcpy(to, &value, sizeof(float) * count); }
+
+// Where a mask is not 0.
+inline Int load(const bool* from, int count) {
+  Bytes bytes{};
+  __builtin_memcpy(&bytes, from, count);
+  return __builtin_convertvector(bytes != 0, Int);
+}
+
+// Calls `body(column, count)` for the vectors of a row one after the other.
+template <typename Body>
+inline void each_vector(int64_t columns, const Body& body) {
+  int64_t column = 0;
+  for (; column + kWidth <= columns; column += kWidth) body(column, kWidth);
+  if (column < columns) body(column, static_cast<int>(columns - column));
 }
 
 }  // namespace

@@ -1,0 +1,17 @@
+// All operations for one instruction set.
+#include "loss.h"
+#include "tiles.h"
+
+#define VPPO_JOIN_(a, b) a##b
+#define VPPO_JOIN(a, b) VPPO_JOIN_(a, b)
+#define VPPO_TEXT_(a) #a
+#define VPPO_TEXT(a) VPPO_TEXT_(a)
+
+namespace vppo {
+
+extern const Operations VPPO_JOIN(operations_, VPPO_INSTRUCTIONS) = {
+    VPPO_TEXT(VPPO_INSTRUCTIONS), fold,         fold_pair,             fold_jsd, gradient,
+    gradient_pair,                clipped_loss, clipped_loss_gradient, evaluate,
+};
+
+}  // namespace vppo

@@ -1,0 +1,240 @@
+// Folds of tiles and their gradients; formulas and their reasons are those of `backends/torch.py`.
+#pragma once
+
+#include "../../statistics.h"
+#include "../operations.h"
+#include "exponential.h"
+
+namespace vppo {
+namespace {
+
+constexpr int64_t kBlock = 4096;   // columns taken together: they stay in a near cache between two looks at them
+constexpr float kOut = -FLT_MAX;   // stands for what lies behind the end of a row: without weight, and finite
+
+inline float* row_of(const Tile& tile, int view, int64_t row) {
+  return tile.data + (view * tile.rows + row) * tile.columns;
+}
+
+inline float& field(const Fields& packed, int index, int64_t row) { return packed.data[index * packed.stride + row]; }
+
+// The tile's column that is the target of a row; -1 if it lies elsewhere.
+inline int64_t target_column(const Targets& targets, int64_t row, int64_t columns) {
+  if (targets.data == nullptr) return -1;
+  const int64_t target = targets.data[row];
+  return target >= targets.first && target - targets.first < columns ? target - targets.first : -1;
+}
+
+// Logits as distances from the largest, none further than where exponentials are 0.
+inline Vec below(Vec z, float top) { return max(all(kLeast), z - top); }
+
+inline float largest(const float* z, int64_t columns) {
+  Vec top = all(-INFINITY);
+  each_vector(columns, [&](int64_t j, int n) { top = max(load(z + j, n, -INFINITY), top); });
+  return largest(top);
+}
+
+View view_of(const float* z, int64_t columns) {
+  const float top = largest(z, columns);
+  Vec total{}, moment{};
+  each_vector(columns, [&](int64_t j, int n) {
+    const Vec shifted = below(load(z + j, n, kOut), top), weight = exp_down(shifted);
+    total += weight;
+    moment += weight * shifted;
+  });
+  return {top, sum(total), sum(moment)};
+}
+
+// Both views of a block: one look for the maxima, one for the weights, one for the excess about the mean gap.
+Pair pair_of(const float* z_p, const float* z_q, int64_t columns) {
+  alignas(64) float weights_p[kBlock], weights_q[kBlock];
+  const float top_p = largest(z_p, columns), top_q = largest(z_q, columns), between = top_p - top_q;
+  Vec total_p{}, moment_p{}, total_q{}, moment_q{}, gaps{};
+  each_vector(columns, [&](int64_t j, int n) {
+    const Vec p = load(z_p + j, n, kOut), q = load(z_q + j, n, kOut);
+    const Vec shifted_p = below(p, top_p), weight_p = exp_down(shifted_p);
+    const Vec shifted_q = below(q, top_q), weight_q = exp_down(shifted_q);
+    store(weights_p + j, weight_p, n);
+    store(weights_q + j, weight_q, n);
+    total_p += weight_p;
+    moment_p += weight_p * shifted_p;
+    total_q += weight_q;
+    moment_q += weight_q * shifted_q;
+    gaps += weight_p * ((p - q) - between);
+  });
+  const View p{top_p, sum(total_p), sum(moment_p)}, q{top_q, sum(total_q), sum(moment_q)};
+  const float gap = sum(gaps) / p.sum;
+  // w_p phi(d) of the gap from the mean, d; away from 0 without an exponential: w_p exp(d) = w_q exp(gap)
+  const float lift = expf(gap);
+  Vec excess{};
+  each_vector(columns, [&](int64_t j, int n) {
+    const Vec d = gap - ((load(z_p + j, n, kOut) - load(z_q + j, n, kOut)) - between);
+    const Vec weight_p = load(weights_p + j, n, 0.0f), weight_q = load(weights_q + j, n, 0.0f);
+    const Vec far = weight_q * lift - weight_p * (d + 1.0f);
+    excess += abs(d) < 0.5f ? weight_p * phi_near(d) : far;
+  });
+  return {p, q, gap, sum(excess)};
+}
+
+View load_view(const Fields& packed, int first, int64_t row) {
+  return {field(packed, first, row), field(packed, first + 1, row), field(packed, first + 2, row)};
+}
+
+void store_view(const Fields& packed, int first, int64_t row, const View& view) {
+  field(packed, first, row) = view.max;
+  field(packed, first + 1, row) = view.sum;
+  field(packed, first + 2, row) = view.moment;
+}
+
+// Calls `body(start, count)` for the blocks of a row.
+template <typename Body>
+void each_block(int64_t columns, const Body& body) {
+  for (int64_t start = 0; start < columns; start += kBlock) {
+    const int64_t rest = columns - start;
+    body(start, rest < kBlock ? rest : kBlock);
+  }
+}
+
+void fold(Tile tile, Targets targets, Fields stats, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const float* const z = row_of(tile, 0, row);
+    View view = load_view(stats, 0, row);
+    each_block(tile.columns, [&](int64_t start, int64_t count) { view = merge(view, view_of(z + start, count)); });
+    store_view(stats, 0, row, view);
+    const int64_t target = target_column(targets, row, tile.columns);
+    if (target >= 0) field(stats, 3, row) = z[target];
+  }
+}
+
+void fold_pair(Tile tile, Targets targets, Fields stats, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const float *const z_p = row_of(tile, 0, row), *const z_q = row_of(tile, 1, row);
+    Pair pair{load_view(stats, 0, row), load_view(stats, 4, row), field(stats, 8, row), field(stats, 9, row)};
+    each_block(tile.columns, [&](int64_t start, int64_t count) {
+      pair = merge(pair, pair_of(z_p + start, z_q + start, count));
+    });
+    store_view(stats, 0, row, pair.p);
+    store_view(stats, 4, row, pair.q);
+    field(stats, 8, row) = pair.gap;
+    field(stats, 9, row) = pair.excess;
+    const int64_t target = target_column(targets, row, tile.columns);
+    if (target >= 0) {
+      field(stats, 3, row) = z_p[target];
+      field(stats, 7, row) = z_q[target];
+    }
+  }
+}
+
+// A finished view of one row.
+struct Row {
+  float max, log_sum, entropy;
+
+  Row(const Fields& packed, int first, int64_t row)
+      : max(field(packed, first, row)), log_sum(field(packed, first + 1, row)), entropy(field(packed, first + 2, row)) {}
+
+  // Log-probabilities; from kLeast on all are the same, and so are their probabilities.
+  Vec log(Vec z) const { return vppo::max(all(kLeast), (z - max) - log_sum); }
+};
+
+// Both finished views of one row, and `log(p / q) - KL(p || q)`, how far a gap is from the mean gap.
+struct Rows {
+  Row p, q;
+  float between, gap, kl;
+
+  Rows(const Fields& packed, int64_t row)
+      : p(packed, 0, row), q(packed, 4, row), between(p.max - q.max), gap(field(packed, 8, row)),
+        kl(field(packed, 9, row)) {}
+
+  Vec centred(Vec z_p, Vec z_q) const { return ((z_p - z_q) - between) - gap; }
+};
+
+void fold_jsd(Tile tile, Fields pair, Fields halves, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const float *const z_p = row_of(tile, 0, row), *const z_q = row_of(tile, 1, row);
+    const Rows both(pair, row);
+    Vec half_p{}, half_q{};
+    each_vector(tile.columns, [&](int64_t j, int n) {
+      const Vec p = load(z_p + j, n, kOut), q = load(z_q + j, n, kOut);
+      Vec of_p, of_q;
+      log_shares(both.centred(p, q) + both.kl, of_p, of_q);
+      half_p += exp_down(both.p.log(p)) * of_p;
+      half_q += exp_down(both.q.log(q)) * of_q;
+    });
+    field(halves, 0, row) += sum(half_p);
+    field(halves, 1, row) += sum(half_q);
+  }
+}
+
+inline Vec times_slope(Vec gradient, Vec z, const Slope& slope) {
+  if (slope.to_cap == 0.0f) return gradient * slope.scale;  // z may be infinite
+  const Vec share = z * slope.to_cap;
+  return gradient * (slope.scale - slope.scale * share * share);
+}
+
+// What a log-probability's gradient is at its target beside a multiple of p; call with the logit, before it is gone.
+inline float at_target(const float* z, int64_t target, float gradient, const Slope& slope) {
+  return target < 0 ? 0.0f : times_slope(all(gradient), all(z[target]), slope)[0];
+}
+
+void gradient(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    float* const z = row_of(tile, 0, row);
+    const Row p(view, 0, row);
+    const float of_logprob = field(grads, 0, row), of_entropy = field(grads, 1, row);
+    const int64_t target = target_column(targets, row, tile.columns);
+    const float more = at_target(z, target, of_logprob, slope);
+    each_vector(tile.columns, [&](int64_t j, int n) {
+      const Vec at = load(z + j, n, kOut), log = p.log(at);
+      const Vec factor = -of_entropy * (log + p.entropy) - of_logprob;
+      store(z + j, times_slope(exp_down(log) * factor, at, slope), n);
+    });
+    if (target >= 0) z[target] += more;
+  }
+}
+
+template <bool kJsd>
+void gradient_rows(Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope, int64_t begin,
+                   int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    float *const z_p = row_of(tile, 0, row), *const z_q = row_of(tile, 1, row);
+    const Rows both(pair, row);
+    const float scale = field(grads, 0, row), of_entropy_p = field(grads, 1, row), of_entropy_q = field(grads, 2, row);
+    const float of_logprob_p = targets.data == nullptr ? 0.0f : field(grads, 3, row);
+    const float of_logprob_q = targets.data == nullptr ? 0.0f : field(grads, 4, row);
+    const float half_p = kJsd ? field(halves, 0, row) : 0.0f, half_q = kJsd ? field(halves, 1, row) : 0.0f;
+    const int64_t target = target_column(targets, row, tile.columns);
+    const float more_p = at_target(z_p, target, of_logprob_p, slope);
+    const float more_q = at_target(z_q, target, of_logprob_q, slope);
+    each_vector(tile.columns, [&](int64_t j, int n) {
+      const Vec at_p = load(z_p + j, n, kOut), at_q = load(z_q + j, n, kOut);
+      const Vec log_p = both.p.log(at_p), log_q = both.q.log(at_q), centred = both.centred(at_p, at_q);
+      const Vec p = exp_down(log_p), q = exp_down(log_q), d = centred + both.kl;
+      Vec factor_p = -of_entropy_p * (log_p + both.p.entropy) - of_logprob_p;
+      Vec grad_q = q * (-of_entropy_q * (log_q + both.q.entropy) - of_logprob_q);
+      if (kJsd) {
+        Vec of_p, of_q;
+        log_shares(d, of_p, of_q);
+        factor_p += 0.5f * scale * (of_p - half_p);
+        grad_q += 0.5f * scale * q * (of_q - half_q);
+      } else {
+        factor_p += scale * centred;
+        // q - p: where they are alike, the difference would lose the digits of a small gap
+        grad_q += scale * (abs(d) < 0.5f ? -q * (d + phi_near(d)) : q - p);
+      }
+      store(z_p + j, times_slope(p * factor_p, at_p, slope), n);
+      store(z_q + j, times_slope(grad_q, at_q, slope), n);
+    });
+    if (target >= 0) {
+      z_p[target] += more_p;
+      z_q[target] += more_q;
+    }
+  }
+}
+
+void gradient_pair(Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope, int64_t begin,
+                   int64_t end) {
+  (halves.data == nullptr ? gradient_rows<false> : gradient_rows<true>)(tile, pair, halves, targets, grads, slope, begin,
+                                                                        end);
+}
+
+}  // namespace
+}  // namespace vppo
