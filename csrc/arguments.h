@@ -2,12 +2,12 @@
 #pragma once
 
 #include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/dtype.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/optional.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
 #include <string>
 #include <type_traits>
 
@@ -46,6 +46,14 @@ inline std::string text_of(DLDevice device) {
   return (kind ? kind : "device type " + std::to_string(device.device_type)) + ":" + std::to_string(device.device_id);
 }
 
+// Of any type: tvm::ffi's own function throws at complex numbers, and to throw while an error is composed ends the process.
+inline std::string text_of(DLDataType dtype) {
+  if (dtype.code == kDLBool) return "bool";
+  const char* const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex"};
+  const std::string kind = dtype.code < std::size(kinds) ? kinds[dtype.code] : "type " + std::to_string(dtype.code) + ", ";
+  return kind + std::to_string(dtype.bits);
+}
+
 // `tensor` has this type and rank and lies on this device.
 inline void check_kind(const char* name, const TensorView& tensor, DLDataType dtype, int rank, DLDevice device) {
   const DLDevice at = tensor.device();
@@ -53,8 +61,7 @@ inline void check_kind(const char* name, const TensorView& tensor, DLDataType dt
     TVM_FFI_THROW(ValueError) << name << ": got a tensor on " << text_of(at) << ", takes one on " << text_of(device);
   }
   if (!same(tensor.dtype(), dtype)) {
-    TVM_FFI_THROW(TypeError) << name << ": got dtype " << tvm::ffi::DLDataTypeToString(tensor.dtype()) << ", takes "
-                             << tvm::ffi::DLDataTypeToString(dtype);
+    TVM_FFI_THROW(TypeError) << name << ": got dtype " << text_of(tensor.dtype()) << ", takes " << text_of(dtype);
   }
   if (tensor.ndim() != rank) {
     TVM_FFI_THROW(ValueError) << name << ": got shape " << shape_of(tensor) << ", takes " << rank << " dimensions";

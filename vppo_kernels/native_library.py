@@ -1,6 +1,6 @@
 """The native libraries: where they are, what they were built with, and why one is not there.
 
-`setup.py` builds them into `lib/` and notes the outcome in `lib/build.json`. Set VPPO_KERNELS_LIB to use another folder.
+`setup.py` builds them into `lib/` and notes the outcome in `lib/build.json`. VPPO_KERNELS_LIB names another folder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 // What Python calls: checks its tensors and divides their rows among threads.
 #include <tvm/ffi/tvm_ffi.h>
 
+#include <cstdlib>
+
 #include "../arguments.h"
 #include "operations.h"
 #include "parallel.h"
@@ -12,10 +14,21 @@ namespace {
 constexpr DLDevice kCpu{kDLCPU, 0};
 constexpr int64_t kWorth = 1 << 14;  // entries that a thread takes at a time
 
-// Calls `body(begin, end)` for rows of so many columns.
+const Operations& chosen_operations() {
+  const Operations* const chosen = operations();
+  if (chosen == nullptr) {
+    TVM_FFI_THROW(ValueError) << "VPPO_KERNELS_ISA: got '" << std::getenv("VPPO_KERNELS_ISA")
+                              << "', takes an instruction set of this processor: baseline, avx2 or avx512";
+  }
+  return *chosen;
+}
+
+// Calls `body(operations, begin, end)` for rows of so many columns.
 template <typename Body>
 void for_rows(int64_t rows, int64_t columns, const Body& body) {
-  parallel_for(rows, kWorth / std::max<int64_t>(columns, 1), body);
+  const Operations& on = chosen_operations();
+  parallel_for(rows, kWorth / std::max<int64_t>(columns, 1),
+               [&](int64_t begin, int64_t end) { body(on, begin, end); });
 }
 
 Tile check_tile(const TensorView& tile, int views) {
@@ -45,21 +58,21 @@ void fold(TensorView tile, Optional<TensorView> targets, int64_t first, TensorVi
   const Tile z = check_tile(tile, 1);
   const Targets chosen = check_targets(targets, first, tile.size(-2));
   const Fields into = check_fields("stats", stats, kViewFields, tile.size(-2));
-  for_rows(z.rows, z.columns, [&](int64_t begin, int64_t end) { operations().fold(z, chosen, into, begin, end); });
+  for_rows(z.rows, z.columns, [&](const Operations& on, int64_t begin, int64_t end) { on.fold(z, chosen, into, begin, end); });
 }
 
 void fold_pair(TensorView tile, Optional<TensorView> targets, int64_t first, TensorView stats) {
   const Tile z = check_tile(tile, 2);
   const Targets chosen = check_targets(targets, first, tile.size(-2));
   const Fields into = check_fields("stats", stats, kPairFields, tile.size(-2));
-  for_rows(z.rows, z.columns, [&](int64_t begin, int64_t end) { operations().fold_pair(z, chosen, into, begin, end); });
+  for_rows(z.rows, z.columns, [&](const Operations& on, int64_t begin, int64_t end) { on.fold_pair(z, chosen, into, begin, end); });
 }
 
 void fold_jsd(TensorView tile, TensorView pair, TensorView halves) {
   const Tile z = check_tile(tile, 2);
   const Fields both = check_fields("pair", pair, kPairFields, tile.size(-2));
   const Fields into = check_fields("halves", halves, 2, tile.size(-2));
-  for_rows(z.rows, z.columns, [&](int64_t begin, int64_t end) { operations().fold_jsd(z, both, into, begin, end); });
+  for_rows(z.rows, z.columns, [&](const Operations& on, int64_t begin, int64_t end) { on.fold_jsd(z, both, into, begin, end); });
 }
 
 void gradient(TensorView tile, TensorView view, TensorView targets, int64_t first, TensorView grads, double scale,
@@ -68,8 +81,7 @@ void gradient(TensorView tile, TensorView view, TensorView targets, int64_t firs
   const Fields softmax = check_fields("view", view, kViewFields, tile.size(-2));
   const Targets chosen = check_targets(targets, first, tile.size(-2));
   const Fields upstream = check_fields("grads", grads, 2, tile.size(-2));
-  for_rows(z.rows, z.columns, [&](int64_t begin, int64_t end) {
-    operations().gradient(z, softmax, chosen, upstream, slope_of(scale, to_cap), begin, end);
+  for_rows(z.rows, z.columns, [&](const Operations& on, int64_t begin, int64_t end) { on.gradient(z, softmax, chosen, upstream, slope_of(scale, to_cap), begin, end);
   });
 }
 
@@ -81,8 +93,7 @@ void gradient_pair(TensorView tile, TensorView pair, Optional<TensorView> halves
   const Fields half = halves.has_value() ? check_fields("halves", *halves, 2, rows) : Fields{};
   const Targets chosen = check_targets(targets, first, rows);
   const Fields upstream = check_fields("grads", grads, targets.has_value() ? 5 : 3, rows);
-  for_rows(z.rows, z.columns, [&](int64_t begin, int64_t end) {
-    operations().gradient_pair(z, both, half, chosen, upstream, slope_of(scale, to_cap), begin, end);
+  for_rows(z.rows, z.columns, [&](const Operations& on, int64_t begin, int64_t end) { on.gradient_pair(z, both, half, chosen, upstream, slope_of(scale, to_cap), begin, end);
   });
 }
 
@@ -117,8 +128,8 @@ void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional
   given.total = scores.numel();
   const auto write = [&](auto* keep) {
     // a packed row may be of any length
-    for_rows(rows, packed ? kWorth : columns,
-             [&](int64_t begin, int64_t end) { topk_mask(given, keep_ratio, keep, begin, end); });
+    parallel_for(rows, packed ? 1 : kWorth / std::max<int64_t>(columns, 1),
+                 [&](int64_t begin, int64_t end) { topk_mask(given, keep_ratio, keep, begin, end); });
   };
   if (same(out.dtype(), dtype_of<bool>())) {
     write(like_scores(bool{}, "out", out));
@@ -171,8 +182,7 @@ void clipped_loss(TensorView logprobs, Optional<TensorView> entropy, TensorView 
   const LossOptions options = loss_options(low, high, dual, limit, nll_coef, entropy_coef, kl_coef, ref_of_all);
   float* const of_tokens = like.data("values", values);
   const Fields of_rows = check_fields("sums", sums, kSums, like.rows);
-  for_rows(like.rows, like.columns, [&](int64_t begin, int64_t end) {
-    operations().clipped_loss(tokens, options, of_tokens, of_rows, begin, end);
+  for_rows(like.rows, like.columns, [&](const Operations& on, int64_t begin, int64_t end) { on.clipped_loss(tokens, options, of_tokens, of_rows, begin, end);
   });
 }
 
@@ -197,18 +207,24 @@ void clipped_loss_gradient(TensorView logprobs, TensorView old_logprobs, TensorV
                                          : check_contiguous<float>("upstream", upstream, {like.rows}, kCpu);
   gradient.logprobs = like.data("grad", grad);
   gradient.entropy = like.data("grad_entropy", grad_entropy);
-  for_rows(like.rows, like.columns, [&](int64_t begin, int64_t end) {
-    operations().clipped_loss_gradient(tokens, options, gradient, begin, end);
+  for_rows(like.rows, like.columns, [&](const Operations& on, int64_t begin, int64_t end) { on.clipped_loss_gradient(tokens, options, gradient, begin, end);
   });
 }
 
-tvm::ffi::String instructions() { return operations().name; }
+tvm::ffi::String instructions() { return chosen_operations().name; }
+
+// On how many threads a loop runs.
+int64_t threads() {
+  std::atomic<int64_t> count{0};
+  on_every_thread([](void* counted) { ++*static_cast<std::atomic<int64_t>*>(counted); }, &count);
+  return count;
+}
 
 // For tests: one of the vectorised functions, of every entry of `x`.
 void evaluate(tvm::ffi::String function, TensorView x, TensorView out) {
   const int64_t count = x.numel();
   const float* const from = check_contiguous<float>("x", x, {count}, kCpu);
-  if (!operations().evaluate(function.c_str(), from, check_contiguous<float>("out", out, {count}, kCpu), count)) {
+  if (!chosen_operations().evaluate(function.c_str(), from, check_contiguous<float>("out", out, {count}, kCpu), count)) {
     TVM_FFI_THROW(ValueError) << "function: got '" << function << "', takes exp, exp_down, expm1, phi or log1p";
   }
 }
@@ -225,4 +241,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_mask, vppo::topk_mask_)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(clipped_loss, vppo::clipped_loss)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(clipped_loss_gradient, vppo::clipped_loss_gradient)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instructions, vppo::instructions)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(threads, vppo::threads)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(evaluate, vppo::evaluate)

@@ -79,7 +79,7 @@ extern const Operations operations_baseline;
 extern const Operations operations_avx2, operations_avx512;
 #endif
 
-// Those for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names.
-const Operations& operations();
+// Those for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names; null if there is none.
+const Operations* operations();
 
 }  // namespace vppo

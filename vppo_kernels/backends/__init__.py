@@ -5,12 +5,13 @@ each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working sp
 `PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`, or
 `product`, a `NarrowProduct`, and `has_product`, which says whether this machine can run it.
 
-What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and the
-loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
+What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and
+the loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -53,6 +54,11 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
 def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]:
     """Names of the backends that take tensors of this device and dtype."""
     return [name for name in NAMES if not _missing(name, Device(device), dtype)]
@@ -62,7 +68,10 @@ def _choose(name: str, device: Device, dtype: Dtype) -> str:
     """The backend that a name stands for; "auto" is Triton's on a GPU, the native one on a CPU, or else plain torch."""
     if name == "auto":
         best = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
-        name = "torch" if _missing(best, device, dtype) else best
+        reason = _missing(best, device, dtype)
+        if reason and best == "native" and dtype != float64:
+            _say_once(f'backend "auto" takes plain torch on this CPU, which is slower: {reason}')
+        name = "torch" if reason else best
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
@@ -88,8 +97,8 @@ def narrow_product(backend: ModuleType) -> NarrowProduct | None:
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
 
-    Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty input. Under "auto", code that
-    `torch.compile` traces stays plain torch: the compiler fuses it.
+    Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty
+    input. Under "auto", code that `torch.compile` traces stays plain torch: the compiler fuses it.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.

@@ -1,7 +1,7 @@
 """The tile operations of the native library `csrc/`: one call each, statistics merged in place, no working space.
 
-Contracts are those of `backends/torch.py`; tiles are contiguous float32 tensors. The library for a CPU loops over rows on
-torch's threads, and every row's result is its own: it is bitwise the same for any number of them.
+Contracts are those of `backends/torch.py`; tiles are contiguous float32 tensors. The library for a CPU loops over rows
+on torch's threads, and every row's result is its own: it is bitwise the same for any number of them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ inline float& field(const Fields& packed, int index, int64_t row) { return packe
 inline int64_t target_column(const Targets& targets, int64_t row, int64_t columns) {
   if (targets.data == nullptr) return -1;
   const int64_t target = targets.data[row];
-  return target >= targets.first && target - targets.first < columns ? target - targets.first : -1;
+  if (target < targets.first) return -1;
+  // unsigned: the distance of two integers may not fit into one
+  const std::uint64_t column = static_cast<std::uint64_t>(target) - static_cast<std::uint64_t>(targets.first);
+  return column < static_cast<std::uint64_t>(columns) ? static_cast<int64_t>(column) : -1;
 }
 
 // Logits as distances from the largest, none further than where exponentials are 0.
