@@ -15,14 +15,17 @@ from torch import Tensor
 from views import make_views, worst
 
 from vppo_kernels import linear_divergence, linear_logprob, reference
-from vppo_kernels.backends import available, narrow_product, resolve
-from vppo_kernels.native_library import library
+from vppo_kernels.backends import available, native_library
 
-CPU = torch.device("cpu")
-native = resolve("native", CPU, torch.float32) if "native" in available() else None
-product: Any = native and narrow_product(native)
-pytestmark = pytest.mark.skipif(product is None, reason="no native library, or a processor without AVX512-BF16")
+if "native" not in available():
+    pytest.skip(native_library.missing("cpu"), allow_module_level=True)
 
+from vppo_kernels.backends import native
+
+if not native.has_product():
+    pytest.skip("this processor does not multiply bfloat16", allow_module_level=True)
+
+product = native.product
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -209,7 +212,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("name", "value"), WRONG.values(), ids=WRONG)
 def test_wrong_arguments_are_exceptions(name: str, value: Any) -> None:
-    function = library("cpu").product
+    function = native_library.library("cpu").product
     function(*arguments().values())
     with pytest.raises((TypeError, ValueError, RuntimeError, BufferError)):
         function(*(arguments() | {name: value}).values())
