@@ -2,7 +2,8 @@
 
 Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and `gradient_pair_` (`torch.py` says what
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
-`PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
+`PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`, or
+`product`, a `NarrowProduct`, and `has_product`, which says whether this machine can run it.
 
 What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and
 the loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
@@ -22,6 +23,7 @@ from torch import device as Device
 from torch import dtype as Dtype
 
 from vppo_kernels import native_library
+from vppo_kernels.head import NarrowProduct
 
 NAMES = ("torch", "native", "triton", "triton_fused")
 
@@ -85,6 +87,11 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
         ValueError: There is no such backend, or not for these tensors.
     """
     return import_module(f"vppo_kernels.backends.{_choose(name, device, dtype)}")
+
+
+def narrow_product(backend: ModuleType) -> NarrowProduct | None:
+    """The backend's own product of bfloat16 operands for a `LinearHead`, if it has one on this machine."""
+    return backend.product if hasattr(backend, "product") and backend.has_product() else None
 
 
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
