@@ -14,8 +14,9 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from vppo.figures import Plot, nats, percent, run_plots
+from vppo.figures import run_plots
 from vppo.files import write_atomic
+from vppo.plot import Plot, nats, percent
 from vppo.scored import ScoredResponse
 from vppo.theme import THEMES, DependencyScale
 from vppo.token_picture import is_special, token_picture, visible
