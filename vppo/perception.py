@@ -262,8 +262,8 @@ def by_entropy(tokens: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
 def token_types(tokens: pd.DataFrame) -> pd.DataFrame:
     """For each kind of token that occurs, in the order of `TYPES`, over all responses.
 
-    Columns: tokens (their number), share (of all tokens), mean (dependency), held (share of all dependency), kept (share
-    of them that is kept).
+    Columns: tokens (their number), share (of all tokens), mean (dependency), held (share of all dependency), kept (the
+    share of them that is kept).
     """
     kinds = tokens["text"].map({text: token_type(text) for text in tokens["text"].unique()})
     values = tokens["dependency"].astype(np.float64)

@@ -115,8 +115,8 @@ def token_plot(runs: Sequence[Run]) -> Plot:
         spread = spreads[0]
         caption = (
             f"All {spread.count:,} response tokens by how far, in nats, their next-token distribution moves when the "
-            f"image is perturbed; each bar a quarter of a decade, the line their density. The first bar holds those at or "
-            f"below {floor}, zero included."
+            f"image is perturbed; each bar a quarter of a decade, the line their density. The first bar holds those "
+            f"at or below {floor}, zero included."
         )
     else:
         caption = (
@@ -183,10 +183,10 @@ def trajectory_plot(runs: Sequence[Run]) -> Plot:
         ax.set_xlabel("nats")
 
     caption = (
-        "Responses by the mean dependency of their tokens, as in Figure 4 of the paper: the number by which VPPO scales "
-        "a response's advantage. "
+        "Responses by the mean dependency of their tokens, as in Figure 4 of the paper: the number by which VPPO "
+        "scales a response's advantage. "
     ) + (
-        f"Half of the {spreads[0].count:,} lie below {nats(spreads[0].median)}, the highest at {nats(spreads[0].largest)}."
+        f"The {spreads[0].count:,} lie between {nats(float(means[0].min()))} and {nats(spreads[0].largest)}."
         if len(runs) == 1
         else "Heights are shares of the run's responses."
     )
@@ -250,8 +250,8 @@ def correctness_plot(runs: Sequence[Run]) -> Plot | None:
         else ""
     )
     caption = (
-        f"{o.correct:,} correct and {o.wrong:,} wrong responses, each group as shares of its own. The difference of the "
-        f"means is {nats(o.difference)} nats (95 % interval from a bootstrap over questions: {nats(o.low)} to "
+        f"{o.correct:,} correct and {o.wrong:,} wrong responses, each group as shares of its own. The difference of "
+        f"the means is {nats(o.difference)} nats (95 % interval from a bootstrap over questions: {nats(o.low)} to "
         f"{nats(o.high)}); a random correct response lies above a random wrong one in {percent(o.auc)} of all "
         f"pairs.{within}"
     )
@@ -269,7 +269,8 @@ def relative_position_plot(runs: Sequence[Run]) -> Plot:
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["start", "25 %", "50 %", "75 %", "end"])
 
     what = "Mean and median; 90 % of the tokens lie below the upper edge of the band." if len(runs) == 1 else "Means."
-    alts = [f"mean {nats(float(t['mean'].iloc[0]))} at the start, {nats(float(t['mean'].iloc[-1]))} at the end" for t in tables]  # fmt: skip
+    ends = [[nats(float(table["mean"].iloc[place])) for place in (0, -1)] for table in tables]
+    alts = [f"mean {start} at the start, {end} at the end" for start, end in ends]
     return _plot("position", f"Tokens by their place in their response, in twentieths. {what}", runs, alts, draw)
 
 
@@ -278,8 +279,7 @@ def position_plot(runs: Sequence[Run]) -> Plot:
     tables = [by_position(run.tokens) for run in runs]
     tables = [table.set_index(np.arange(len(table), dtype=np.float64)) for table in tables]
     bins = max(len(table) for table in tables)
-    firsts = [1, 2, *(2**k + 1 for k in range(1, bins))][:bins]
-    labels = [f"{first}" if last == first else f"{first}–{last}" for first, last in zip(firsts, [1, *(2**k for k in range(1, bins))], strict=True)]  # fmt: skip
+    labels = ["1", "2", *(f"{2**k + 1}-{2 ** (k + 1)}" for k in range(1, bins))][:bins]
 
     def draw(figure: Figure, theme: Theme) -> None:
         ax = prepare(figure.subplots(), "From the start")
@@ -289,7 +289,7 @@ def position_plot(runs: Sequence[Run]) -> Plot:
         ax.set_xlabel("token of the response")
 
     what = "Mean and median; 90 % of the tokens lie below the upper edge of the band." if len(runs) == 1 else "Means."
-    caption = f"The same by the token’s number; long responses alone reach the right end. {what}"
+    caption = f"The same by the token's number; long responses alone reach the right end. {what}"
     alts = [f"mean {nats(float(t['mean'].iloc[0]))} at the first token" for t in tables]
     return _plot("distance", caption, runs, alts, draw)
 
@@ -356,7 +356,7 @@ def entropy_plot(runs: Sequence[Run]) -> Plot:
         ax.set_xlabel("entropy, nats")
         ax.set_ylabel("dependency, nats")
         bar = figure.colorbar(mesh, ax=ax, pad=0.02)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.ax.minorticks_off()
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
         bar.set_label("tokens")
@@ -374,8 +374,8 @@ def entropy_plot(runs: Sequence[Run]) -> Plot:
     ratio = runs[0].keep_ratio
     caption = (
         f"Every token by the entropy of its distribution and by its dependency; darker cells hold more tokens, and the "
-        f"outermost hold all beyond. The rank correlation is {_correlation(correlations[0])}; the {100 * ratio:.0f} % of "
-        f"highest entropy in each response hold {_share(held[0])} of all dependency, the kept ones "
+        f"outermost hold all beyond. The rank correlation is {_correlation(correlations[0])}; the {100 * ratio:.0f} % "
+        f"of highest entropy in each response hold {_share(held[0])} of all dependency, the kept ones "
         f"{_share(_kept_share(runs[0]))}."
     )
     return _plot("entropy", caption, runs, alts, draw_one)
@@ -433,10 +433,10 @@ def type_plot(runs: Sequence[Run]) -> Plot:
             _dots(figure, ax, order, [_column(table, order, "mean") for table in tables], runs, theme)
         ax.set_xlabel("mean dependency, nats")
 
-    caption = "Mean dependency by kind of token, judged by the token’s text alone (English words, digits, LaTeX)."
+    caption = "Mean dependency by kind of token, judged by the token's text alone (English words, digits, LaTeX)."
     if len(runs) == 1:
         caption += " Beside each bar: the share of all dependency that the kind holds, and its share of the tokens."
-    alts = [", ".join(f"{kind} {nats(float(table.loc[kind, 'mean']))}" for kind in order if kind in table.index) for table in tables]  # fmt: skip
+    alts = [_listed([kind for kind in order if kind in table.index], table) for table in tables]
     return _plot("types", caption, runs, alts, draw, rows=len(order))
 
 
@@ -464,14 +464,14 @@ def top_token_plot(runs: Sequence[Run]) -> Plot | None:
 
     caption = f"The texts of highest mean dependency among those that occur at least {at_least} times"
     caption += "." if len(runs) == 1 else " in every run, by the mean of the runs."
-    alts = [", ".join(f"{label} {nats(float(table.loc[text, 'mean']))}" for label, text in zip(labels, order, strict=True)) for table in tables]  # fmt: skip
+    alts = [_listed(order, table) for table in tables]
     return _plot("top_tokens", caption, runs, alts, draw, rows=len(order))
 
 
 def draw_error_plot(runs: Sequence[Run]) -> Plot | None:
     """How far a token's dependency by one perturbation lies from its mean; None with a single draw."""
-    found = [(run, draw) for run in runs if (draw := one_draw(run.tokens, run.keep_ratio, run.draws)) is not None]
-    found = [(run, draw) for run, draw in found if draw.relative_kept.size]
+    found = [(run, one) for run in runs if (one := one_draw(run.tokens, run.keep_ratio, run.draws)) is not None]
+    found = [(run, one) for run, one in found if one.relative_kept.size]
     if not found:
         return None
     kept = [one.relative_kept for _, one in found]
@@ -499,7 +499,7 @@ def draw_error_plot(runs: Sequence[Run]) -> Plot | None:
 
     medians = [float(np.median(one.relative_kept)) for _, one in found]
     caption = (
-        "Standard deviation of a token’s dependency over perturbations, relative to its mean: the error of the single "
+        "Standard deviation of a token's dependency over perturbations, relative to its mean: the error of the single "
         "draw that training takes. At 1 it is as large as the number itself; the last bin holds all beyond. "
     )
     if len(runs) == 1:
@@ -516,7 +516,7 @@ def draw_error_plot(runs: Sequence[Run]) -> Plot | None:
 
 def draw_set_plot(runs: Sequence[Run]) -> Plot | None:
     """How far the set that one perturbation keeps is that of the mean of all; None with a single draw."""
-    found = [(run, draw) for run in runs if (draw := one_draw(run.tokens, run.keep_ratio, run.draws)) is not None]
+    found = [(run, one) for run in runs if (one := one_draw(run.tokens, run.keep_ratio, run.draws)) is not None]
     if not found:
         return None
     rows = ["exact KL: one draw, mean", "k3: one draw, mean", "one draw of k3, mean KL"]
@@ -694,6 +694,10 @@ def _by_mean(tables: Sequence[pd.DataFrame]) -> list[str]:
     """Rows of tables by their mean over the tables, highest first."""
     means = pd.concat([table["mean"] for table in tables], axis=1).mean(axis=1)
     return means.sort_values(ascending=False, kind="stable").index.tolist()
+
+
+def _listed(rows: Sequence[str], table: pd.DataFrame) -> str:
+    return ", ".join(f"{_elide(visible(row), 18)} {nats(float(table.loc[row, 'mean']))}" for row in rows)
 
 
 def _column(table: pd.DataFrame, rows: Sequence[str], column: str) -> list[float]:

@@ -7,30 +7,40 @@ import re
 from vppo.token_picture import is_special
 
 _MARKS = re.compile(r"</?(?:think|answer|image|reasoning)>|\\?boxed\{?|[<>/]*(?:think|answer)>?")
-_NUMBER = re.compile(r"[+\-−]?\d[\d.,:]*")
-_OPERATOR = re.compile(r"[+\-−–*/×÷·=<>≤≥≠≈≅~∼^±√∑∫∠°%∥⊥∈|&π²³]+|\\[A-Za-z]+\{?")  # a LaTeX command too
-_NAME = re.compile(r"[A-Zb-z]|[A-Z]{2,4}'?|[α-ωΑ-Ω]'?")
+_NUMBER = re.compile(r"[+\-−]?\d[\d.,:]*")  # noqa: RUF001
+_OPERATOR = re.compile(r"[+\-−–*/×÷·=<>≤≥≠≈≅~∼^±√∑∫∠°%∥⊥∈|&π²³]+|\\[A-Za-z]+\{?")  # noqa: RUF001
+_NAME = re.compile(r"[A-Zb-z]|[A-Z]{2,4}'?|[α-ωΑ-Ω]'?")  # noqa: RUF001
 
 _WORDS = {
-    "numbers": """zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundred
-        thousand half third quarter first second double triple twice""",
-    "geometry": """triangle triangles circle circles square squares rectangle rectangles polygon pentagon hexagon octagon
-        angle angles side sides line lines segment segments point points vertex vertices edge edges radius radii diameter
+    "numbers": """
+        zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundred thousand
+        half third quarter first second double triple twice
+    """,
+    "geometry": """
+        triangle triangles circle circles square squares rectangle rectangles polygon pentagon hexagon octagon angle
+        angles side sides line lines segment segments point points vertex vertices edge edges radius radii diameter
         chord arc arcs sector tangent secant diagonal diagonals height base width length area perimeter circumference
         volume surface hypotenuse leg legs bisector midpoint median altitude parallel perpendicular congruent similar
         inscribed degrees degree cone cylinder sphere cube prism pyramid plane axis axes graph curve slope coordinate
-        coordinates origin quadrilateral parallelogram trapezoid rhombus diagram figure shape shapes isosceles equilateral
-        right-angled interior exterior""",
-    "colours and places": """red green blue yellow orange purple pink brown black white grey gray cyan teal dark light left
-        right top bottom above below under over inside outside between beside behind front upper lower middle center centre
-        corner corners next near row column horizontal vertical north south east west""",
-    "reasoning": """so therefore thus hence because since if then but however wait let now first finally next need find know
-        given using calculate compute determine substitute solve means gives implies follows consider step answer equation
-        formula problem""",
-    "function words": """a an the this that these those it its i we you he she they them our your their of in on at to from
-        by with for as and or not no nor is are was were be been being am has have had do does did can could will would
-        shall should may might must there here which who whose what when where how why all both each any some such same
-        other than into onto out up down off about also only just""",
+        coordinates origin quadrilateral parallelogram trapezoid rhombus diagram figure shape shapes isosceles
+        equilateral right-angled interior exterior
+    """,
+    "colours and places": """
+        red green blue yellow orange purple pink brown black white grey gray cyan teal dark light left right top
+        bottom above below under over inside outside between beside behind front upper lower middle center centre
+        corner corners next near row column horizontal vertical north south east west
+    """,
+    "reasoning": """
+        so therefore thus hence because since if then but however wait let now first finally next need find know given
+        using calculate compute determine substitute solve means gives implies follows consider step answer equation
+        formula problem
+    """,
+    "function words": """
+        a an the this that these those it its i we you he she they them our your their of in on at to from by with for
+        as and or not no nor is are was were be been being am has have had do does did can could will would shall
+        should may might must there here which who whose what when where how why all both each any some such same
+        other than into onto out up down off about also only just
+    """,
 }
 # a word that two lists hold has the kind that stands first
 _KIND_OF_WORD = {word: kind for kind in reversed(list(_WORDS)) for word in _WORDS[kind].split()}
@@ -75,4 +85,4 @@ def token_type(text: str) -> str:
         return "operators"
     if not any(character.isalnum() for character in word):
         return "other" if "\N{REPLACEMENT CHARACTER}" in word else "punctuation"
-    return "other words" if all(c.isalpha() or c in "'’-_" for c in word) else "other"
+    return "other words" if all(c.isalpha() or c in "'-_" for c in word) else "other"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def write_analysis(
     starts = np.append(0, np.cumsum(lengths))
     kept, kept_k3 = (kept_by_library(tokens[c].to_numpy(), starts, keep_ratio) for c in ("dependency", "k3"))
     tokens.insert(6, "kept", kept)
-    parts = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [slice(a, b) for a, b in pairwise(starts)]
     correct = rng.random(len(keys)) < 0.6
     trajectories = pd.DataFrame(
         {
@@ -186,7 +187,7 @@ def kept_by_library(values: np.ndarray, starts: np.ndarray, keep_ratio: float) -
     """Kept sets of packed responses, one response at a time."""
     kept = [
         topk_mask(torch.from_numpy(values[None, a:b].copy()), torch.ones(1, b - a, dtype=torch.bool), keep_ratio)[0]
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        for a, b in pairwise(starts)
     ]
     return torch.cat(kept).numpy()
 
