@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vppo.errors import InputError
-from vppo.perception import ESTIMATORS, RESPONSE, Run, response_starts, runs_of
+from vppo.perception import ESTIMATORS, RESPONSE, Run, runs_of
 
 _NUMBERS = ("dependency", *ESTIMATORS, "kl_first", "k3_first", "logprob", "logprob_perturbed", "entropy_perturbed")
 TOKEN_COLUMNS = (*RESPONSE, "position", "token_id", "text", "kept", *_NUMBERS, "dependency_se")
@@ -29,26 +29,12 @@ class AnalysisFolder:
     Attributes:
         path: The folder.
         summary: What `summary.json` holds.
-        tokens: `tokens.parquet`, ordered by model (as they first occur), sample, response and position.
-        trajectories: `trajectories.parquet`, in the same order; "correct" is pandas' nullable boolean.
+        runs: A run for each model, with its rows of the two tables in order; "correct" is pandas' nullable boolean.
     """
 
     path: Path
     summary: dict[str, Any]
-    tokens: pd.DataFrame
-    trajectories: pd.DataFrame
-
-    @property
-    def keep_ratio(self) -> float:
-        return float(self.summary["keep_ratio"])
-
-    @property
-    def draws(self) -> int:
-        return int(self.summary.get("draws", 1))
-
-    def runs(self) -> list[Run]:
-        """A run for each model."""
-        return runs_of(self.tokens, self.trajectories, self.keep_ratio, self.draws)
+    runs: list[Run]
 
 
 def read_analysis(path: Path) -> AnalysisFolder:
@@ -68,16 +54,9 @@ def read_analysis(path: Path) -> AnalysisFolder:
         path / "trajectories.parquet", TRAJECTORY_COLUMNS, numbers=("tokens", *_MEANS), texts=_TEXTS
     )
     trajectories["correct"] = trajectories["correct"].astype("boolean")
-    models = {model: place for place, model in enumerate(trajectories["model"].unique())}
-    tokens, trajectories = _ordered(tokens, models, [*RESPONSE, "position"]), _ordered(trajectories, models, RESPONSE)
     _check_match(path, tokens, trajectories)
-    return AnalysisFolder(path, summary, tokens, trajectories)
-
-
-def _ordered(table: pd.DataFrame, models: dict[str, int], by: Sequence[str]) -> pd.DataFrame:
-    return table.sort_values(
-        list(by), kind="stable", key=lambda column: column.map(models) if column.name == "model" else column
-    ).reset_index(drop=True)
+    runs = runs_of(tokens, trajectories, float(summary["keep_ratio"]), int(summary.get("draws", 1)))
+    return AnalysisFolder(path, summary, runs)
 
 
 def _read_summary(file: Path) -> dict[str, Any]:
@@ -124,21 +103,17 @@ def _read_table(file: Path, columns: Sequence[str], *, numbers: Sequence[str], t
 
 
 def _check_match(path: Path, tokens: pd.DataFrame, trajectories: pd.DataFrame) -> None:
-    """Every response has as many rows of tokens as it says, numbered from 0."""
-    starts = response_starts(tokens)
-    found = tokens[RESPONSE].iloc[starts[:-1]].assign(rows=np.diff(starts))
-    both = trajectories[[*RESPONSE, "tokens"]].merge(found, how="outer", on=RESPONSE, validate=None)
-    for row in both[both["tokens"].fillna(-1) != both["rows"].fillna(0)].itertuples():
-        counts = [0 if math.isnan(count) else int(count) for count in (row.tokens, row.rows)]
-        raise InputError(
-            f"{path}: response {row.response} of sample {row.sample} has {counts[0]} tokens by trajectories.parquet "
-            f"and {counts[1]} rows in tokens.parquet"
-        )
-    position = np.arange(len(tokens)) - np.repeat(starts[:-1], np.diff(starts))
-    wrong = tokens["position"].to_numpy() != position
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise InputError(
-            f"{path / 'tokens.parquet'}: column position: row {row} of the ordered table has "
-            f"{tokens['position'].iloc[row]}, takes {position[row]}"
-        )
+    """Every response stands once among the responses and has as many tokens as it says, numbered from 0."""
+    found = tokens.groupby(RESPONSE)["position"].agg(rows="size", distinct="nunique", last="max").reset_index()
+    both = trajectories[[*RESPONSE, "tokens"]].merge(found, how="outer", on=RESPONSE).fillna(0)
+    for row in both.itertuples():
+        name = f"{path}: response {row.response} of sample {row.sample} of model {row.model!r}"
+        if row.tokens != row.rows or not row.rows:
+            raise InputError(
+                f"{name} has {int(row.tokens)} tokens by trajectories.parquet and {int(row.rows)} rows in tokens.parquet"
+            )
+        if row.distinct != row.rows or row.last != row.rows - 1:
+            raise InputError(f"{name} has positions in tokens.parquet that are not 0 to {int(row.rows) - 1}")
+    twice = trajectories.duplicated(RESPONSE)
+    if twice.any():
+        raise InputError(f"{path / 'trajectories.parquet'}: row {int(twice.argmax())} repeats a response")

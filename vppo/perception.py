@@ -1,6 +1,6 @@
 """What a model looks at, in numbers: from tables of tokens and responses to the numbers behind every figure.
 
-A table of tokens has the columns of `tokens.parquet`, ordered by model, sample, response and position; one of responses
+A table of tokens has the columns of `tokens.parquet`, those of one response together and in order; one of responses has
 those of `trajectories.parquet`. "Dependency" is the divergence that the analysis was asked for, in nats.
 """
 
@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
         label: Its name in figures and tables.
-        tokens: A row per token, ordered; see the module.
+        tokens: A row per token, ordered by sample, response and position.
         trajectories: A row per response, in the same order.
         keep_ratio: Fraction of each response that counts as kept.
         draws: Perturbations that each number is the mean of.
@@ -344,7 +344,7 @@ def summarise(
     """The numbers of every figure, for each model; they can be written as JSON.
 
     Args:
-        tokens: A row per token, ordered; see the module.
+        tokens: A row per token; rows may stand in any order.
         trajectories: A row per response.
         keep_ratio: Fraction of each response that counts as kept, in (0, 1].
         draws: Perturbations that each number is the mean of.
@@ -356,17 +356,16 @@ def summarise(
 
 
 def runs_of(tokens: pd.DataFrame, trajectories: pd.DataFrame, keep_ratio: float = 0.4, draws: int = 1) -> list[Run]:
-    """A run for each model of the tables, in their order."""
+    """A run for each model of the tables, in the order of their first response; rows may stand in any order."""
+    by_model = [dict(list(table.groupby("model", sort=False))) for table in (tokens, trajectories)]
     return [
-        Run(
-            str(model),
-            tokens[tokens["model"] == model].reset_index(drop=True),
-            trajectories[trajectories["model"] == model].reset_index(drop=True),
-            keep_ratio,
-            draws,
-        )
-        for model in trajectories["model"].unique()
+        Run(str(model), *(_ordered(tables[model]) for tables in by_model), keep_ratio, draws) for model in by_model[1]
     ]
+
+
+def _ordered(table: pd.DataFrame) -> pd.DataFrame:
+    by = [*RESPONSE[1:], *(["position"] if "position" in table else [])]
+    return table.sort_values(by, kind="stable").reset_index(drop=True)
 
 
 def summarise_run(run: Run) -> dict[str, Any]:
