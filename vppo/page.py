@@ -73,9 +73,9 @@ def embedded(image: Image.Image, max_side: int) -> dict[str, Any]:
     if small:
         image.save(file, "PNG", optimize=True)
     else:
-        image.save(file, "JPEG", quality=85)
+        image.save(file, "WEBP", quality=75)
     return {
-        "uri": data_uri(file.getvalue(), "png" if small else "jpeg"),
+        "uri": data_uri(file.getvalue(), "png" if small else "webp"),
         "width": image.width,
         "height": image.height,
         "small": small,

@@ -199,7 +199,7 @@ def test_zeros_empty_answers_and_photographs_are_shown(tmp_path: Path) -> None:
     page = Page(path.read_text(encoding="utf-8"))
     assert [chip["title"] for chip in page.all("li", "token")] == ["0 nats, filtered out"] * 2
     embedded = page.all("img")[-4]
-    assert (embedded["src"] or "").startswith("data:image/jpeg")
+    assert (embedded["src"] or "").startswith("data:image/webp")
     assert embedded["width"] == "448"
     assert path.stat().st_size < 1_500_000
 
