@@ -23,7 +23,7 @@ from vppo.theme import DependencyScale
 from vppo.token_picture import is_special, visible
 
 SIDES = (448, 336, 256, 192, 128)  # pixels of an embedded image: the largest with which all stay within
-IMAGE_BYTES = 5_000_000
+IMAGE_BYTES = 3_500_000
 SHOWN = ("dependency_se", "logprob", "logprob_perturbed", "entropy_perturbed")  # beside the estimators, in the tooltip
 
 
@@ -198,14 +198,15 @@ def _data(folder: AnalysisFolder) -> dict[str, Any]:
 def _packed(tokens: pd.DataFrame, words: np.ndarray) -> list[str]:
     """The columns of each response's tokens in base64: float32, its bytes sorted by significance, compressed.
 
-    The estimators are exact, so that the page selects what the library selects; what is only shown keeps three digits.
+    The estimators are exact, so that the page selects what the library selects; what is only shown keeps two digits.
     """
     table = np.empty((len(ESTIMATORS) + len(SHOWN) + 1, len(tokens)), dtype="<f4")
     for index, name in enumerate([*ESTIMATORS, *SHOWN]):
         table[index] = tokens[name].to_numpy(dtype=np.float32)
     table[-1] = words  # exact up to 2**24
     shown = table[len(ESTIMATORS) : -1].view("<u4")
-    shown &= np.uint32(0xFFFFF000)
+    shown += np.uint32(0x8000)  # rounds to bfloat16, and the zeros that follow compress to nothing
+    shown &= np.uint32(0xFFFF0000)
     starts = response_starts(tokens)
     contents = []
     for start, end in zip(starts[:-1], starts[1:], strict=True):  # noqa: RUF007

@@ -15,10 +15,9 @@ function percent(share) {
   return (100 * share).toFixed(1) + "\u00a0%";
 }
 
-function nats(value) {
-  if (Number.isNaN(value)) return "–";
+function nats(value, digits = 3) {
   const size = Math.abs(value);
-  if (size === 0 || (size >= 1e-3 && size < 1e3)) return String(Number(value.toPrecision(3)));
+  if (size === 0 || (size >= 1e-3 && size < 1e3)) return String(Number(value.toPrecision(digits)));
   const [mantissa, exponent] = value.toExponential(1).split("e");
   const signs = { "-": "⁻", "+": "" };
   return `${mantissa} × 10${[...exponent].map((c) => signs[c] ?? "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]).join("")}`;
@@ -134,12 +133,12 @@ function describe(tip, token) {
   const i = [...tokens.children].indexOf(token), of = (name) => state.columns[name][i];
   const rows = data.estimators.map(({ name, label }) => {
     const draws = name === data.divergence && !Number.isNaN(of("dependency_se"));
-    return [label, nats(of(name)) + (draws ? ` ± ${nats(of("dependency_se"))}` : "")];
+    return [label, nats(of(name)) + (draws ? ` ± ${nats(of("dependency_se"), 2)}` : "")];
   });
   rows.push(
-    ["entropy, perturbed", nats(of("entropy_perturbed"))],
-    ["log-probability", nats(of("logprob"))],
-    ["log-probability, perturbed", nats(of("logprob_perturbed"))],
+    ["entropy, perturbed", nats(of("entropy_perturbed"), 2)],
+    ["log-probability", nats(of("logprob"), 2)],
+    ["log-probability, perturbed", nats(of("logprob_perturbed"), 2)],
   );
   const numbers = make("dl");
   for (const [label, value] of rows) numbers.append(make("dt", label), make("dd", value));
