@@ -110,7 +110,7 @@ def _check_match(path: Path, tokens: pd.DataFrame, trajectories: pd.DataFrame) -
         name = f"{path}: response {row.response} of sample {row.sample} of model {row.model!r}"
         if row.tokens != row.rows or not row.rows:
             raise InputError(
-                f"{name} has {int(row.tokens)} tokens by trajectories.parquet and {int(row.rows)} rows in tokens.parquet"
+                f"{name} has {int(row.tokens)} tokens by trajectories.parquet, {int(row.rows)} rows in tokens.parquet"
             )
         if row.distinct != row.rows or row.last != row.rows - 1:
             raise InputError(f"{name} has positions in tokens.parquet that are not 0 to {int(row.rows) - 1}")

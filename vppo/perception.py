@@ -406,19 +406,19 @@ def summarise_run(run: Run) -> dict[str, Any]:
             "overlap_k3_kl": draw.overlap_k3_kl,
         },
     }
-    return _plain(numbers)
+    return json_ready(numbers)
 
 
 def _median(values: np.ndarray) -> float:
     return float(np.median(values)) if values.size else math.nan
 
 
-def _plain(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """For JSON: NumPy's numbers as Python's, NaN as None."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: json_ready(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_plain(entry) for entry in value]
+        return [json_ready(entry) for entry in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
