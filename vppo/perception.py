@@ -357,9 +357,15 @@ def summarise(
 
 def runs_of(tokens: pd.DataFrame, trajectories: pd.DataFrame, keep_ratio: float = 0.4, draws: int = 1) -> list[Run]:
     """A run for each model of the tables, in the order of their first response; rows may stand in any order."""
-    by_model = [dict(list(table.groupby("model", sort=False))) for table in (tokens, trajectories)]
     return [
-        Run(str(model), *(_ordered(tables[model]) for tables in by_model), keep_ratio, draws) for model in by_model[1]
+        Run(
+            str(model),
+            _ordered(tokens[tokens["model"] == model]),
+            _ordered(trajectories[trajectories["model"] == model]),
+            keep_ratio,
+            draws,
+        )
+        for model in trajectories["model"].unique()
     ]
 
 

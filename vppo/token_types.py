@@ -70,6 +70,8 @@ def token_type(text: str) -> str:
     - marks: of the chat format and of the answer's, such as `<|im_end|>`, `<think>` and `boxed`.
     - punctuation: anything else without a letter or a digit, blanks included; other words: letters only.
 
+    - other: words mixed with digits, and pieces of a character.
+
     A token is judged alone: the piece "tri" of a split "triangle" is among the other words.
     """
     word = text.strip()
@@ -84,5 +86,5 @@ def token_type(text: str) -> str:
     if _OPERATOR.fullmatch(word):
         return "operators"
     if not any(character.isalnum() for character in word):
-        return "other" if "\N{REPLACEMENT CHARACTER}" in word else "punctuation"
+        return "other" if not text or "\N{REPLACEMENT CHARACTER}" in word else "punctuation"  # a piece of a character
     return "other words" if all(c.isalpha() or c in "'-_" for c in word) else "other"
