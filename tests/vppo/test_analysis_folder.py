@@ -21,7 +21,9 @@ from vppo.errors import InputError
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_analysis(tmp_path_factory.mktemp("analysis"), samples=3, length=20, models=("b", "a"), pictures=False)
+    five = {0: ("What?", ["a", " b", "c", "d", "e"])}
+    out = tmp_path_factory.mktemp("analysis")
+    return write_analysis(out, samples=3, length=20, models=("b", "a"), replace=five, pictures=False)
 
 
 @pytest.fixture
@@ -69,17 +71,20 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (change(TOKENS, lambda t: t[:0]), "tokens.parquet: has no rows; nothing was analysed"),
     (change(TRAJECTORIES, lambda t: t[:0]), "trajectories.parquet: has no rows; nothing was analysed"),
     (change(TOKENS, lambda t: t.assign(k3="x")), "tokens.parquet: column k3: got str, takes numbers"),
-    (change(TOKENS, lambda t: t.assign(kl=np.nan)), "tokens.parquet: column kl: 109 of 109 rows are not finite"),
+    (
+        change(TOKENS, lambda t: t[:5].assign(kl=[1, 2, np.inf, 3, 4])),
+        "column kl: 1 of 5 rows are not finite",
+    ),
     (
         change(TRAJECTORIES, lambda t: t.assign(question=None)),
         "trajectories.parquet: column question: row 0 is no text",
     ),
     (
         change(TOKENS, lambda t: t[1:]),
-        "response 0 of sample 0 of model 'b' has 17 tokens by trajectories.parquet, 16 rows",
+        "response 0 of sample 0 of model 'b' has 5 tokens by trajectories.parquet, 4 rows",
     ),
-    (change(TOKENS, lambda t: t[t["model"] == "a"]), "model 'b' has 17 tokens by trajectories.parquet, 0 rows"),
-    (change(TRAJECTORIES, lambda t: t[1:]), "of model 'b' has 0 tokens by trajectories.parquet, 17 rows"),
+    (change(TOKENS, lambda t: t[t["model"] == "a"]), "model 'b' has 5 tokens by trajectories.parquet, 0 rows"),
+    (change(TRAJECTORIES, lambda t: t[1:]), "of model 'b' has 0 tokens by trajectories.parquet, 5 rows"),
     (
         change(TOKENS, lambda t: t.assign(position=t["position"] + 1)),
         "has positions in tokens.parquet that are not 0 to",

@@ -51,6 +51,12 @@ def page(folder: Path, open_page: Callable[..., Any]) -> Any:
     return page
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For pages whose figures do not matter: drawing them takes seconds."""
+    monkeypatch.setattr("vppo.analysis_report.perception_plots", lambda runs: [])
+
+
 def options(page: Any) -> list[list[int]]:
     """Sample and response of every entry of the list, in its order."""
     shown = page.locator("#responses li > span:nth-child(2)").all_text_contents()
@@ -128,12 +134,12 @@ def test_slider_and_switch_select_as_the_library_does(page: Any, tokens: pd.Data
     chosen, reference = (kept_by_definition(rows[name].to_numpy(), 0.4) for name in ("k3", "kl"))
     values = rows["k3"].to_numpy(dtype=np.float64)
     said = page.locator("#share").text_content().replace("\u00a0", " ")
-    assert said == (
-        f"{chosen.sum()} of {len(rows)} tokens kept, which hold {100 * values[chosen].sum() / values.sum():.1f} % of its k3; "
-        f"{100 * (chosen & reference).sum() / chosen.sum():.1f} % of them are kept by exact KL too"
-    )
+    held = f"{100 * values[chosen].sum() / values.sum():.1f} % of its k3"
+    same = f"{100 * (chosen & reference).sum() / chosen.sum():.1f} % of them are kept by exact KL too"
+    assert said == f"{chosen.sum()} of {len(rows)} tokens kept, which hold {held}; {same}"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_earlier_of_equal_tokens_is_kept(tmp_path: Path, open_page: Callable[..., Any]) -> None:
     write_analysis(tmp_path, samples=1, length=30)
     table = pd.read_parquet(tmp_path / "tokens.parquet")
@@ -145,6 +151,7 @@ def test_the_earlier_of_equal_tokens_is_kept(tmp_path: Path, open_page: Callable
     assert kept(page) == [True] * count + [False] * (len(table) - count)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_first_ratio_is_the_analysis_own(tmp_path: Path, open_page: Callable[..., Any]) -> None:
     """Also where it lies between two steps of the slider."""
     write_analysis(tmp_path, samples=1, length=100, keep_ratio=0.125)
@@ -213,12 +220,12 @@ def test_tooltip_by_pointer_and_by_keyboard(page: Any, tokens: pd.DataFrame) -> 
     assert f"token 6 of {len(rows)}, {'kept' if row['kept'] else 'filtered out'}" in tip.text_content()
 
     def read(text: str) -> float:
-        mantissa, _, power = text.partition(" × 10")
+        mantissa, _, power = text.partition(" \N{MULTIPLICATION SIGN} 10")
         return float(mantissa) * 10.0 ** int(power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) or 0)
 
     mean, error = found["exact KL"].split(" ± ")
-    assert read(mean) == pytest.approx(row["kl"], rel=0.03)
-    assert read(error) == pytest.approx(row["dependency_se"], rel=0.03)
+    assert read(mean) == pytest.approx(row["kl"], rel=0.05)  # two digits at least
+    assert read(error) == pytest.approx(row["dependency_se"], rel=0.05)
     for label, name in [
         ("reverse KL", "reverse_kl"),
         ("JSD", "jsd"),
@@ -246,26 +253,12 @@ def test_everything_is_reached_by_keyboard(page: Any) -> None:
     page.locator("#estimators input:checked").focus()
     stops = []
     for _ in range(8):
-        stops.append(
-            page.evaluate(
-                "document.activeElement.id || document.activeElement.name || document.activeElement.className || document.activeElement.getAttribute('role')"
-            )
-        )
-        outline = page.evaluate(
-            "getComputedStyle(document.activeElement.closest('.choices label') ?? document.activeElement).outlineStyle"
-        )
-        assert outline != "none", stops  # the focus is seen
+        stops.append(page.evaluate("(at => at.id || at.name || at.role || at.className)(document.activeElement)"))
+        ring = "(at => getComputedStyle(at.closest('.choices label') ?? at).outlineStyle)(document.activeElement)"
+        assert page.evaluate(ring) != "none", stops  # the focus is seen
         page.keyboard.press("Tab")
-    assert stops == [
-        "estimator",
-        "ratio",
-        "sort",
-        "model",
-        "option",
-        "next",
-        "question",
-        "token" if stops[-1] == "token" else "token kept",
-    ]
+    assert stops[:-1] == ["estimator", "ratio", "sort", "model", "option", "next", "question"]
+    assert stops[-1].startswith("token")
     page.locator("#responses li").first.focus()
     order = options(page)
     for key, place in [("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1), ("End", len(order) - 1), ("Home", 0)]:
@@ -333,6 +326,7 @@ def test_a_finished_folder_is_written_again_to_the_same_bytes(folder: Path, tmp_
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_missing_and_broken_images_are_said(tmp_path: Path, open_page: Callable[..., Any]) -> None:
     write_analysis(tmp_path, samples=2, length=20)
     (tmp_path / "images" / "0.png").unlink()
@@ -344,7 +338,7 @@ def test_missing_and_broken_images_are_said(tmp_path: Path, open_page: Callable[
 
 
 def test_photographs_are_reduced_until_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_analysis(tmp_path, samples=4, length=10, photograph=(600, 450))
+    write_analysis(tmp_path, samples=4, length=10, photograph=(616, 462))
     folder = read_analysis(tmp_path)
     from vppo import analysis_report
 
@@ -354,12 +348,13 @@ def test_photographs_are_reduced_until_they_fit(tmp_path: Path, monkeypatch: pyt
         return {image["width"] for image in analysis_report._images(folder.path, paths) if image}
 
     with Image.open(tmp_path / "images" / "0.png") as image:
-        assert image.size == (600, 450)
+        assert image.size == (616, 462)
     assert widths(10**7) == {448}
     assert widths(1) == {128}
     assert widths(8 * 4000) < {448, 336, 256, 192}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_one_run_has_a_headline_and_key_numbers(tmp_path: Path) -> None:
     write_analysis(tmp_path, samples=6, length=30)
     folder = read_analysis(tmp_path)

@@ -133,7 +133,8 @@ def test_the_page_in_a_browser(out: Path, open_page: Callable[..., Any]) -> None
     assert page.locator(".chart").count() == 14
 
 
-def test_the_command(folders: list[Path], tmp_path: Path) -> None:
+def test_the_command(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vppo.comparison.perception_plots", lambda runs: [])  # drawing takes seconds
     result = CliRunner().invoke(main, ["compare", *map(str, folders), "--out", str(tmp_path / "c")])
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'c' / 'report.html'}\n"
