@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from analyses import kept_by_definition, write_analysis
-from PIL import Image
 
 from vppo.analysis_folder import read_analysis
-from vppo.analysis_report import comparison_table, headline, write_analysis_pages
+from vppo.analysis_report import _images, comparison_table, headline, write_analysis_pages
 from vppo.perception import summarise_run
 
 SCRIPT = "<script>document.body.dataset.attacked = 1</script>"
@@ -339,19 +338,19 @@ def test_missing_and_broken_images_are_said(tmp_path: Path, open_page: Callable[
 
 def test_photographs_are_reduced_until_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_analysis(tmp_path, samples=4, length=10, photograph=(616, 462))
-    folder = read_analysis(tmp_path)
-    from vppo import analysis_report
+    paths = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "images").iterdir())
 
-    def widths(limit: int) -> set[int]:
-        monkeypatch.setattr(analysis_report, "IMAGE_BYTES", limit)
-        paths = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "images").iterdir())
-        return {image["width"] for image in analysis_report._images(folder.path, paths) if image}
+    def reduced(limit: float) -> tuple[set[int], float]:
+        """The widths of the embedded images, and the bytes that they take."""
+        monkeypatch.setattr("vppo.analysis_report.IMAGE_BYTES", limit)
+        images = [image for image in _images(tmp_path, paths) if image]
+        return {image["width"] for image in images}, sum(len(image["uri"]) for image in images) * 3 / 4
 
-    with Image.open(tmp_path / "images" / "0.png") as image:
-        assert image.size == (616, 462)
-    assert widths(10**7) == {448}
-    assert widths(1) == {128}
-    assert widths(8 * 4000) < {448, 336, 256, 192}
+    widths, size = reduced(10**7)
+    assert widths == {448}
+    widths, smaller = reduced(0.99 * size)
+    assert widths == {336} and smaller < size
+    assert reduced(1)[0] == {128}
 
 
 @pytest.mark.usefixtures("no_figures")
