@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.contest import Record
 from benchmarks.report import MIB, CaseResult, Result, duration
-from vppo.figures import Plot
+from vppo.plot import Plot
 from vppo.theme import LIGHT, Theme
 
 FLOOR_LINE = (0, (2, 2))

@@ -418,7 +418,7 @@ class _Run:
         if self.pages:
             from vppo.perception import summarise
 
-            summary["numbers"] = summarise(tokens, trajectories)
+            summary["numbers"] = summarise(tokens, trajectories, self.options.keep_ratio, self.options.draws)
         write_atomic(self.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 

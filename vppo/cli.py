@@ -194,6 +194,24 @@ def analyze(
         run(**named, **{name: value for name, value in given.items() if name not in prompts or value is not None})
 
 
+@main.command()
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR DIR ...", help="Folders that vppo analyze wrote; the first is the base."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for figures, table and page.")] = Path("runs/comparison"),
+) -> None:
+    """Put several analyses side by side: one page with a table and every figure over all of them.
+
+    Runs that answered the same questions are compared on those alone.
+    """
+    with clear_errors():
+        from vppo.comparison import compare as run
+
+        print(run(folders, out))
+
+
 @main.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,

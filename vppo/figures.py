@@ -1,68 +1,31 @@
-"""The charts of a run, by Matplotlib's object interface: each is drawn once for a light and once for a dark page."""
+"""The charts of a training run."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from vppo.plot import (
+    FLOOR_DECADE,
+    Plot,
+    decade_label,
+    legend_beside_title,
+    line,
+    mark,
+    nats,
+    percent,
+    power_of_ten,
+    prepare,
+    room_above,
+)
 from vppo.scored import ScoredResponse
 from vppo.theme import Theme, token_values
-
-FLOOR_DECADE = -8  # what lies below 1e-8 nats is rounding, which is all that the kernels promise there
-_DASHED = (0, (2, 2))
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure before it is drawn.
-
-    Attributes:
-        name: The stem of its file.
-        caption: How to read it, for the page.
-        alt: What it shows, in words and numbers, for those who do not see it.
-        draw: Puts it on an empty figure in the colours of a theme.
-        size: Width and height in inches, at 100 CSS pixels to the inch.
-    """
-
-    name: str
-    caption: str
-    alt: str
-    draw: Callable[[Figure, Theme], None]
-    size: tuple[float, float] = (5.2, 3.2)
-
-    def png(self, theme: Theme) -> bytes:
-        """The PNG file in the colours of `theme`, two pixels to a CSS pixel."""
-        with matplotlib.style.context(["default", _style(theme)]):
-            figure = Figure(figsize=self.size, dpi=200)
-            canvas = FigureCanvasAgg(figure)
-            self.draw(figure, theme)
-            file = io.BytesIO()
-            # without the version of Matplotlib in the metadata, the same input gives the same bytes
-            canvas.print_figure(file, format="png", metadata={"Software": None})
-        return file.getvalue()
-
-
-def nats(value: float) -> str:
-    """A divergence to three digits, as a person writes it: `1.42`, `0.0031`, `6.3 × 10⁻⁷`."""
-    if value == 0 or 1e-3 <= abs(value) < 1e3:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa} \N{MULTIPLICATION SIGN} {_power_of_ten(int(exponent))}"
-
-
-def percent(value: float) -> str:
-    """A share from 0 to 1 as a percentage with one decimal."""
-    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def run_plots(
@@ -91,7 +54,7 @@ def accuracy_plot(summary: dict[str, Any]) -> Plot:
     before, after, n = float(summary["accuracy_before"]), float(summary["accuracy_after"]), int(summary["held_out"])
 
     def draw(figure: Figure, theme: Theme) -> None:
-        ax = _prepare(figure.subplots(), "Accuracy on held-out questions")
+        ax = prepare(figure.subplots(), "Accuracy on held-out questions")
         for row, (name, value, colour) in enumerate([("before", before, theme.faint), ("after", after, theme.outcome)]):
             ax.barh(row, 1.0, height=0.34, color=theme.low)
             ax.barh(row, value, height=0.34, color=colour)
@@ -122,20 +85,20 @@ def reward_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
     separate = accuracy.size > 0 and not same
 
     def draw(figure: Figure, theme: Theme) -> None:
-        ax = _prepare(figure.subplots(), "Accuracy of the rollouts (the reward)" if same else "Reward of the rollouts")
+        ax = prepare(figure.subplots(), "Accuracy of the rollouts (the reward)" if same else "Reward of the rollouts")
         curves = [(steps, reward, theme.outcome, "reward")]
         if separate:
             curves.append((accuracy_steps, accuracy, theme.good, "accuracy"))
         for x, y, colour, label in curves:
-            _line(ax, x, y, color=colour, linewidth=0.8, alpha=0.45)
-            _line(ax, x, _smooth(y), color=colour, linewidth=2.2, label=label)
+            line(ax, x, y, color=colour, linewidth=0.8, alpha=0.45)
+            line(ax, x, _smooth(y), color=colour, linewidth=2.2, label=label)
         if all(y.min() >= 0 and y.max() <= 1 for _, y, _, _ in curves):
             ax.set_ylim(0, 1.02)
         if same:
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         _step_axis(ax, steps)
         if separate:
-            _legend_beside_title(ax)
+            legend_beside_title(ax)
 
     what = "Mean reward and accuracy" if separate else "Mean reward"
     return Plot(
@@ -153,44 +116,58 @@ def token_histogram(summary: dict[str, Any], responses: Sequence[ScoredResponse]
         return None
     kept = np.concatenate([np.asarray(r.kept, dtype=bool) for r in responses])
     floor = 10.0**FLOOR_DECADE
-    at_floor = values <= floor
-    last_decade = max(1, math.ceil(math.log10(max(float(values.max()), floor))))
-    edges = np.linspace(FLOOR_DECADE, last_decade, 4 * (last_decade - FLOOR_DECADE) + 1)
-    logs = np.log10(np.maximum(values, floor))
-    means = [(name, float(summary[f"dependency_{name}"])) for name in ("digits", "other")]
-    shown_means = sorted((mean, name) for name, mean in means if mean > floor)
+    means = [(float(summary[f"dependency_{name}"]), name) for name in ("digits", "other")]
+    shown_means = sorted((mean, f"{name} {nats(mean)}") for mean, name in means if mean > floor)
+    at_floor = float((values <= floor).mean())
 
     def draw(figure: Figure, theme: Theme) -> None:
-        ax = _prepare(figure.subplots(), "Visual dependency of tokens")
-        left = np.append(edges[:-1], FLOOR_DECADE - 0.8)  # the bin at the floor stands apart from the axis's own
-        width = np.append(np.diff(edges) * 0.92, 0.5)
-        base = np.zeros(left.size)
-        for label, group, colour in (("kept", kept, theme.dependency), ("filtered out", ~kept, theme.faint)):
-            counts = np.append(np.histogram(logs[group & ~at_floor], edges)[0], (group & at_floor).sum())
-            ax.bar(left, counts / values.size, width, base, align="edge", color=colour, label=label)
-            base = base + counts / values.size
-        _room_above(ax, float(base.max()), 0.77, whole=False)
-        for height, (mean, name) in zip((0.85, 0.93), shown_means, strict=False):
-            _mark(ax, math.log10(mean), height, f"{name} {nats(mean)}", theme)
-        decades = range(FLOOR_DECADE + 1, last_decade + 1)
-        ax.set_xticks(
-            [FLOOR_DECADE - 0.55, *decades],
-            [f"≤ {_power_of_ten(FLOOR_DECADE)}", *(_decade_label(decade) for decade in decades)],
-        )
-        ax.set_xlim(FLOOR_DECADE - 1.0, last_decade)
-        ax.set_xlabel("nats, log scale")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
-        _legend_beside_title(ax)
+        ax = prepare(figure.subplots(), "Visual dependency of tokens")
+        dependency_bars(ax, values, kept, shown_means, theme)
 
     dashes = " Dashed: the means at the digits read from the image and at all other tokens." if shown_means else ""
     return Plot(
         "dependency_tokens",
         f"The {values.size:,} tokens of {len(responses):,} held-out answers. The first bar holds those at or below "
-        f"{_power_of_ten(FLOOR_DECADE)} nats, zero included.{dashes}",
+        f"{power_of_ten(FLOOR_DECADE)} nats, zero included.{dashes}",
         f"Histogram of {values.size:,} tokens on a log axis: median {nats(float(np.median(values)))} nats, largest "
-        f"{nats(float(values.max()))}, {percent(float(at_floor.mean()))} at or below {_power_of_ten(FLOOR_DECADE)}.",
+        f"{nats(float(values.max()))}, {percent(at_floor)} at or below {power_of_ten(FLOOR_DECADE)}.",
         draw,
     )
+
+
+def dependency_bars(
+    ax: Axes, values: np.ndarray, kept: np.ndarray, marks: Sequence[tuple[float, str]], theme: Theme
+) -> None:
+    """Shares of the tokens by dependency on a log axis, kept ones apart from filtered ones, with up to two marks."""
+    floor = 10.0**FLOOR_DECADE
+    at_floor = values <= floor
+    last_decade = max(1, math.ceil(math.log10(max(float(values.max()), floor))))
+    edges = np.linspace(FLOOR_DECADE, last_decade, 4 * (last_decade - FLOOR_DECADE) + 1)
+    logs = np.log10(np.maximum(values, floor))
+    left = np.append(edges[:-1], FLOOR_DECADE - 0.8)  # the bin at the floor stands apart from the axis's own
+    width = np.append(np.diff(edges) * 0.92, 0.5)
+    base = np.zeros(left.size)
+    for label, group, colour in (("kept", kept, theme.dependency), ("filtered out", ~kept, theme.faint)):
+        counts = np.append(np.histogram(logs[group & ~at_floor], edges)[0], (group & at_floor).sum())
+        ax.bar(left, counts / values.size, width, base, align="edge", color=colour, label=label)
+        base = base + counts / values.size
+    room_above(ax, float(base.max()), 0.77, whole=False)
+    for height, (value, label) in zip((0.85, 0.93), marks, strict=False):
+        mark(ax, math.log10(value), height, label, theme)
+    dependency_axis(ax, last_decade)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+    legend_beside_title(ax)
+
+
+def dependency_axis(ax: Axes, last_decade: int) -> None:
+    """An x axis of decades of nats, which begins with the bin for all at the floor."""
+    decades = range(FLOOR_DECADE + 1, last_decade + 1)
+    ax.set_xticks(
+        [FLOOR_DECADE - 0.55, *decades],
+        [f"≤ {power_of_ten(FLOOR_DECADE)}", *(decade_label(decade) for decade in decades)],
+    )
+    ax.set_xlim(FLOOR_DECADE - 1.0, last_decade)
+    ax.set_xlabel("nats, log scale")
 
 
 def answer_histogram(responses: Sequence[ScoredResponse]) -> Plot | None:
@@ -203,7 +180,7 @@ def answer_histogram(responses: Sequence[ScoredResponse]) -> Plot | None:
     mean = float(means.mean())
 
     def draw(figure: Figure, theme: Theme) -> None:
-        ax = _prepare(figure.subplots(), "Mean dependency of answers")
+        ax = prepare(figure.subplots(), "Mean dependency of answers")
         top = float(means.max()) * 1.02 or 1.0
         edges = np.linspace(0.0, top, 33)
         base = np.zeros(len(edges) - 1)
@@ -212,11 +189,11 @@ def answer_histogram(responses: Sequence[ScoredResponse]) -> Plot | None:
             if group.any():
                 ax.bar(edges[:-1], count, np.diff(edges) * 0.92, base, align="edge", color=colour, label=label)
             base = base + count
-        _room_above(ax, float(base.max()), 0.85, whole=True)
-        _mark(ax, mean, 0.91, f"mean {nats(mean)}", theme)
+        room_above(ax, float(base.max()), 0.85, whole=True)
+        mark(ax, mean, 0.91, f"mean {nats(mean)}", theme)
         ax.set_xlim(0, top)
         ax.set_xlabel("nats")
-        _legend_beside_title(ax)
+        legend_beside_title(ax)
 
     return Plot(
         "dependency_answers",
@@ -237,7 +214,7 @@ def dependency_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
     curves = {label: _series(metrics, f"vppo/dependency_{key}") for label, key in names.items()}
 
     def draw(figure: Figure, theme: Theme) -> None:
-        ax = _prepare(figure.subplots(), "Dependency in training")
+        ax = prepare(figure.subplots(), "Dependency in training")
         ends = []
         for label, (x, y) in curves.items():
             if not x.size:
@@ -245,12 +222,12 @@ def dependency_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
             heavy = label == "mean"
             shown = np.maximum(y, 10.0**FLOOR_DECADE)
             colour = theme.dependency if heavy else theme.muted
-            _line(ax, x, shown, color=colour, linewidth=2.2 if heavy else 0.9)
+            line(ax, x, shown, color=colour, linewidth=2.2 if heavy else 0.9)
             ends.append((float(shown[-1]), label))
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ax.set_yticks([10.0**decade for decade in decades], [_decade_label(decade) for decade in decades])
+        ax.set_yticks([10.0**decade for decade in decades], [decade_label(decade) for decade in decades])
         ax.set_ylim(10.0 ** decades[0], 10.0 ** decades[-1])
         ax.minorticks_off()
         _step_axis(ax, steps)
@@ -276,15 +253,15 @@ def shaping_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
     rows: list[tuple[Callable[[Axes, Theme], None], str, str]] = []
 
     def draw_alpha(ax: Axes, theme: Theme) -> None:
-        _prepare(ax, "Factor on the advantages")
+        prepare(ax, "Factor on the advantages")
         ax.fill_between(steps, low, high, color=theme.faint, alpha=0.5, linewidth=0)
-        _line(ax, steps, alpha, color=theme.outcome, linewidth=2.2)
+        line(ax, steps, alpha, color=theme.outcome, linewidth=2.2)
         ax.yaxis.set_major_locator(MaxNLocator(3))
         _step_axis(ax, steps)
 
     def draw_kept(ax: Axes, theme: Theme) -> None:
-        _prepare(ax, "Tokens that keep their gradient")
-        _line(ax, kept_steps, kept, color=theme.dependency, linewidth=2.2)
+        prepare(ax, "Tokens that keep their gradient")
+        line(ax, kept_steps, kept, color=theme.dependency, linewidth=2.2)
         ax.set(ylim=(0, 1.02), yticks=[0, 0.5, 1])
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         _step_axis(ax, kept_steps)
@@ -307,74 +284,6 @@ def shaping_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
 
     captions, values = " ".join(caption for _, caption, _ in rows), ", ".join(value for _, _, value in rows)
     return Plot("shaping", captions, f"Lines over the steps; at the last: {values}.", draw)
-
-
-def _style(theme: Theme) -> dict[str, Any]:
-    return {
-        "figure.facecolor": theme.surface,
-        "figure.constrained_layout.use": True,
-        "figure.constrained_layout.h_pad": 0.09,
-        "figure.constrained_layout.w_pad": 0.09,
-        "savefig.facecolor": theme.surface,
-        "axes.facecolor": theme.surface,
-        "axes.edgecolor": theme.rule,
-        "axes.labelcolor": theme.muted,
-        "axes.labelsize": 9,
-        "axes.titlecolor": theme.ink,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlepad": 10,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "grid.color": theme.rule,
-        "grid.linewidth": 0.8,
-        "legend.fontsize": 9,
-        "legend.frameon": False,
-        "legend.handlelength": 1.0,
-        "legend.handleheight": 0.8,
-        "legend.handletextpad": 0.5,
-        "legend.columnspacing": 1.4,
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "text.color": theme.ink,
-        "xtick.color": theme.rule,
-        "xtick.labelcolor": theme.muted,
-        "ytick.color": theme.rule,
-        "ytick.labelcolor": theme.muted,
-        "ytick.left": False,
-    }
-
-
-def _prepare(ax: Axes, title: str) -> Axes:
-    ax.set_title(title, loc="left")
-    return ax
-
-
-def _line(ax: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    ax.plot(x, y, marker="." if x.size == 1 else None, **style)  # a line through one point is invisible
-
-
-def _legend_beside_title(ax: Axes) -> None:
-    # above the axes it can cover no bar, whatever the data
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.4)
-
-
-def _room_above(ax: Axes, peak: float, share: float, *, whole: bool) -> None:
-    """Ends the y axis so that the highest bar takes a share of it; ticks go no higher than the bar."""
-    ticks = MaxNLocator(4, integer=whole).tick_values(0, peak)
-    ax.set(ylim=(0, peak / share), yticks=[tick for tick in ticks if tick <= peak * 1.001])
-
-
-def _mark(ax: Axes, x: float, height: float, label: str, theme: Theme) -> None:
-    """A dashed line at `x`, up to a label at `height`, a fraction of the axes."""
-    ax.axvline(x, ymax=height, color=theme.ink, linewidth=1.0, linestyle=_DASHED)
-    box = {"facecolor": theme.surface, "edgecolor": "none", "pad": 1.0}  # where two are close, over the other's line
-    style: dict[str, Any] = {"ha": "center", "va": "bottom", "bbox": box}
-    ax.annotate(label, (x, height), (0, 2), ("data", "axes fraction"), "offset points", **style)
 
 
 def _label_ends(ax: Axes, ends: list[tuple[float, str]], theme: Theme) -> None:
@@ -422,11 +331,3 @@ def _interval_95(share: float, n: int) -> tuple[float, float]:
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _power_of_ten(exponent: int) -> str:
-    return f"10{str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-
-
-def _decade_label(exponent: int) -> str:
-    return f"{10.0**exponent:g}" if -3 <= exponent <= 3 else _power_of_ten(exponent)

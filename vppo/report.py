@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from PIL import Image
 
-from vppo.figures import Plot, nats, percent, run_plots
+from vppo.figures import run_plots
 from vppo.files import write_atomic
+from vppo.page import NBSP, duration, embedded, percentage, render, ticks, write_figures
+from vppo.plot import nats, percent
 from vppo.scored import ScoredResponse
-from vppo.theme import THEMES, DependencyScale
+from vppo.theme import DependencyScale
 from vppo.token_picture import is_special, token_picture, visible
 
 EXAMPLES, README_EXAMPLES = 12, 6
@@ -48,7 +45,6 @@ LABELS = {
     "peak_rss_mib": "peak memory",
     "warmup_steps": "warm-up steps",
 }
-NBSP = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
 
 def write_report(
@@ -73,19 +69,15 @@ def write_report(
     scale = DependencyScale.of(responses)
     plots = run_plots(summary, metrics, responses)
     pictures = plots + ([token_picture(pick(responses, README_EXAMPLES), scale)] if responses else [])
-    files = {(plot.name, theme.name): plot.png(theme) for plot in pictures for theme in THEMES}
-    for (name, theme_name), png in files.items():
-        write_atomic(out / "figures" / (f"{name}.png" if theme_name == "light" else f"{name}-dark.png"), png)
-    even = scale.top * np.linspace(0, 1, 17) ** 2  # evenly spaced on the scale, which is one of roots
-    page = _template().render(
-        themes=[asdict(theme) for theme in THEMES],
+    charts = write_figures(out, pictures)[: len(plots)]
+    page = render(
+        "report.html",
         headline=headline(summary),
         algorithm=str(summary["algorithm"]).upper(),
         facts=facts(summary),
-        charts=[_chart(plot, files) for plot in plots],
-        gradients={theme.name: scale.colours(even, theme) for theme in THEMES},
+        charts=charts,
         top=f"{scale.top:g}",
-        ticks=[(f"{100 * float(scale.position(value)):.1f}", label) for value, label in scale.ticks],
+        ticks=ticks(scale),
         examples=[_example(response, scale) for response in pick(responses, EXAMPLES)],
         chosen=_chosen(responses),
     )
@@ -114,18 +106,6 @@ def headline(summary: dict[str, Any]) -> str:
         f"{duration(float(summary['seconds_warmup']))} of warm-up (seed{NBSP}{summary['seed']}); tokens that name a "
         f"digit read from the image depend on it {looking}."
     )
-
-
-def duration(seconds: float) -> str:
-    """A time span as a person says it: `0.72 s`, `34 s`, `1 min 12 s`, `2 h 5 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if seconds < 10:
-        text = f"{seconds:.2g} s"
-    elif minutes < 60:
-        text = f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    else:
-        text = f"{minutes // 60} h {minutes % 60} min"
-    return text.replace(" ", NBSP)
 
 
 def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -162,68 +142,28 @@ def _check(summary: dict[str, Any], metrics: Sequence[dict[str, Any]], responses
             raise ValueError(f"responses: row {index} has a dependency that is not finite")
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vppo"),
-        autoescape=True,  # questions, answers and tokens are whatever a model or a data set says
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html")
-
-
-def _chart(plot: Plot, files: dict[tuple[str, str], bytes]) -> dict[str, Any]:
-    width, height = (round(100 * inches) for inches in plot.size)
-    light, dark = (_data_uri(files[plot.name, theme.name], "png") for theme in THEMES)
-    return {"light": light, "dark": dark, "alt": plot.alt, "caption": plot.caption, "width": width, "height": height}
-
-
 def _example(response: ScoredResponse, scale: DependencyScale) -> dict[str, Any]:
-    light, dark = (scale.colours(response.dependency, theme) for theme in THEMES)
     values, kept = response.dependency.tolist(), response.kept.tolist()
+    places = [percentage(scale, value) for value in values]
     return {
-        "image": _embedded(response.image),
-        "perturbed": _embedded(response.perturbed_image),
+        "image": embedded(response.image, MAX_SIDE),
+        "perturbed": embedded(response.perturbed_image, MAX_SIDE),
         "question": response.question,
         "answer": response.answer,
         "correct": response.correct,
         "mean": nats(float(np.mean(values))) if values else None,
-        "chips": list(map(_chip, response.tokens, values, kept, light, dark)),
+        "chips": list(map(_chip, response.tokens, values, kept, places)),
     }
 
 
-def _chip(token: str, value: float, kept: bool, light: str, dark: str) -> dict[str, str]:
+def _chip(token: str, value: float, kept: bool, place: float) -> dict[str, Any]:
     classes = {"kept": kept, "special": is_special(token), "newline": token.endswith("\n")}
     return {
         "text": visible(token),
         "tip": f"{nats(value)} nats, {'kept' if kept else 'filtered out'}",
-        "light": light,
-        "dark": dark,
+        "place": place,
         "classes": " ".join(["token", *(name for name, holds in classes.items() if holds)]),
     }
-
-
-def _embedded(image: Image.Image) -> dict[str, Any]:
-    """An image as a data URI: small ones pixel by pixel, photographs reduced."""
-    image = image.convert("RGB")
-    small = max(image.size) <= 128
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    file = io.BytesIO()
-    if small:
-        image.save(file, "PNG", optimize=True)
-    else:
-        image.save(file, "JPEG", quality=85)
-    return {
-        "uri": _data_uri(file.getvalue(), "png" if small else "jpeg"),
-        "width": image.width,
-        "height": image.height,
-        "small": small,
-    }
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _chosen(responses: Sequence[ScoredResponse]) -> str:

@@ -62,6 +62,15 @@ DARK = Theme(
     bad="#ff8077",
 )
 THEMES = (LIGHT, DARK)
+_SERIES = {
+    "light": ("#d9560b", "#2b6cb0", "#1c7c43", "#8a4fb5", "#96700a", "#c0327a", "#0f8090", "#626974"),
+    "dark": ("#f58442", "#74aee8", "#5cc98a", "#c39bea", "#d8b44a", "#f083b4", "#55c3d0", "#9da5af"),
+}
+
+
+def series_colours(theme: Theme, count: int) -> list[str]:
+    """Colours that tell `count` runs in one figure apart; from the ninth on they begin again."""
+    return [_SERIES[theme.name][index % len(_SERIES[theme.name])] for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,13 @@ class DependencyScale:
 
     @classmethod
     def of(cls, responses: Sequence[ScoredResponse]) -> DependencyScale:
-        """The scale that ends at a round number which few of the responses' tokens exceed, 0.01 nats at least."""
-        high = float(np.quantile(token_values(responses), 0.98)) if any(r.tokens for r in responses) else 1.0
+        """The scale for these responses' tokens."""
+        return cls.of_values(token_values(responses))
+
+    @classmethod
+    def of_values(cls, values: np.ndarray) -> DependencyScale:
+        """The scale that ends at a round number which few of the values exceed, 0.01 nats at least."""
+        high = float(np.quantile(values, 0.98)) if values.size else 1.0
         high = max(high, 0.01)  # below it, colour would make rounding look like a signal
         power = 10.0 ** math.floor(math.log10(high))
         step = next((step for step in (1, 1.5, 2, 3, 4, 5, 6, 8) if high <= step * power * 1.001), 10)

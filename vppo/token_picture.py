@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from vppo.figures import Plot
+from vppo.plot import Plot
 from vppo.scored import ScoredResponse
 from vppo.theme import DependencyScale, Theme, colour_map
 

@@ -13,19 +13,17 @@ from PIL import Image
 from responses import SUMMARY, metrics, response, responses
 
 from vppo.figures import (
-    Plot,
     _interval_95,
     _smooth,
     accuracy_plot,
     answer_histogram,
     dependency_plot,
-    nats,
-    percent,
     reward_plot,
     run_plots,
     shaping_plot,
     token_histogram,
 )
+from vppo.plot import Plot, nats, percent
 from vppo.theme import DARK, LIGHT
 
 

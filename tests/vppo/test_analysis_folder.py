@@ -1,0 +1,120 @@
+"""Broken folders: the message names the file and what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from analyses import write_analysis
+
+from vppo.analysis_folder import read_analysis
+from vppo.analysis_report import write_analysis_pages
+from vppo.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    five = {0: ("What?", ["a", " b", "c", "d", "e"])}
+    out = tmp_path_factory.mktemp("analysis")
+    return write_analysis(out, samples=3, length=20, models=("b", "a"), replace=five, pictures=False)
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "analysis"))
+
+
+def change(name: str, edit: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], Any]:
+    """Rewrites a table of the folder."""
+    return lambda folder: edit(pd.read_parquet(folder / name)).to_parquet(folder / name)
+
+
+def settings(**changed: Any) -> Callable[[Path], Any]:
+    """Rewrites entries of the summary."""
+
+    def edit(folder: Path) -> None:
+        file = folder / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+    return edit
+
+
+TOKENS, TRAJECTORIES = "tokens.parquet", "trajectories.parquet"
+BROKEN: list[tuple[Callable[[Path], Any], str]] = [
+    (shutil.rmtree, "analysis: is no folder; takes one that `vppo analyze` wrote"),
+    (
+        lambda f: (f / TOKENS).unlink(),
+        "tokens.parquet: does not exist; takes a folder that `vppo analyze` has finished",
+    ),
+    (lambda f: (f / TRAJECTORIES).unlink(), "trajectories.parquet: does not exist"),
+    (lambda f: (f / "summary.json").unlink(), "summary.json: does not exist"),
+    (lambda f: (f / "summary.json").write_text("{"), "summary.json: is no JSON"),
+    (lambda f: (f / "summary.json").write_text("[]"), "summary.json: got a list, takes an object"),
+    (settings(keep_ratio=0), "summary.json: keep_ratio: got 0, takes a number above 0 and at most 1"),
+    (settings(divergence="tv"), "summary.json: divergence: got 'tv', takes one of kl, reverse_kl, jsd, k3"),
+    (lambda f: (f / TOKENS).write_bytes(b"PAR1 no"), "tokens.parquet: is no parquet file"),
+    (
+        change(TOKENS, lambda t: t.drop(columns=["kl", "jsd"])),
+        "tokens.parquet: has no column kl, jsd; takes all of model,",
+    ),
+    (
+        change(TRAJECTORIES, lambda t: t.drop(columns="image")),
+        "trajectories.parquet: has no column image; takes all of",
+    ),
+    (change(TOKENS, lambda t: t[:0]), "tokens.parquet: has no rows; nothing was analysed"),
+    (change(TRAJECTORIES, lambda t: t[:0]), "trajectories.parquet: has no rows; nothing was analysed"),
+    (change(TOKENS, lambda t: t.assign(k3="x")), "tokens.parquet: column k3: got str, takes numbers"),
+    (
+        change(TOKENS, lambda t: t[:5].assign(kl=[1, 2, np.inf, 3, 4])),
+        "column kl: 1 of 5 rows are not finite",
+    ),
+    (
+        change(TRAJECTORIES, lambda t: t.assign(question=None)),
+        "trajectories.parquet: column question: row 0 is no text",
+    ),
+    (
+        change(TOKENS, lambda t: t[1:]),
+        "response 0 of sample 0 of model 'b' has 5 tokens by trajectories.parquet, 4 rows",
+    ),
+    (change(TOKENS, lambda t: t[t["model"] == "a"]), "model 'b' has 5 tokens by trajectories.parquet, 0 rows"),
+    (change(TRAJECTORIES, lambda t: t[1:]), "of model 'b' has 0 tokens by trajectories.parquet, 5 rows"),
+    (
+        change(TOKENS, lambda t: t.assign(position=t["position"] + 1)),
+        "has positions in tokens.parquet that are not 0 to",
+    ),
+    (change(TRAJECTORIES, lambda t: pd.concat([t, t])), "trajectories.parquet: row 6 repeats a response"),
+]
+
+
+@pytest.mark.parametrize(("break_it", "message"), BROKEN, ids=[message[:60] for _, message in BROKEN])
+def test_a_broken_folder_is_named(folder: Path, break_it: Callable[[Path], Any], message: str) -> None:
+    break_it(folder)
+    with pytest.raises(InputError, match=re.escape(message)):
+        write_analysis_pages(folder)
+    assert not (folder / "figures").exists()
+
+
+def test_a_whole_folder_is_read(whole: Path) -> None:
+    found = read_analysis(whole)
+    assert [run.label for run in found.runs] == ["b", "a"]  # as they stand, not by the alphabet
+    assert sum(len(run.tokens) for run in found.runs) == len(pd.read_parquet(whole / TOKENS))
+    assert {(run.keep_ratio, run.draws) for run in found.runs} == {(0.4, 4)}
+
+
+def test_more_columns_and_another_order_do_no_harm(folder: Path, whole: Path) -> None:
+    change(TOKENS, lambda t: t.sample(frac=1, random_state=0).assign(more=1))(folder)
+    for found, expected in zip(read_analysis(folder).runs, read_analysis(whole).runs, strict=True):
+        pd.testing.assert_frame_equal(found.tokens.drop(columns="more"), expected.tokens)
+
+
+def test_one_draw_and_no_reference_are_whole(tmp_path: Path) -> None:
+    (run,) = read_analysis(write_analysis(tmp_path, samples=2, draws=1, judged=False, pictures=False)).runs
+    assert run.tokens["dependency_se"].isna().all()
+    assert run.trajectories["correct"].isna().all()
