@@ -37,7 +37,9 @@ INSTRUCTIONS = {"baseline": []} | (
     if X86
     else {}
 )
-ARCHITECTURES = ("80", "90a", "100")
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# of the GPUs that CUDA code is compiled for, as far as the compiler knows them: what it calls them, and what it makes
+ARCHITECTURES = {"compute_80": "80", "compute_90": "90a", "compute_100": "100"}
 
 
 class NotBuiltError(Exception):
@@ -96,24 +98,36 @@ def build_cpu(objects: Path, out: Path) -> str:
     return version[0] if version else cxx[0]
 
 
+def cuda_flags(nvcc: str) -> list[str]:
+    """Machine code for every architecture that this compiler knows, and PTX for later ones."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = [name for name in ARCHITECTURES if name in listed]
+    if not known:
+        raise NotBuiltError(f"{nvcc} knows none of {', '.join(ARCHITECTURES)}")
+    codes = [f"-gencode=arch=compute_{ARCHITECTURES[name]},code=sm_{ARCHITECTURES[name]}" for name in known]
+    return [*CUDA_FLAGS, *codes, f"-gencode=arch={known[-1]},code={known[-1]}"]
+
+
 def build_cuda(objects: Path, out: Path) -> str:
     wanted = os.environ.get("VPPO_BUILD_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"VPPO_BUILD_CUDA: got {wanted!r}, takes auto, 0 or 1")
-    sources = sorted(ROOT.glob("csrc/cuda/*.cu")) + sorted(ROOT.glob("csrc/cuda/*.cpp"))
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if wanted == "0":
         raise NotBuiltError("VPPO_BUILD_CUDA is 0")
-    if not sources or not nvcc:
-        raise NotBuiltError("there is no nvcc" if sources else "there are no sources")
-    headers = ffi()
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    flags += ["-isystem", str(headers / "include")]
-    made = [str(objects / f"{source.stem}.o") for source in sources]
-    compile_all([[nvcc, *flags, "-c", str(s), "-o", o] for s, o in zip(sources, made, strict=True)])
-    run([nvcc, *flags, "-shared", *made, f"-L{headers / 'lib'}", "-ltvm_ffi", "-o", str(out)])
-    return subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.splitlines()[-1]
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if nvcc is None:
+        raise NotBuiltError("there is no nvcc")
+    headers, flags = ffi(), cuda_flags(nvcc)
+    # kernels know nothing of Python: nvcc does not see the headers that would take it longer than the kernels do
+    host = [*CUDA_FLAGS, "-isystem", str(headers / "include")]
+    units = [(source, flags) for source in sorted(ROOT.glob("csrc/cuda/*.cu"))]
+    units += [(source, host) for source in sorted(ROOT.glob("csrc/cuda/*.cpp"))]
+    made = [str(objects / f"{source.stem}.o") for source, _ in units]
+    compile_all([[nvcc, *more, "-c", str(s), "-o", o] for (s, more), o in zip(units, made, strict=True)])
+    # the runtime linked statically asks for the driver when it is first called, not when the library is loaded
+    run([nvcc, "-shared", "--cudart=static", *made, f"-L{headers / 'lib'}", "-ltvm_ffi", "-o", str(out)])
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return next((line for line in version if "release" in line), nvcc)
 
 
 LIBRARIES = {"cpu": build_cpu, "cuda": build_cuda}
@@ -186,4 +200,5 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel})
+if __name__ == "__main__":
+    setup(cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel})

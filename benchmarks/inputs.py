@@ -30,6 +30,7 @@ class Shape(NamedTuple):
 PRESETS = {
     "tiny": Shape(8_192, 256),
     "cpu": Shape(152_064, 1_536),
+    "narrow": Shape(152_064, 256),
     "small": Shape(32_768, 1_024),
     "3b": Shape(151_936, 2_048),
     "7b": Shape(152_064, 3_584),

@@ -1,10 +1,13 @@
-"""The picture of a result: a small chart per case, time over the floor's."""
+"""The picture of a result: a chart per case, time over the floor's; or curves, where presets differ in a number."""
 
 from __future__ import annotations
+
+import re
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.contest import Record
 from benchmarks.report import MIB, CaseResult, Result, duration
 from vppo.figures import Plot
 from vppo.theme import LIGHT, Theme
@@ -14,6 +17,15 @@ FLOOR_LINE = (0, (2, 2))
 
 def png(result: Result) -> bytes:
     """A PNG: cases with the same head and mode side by side, ordered by rows."""
+    curves: dict[str, list[CaseResult]] = {}
+    for case in result.cases:
+        numbered = re.fullmatch(r"(\w+)-\d+", case.labels["preset"])
+        if numbered:
+            curves.setdefault(numbered[1], []).append(case)
+    return _curves(result, curves) if curves else _bars(result)
+
+
+def _bars(result: Result) -> bytes:
     lines: dict[tuple, list[CaseResult]] = {}
     for case in result.cases:
         lines.setdefault((case.labels["preset"], case.labels["backward"]), []).append(case)
@@ -21,11 +33,7 @@ def png(result: Result) -> bytes:
     bars = max(len(case.records) for case in result.cases)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        title = f"{result.suite}: time over the floor\n"
-        figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold", color=theme.ink)
-        threads = "" if result.device == "cuda" else f", torch threads: {result.machine['threads']}"
-        where = f"{result.machine['device']}{threads}, torch {result.versions['torch']}, {result.date[:10]}"
-        figure.text(0.012, 0.985, f"\n\n{where}", va="top", color=theme.muted, size=9)
+        _title(figure, result, f"{result.suite}: time over the floor", theme)
         axes = figure.subplots(len(lines), columns, squeeze=False)
         for row, line in zip(axes, lines.values(), strict=True):
             end = max([1.0, *(case.over_floor(record) or 0.0 for case in line for record in case.records)])
@@ -36,6 +44,48 @@ def png(result: Result) -> bytes:
 
     size = (max(6.4, 4.6 * columns), 0.9 + (0.95 + 0.36 * bars) * len(lines))
     return Plot(f"benchmark-{result.suite}", "", "", draw, size).png(LIGHT)
+
+
+def _title(figure: Figure, result: Result, title: str, theme: Theme) -> None:
+    """What is shown, and on which machine."""
+    figure.suptitle(f"{title}\n", x=0.012, ha="left", size=13, weight="bold", color=theme.ink)
+    threads = "" if result.device == "cuda" else f", torch threads: {result.machine['threads']}"
+    where = f"{result.machine['device']}{threads}, torch {result.versions['torch']}, {result.date[:10]}"
+    figure.text(0.012, 0.985, f"\n\n{where}", va="top", color=theme.muted, size=9)
+
+
+def _curves(result: Result, curves: dict[str, list[CaseResult]]) -> bytes:
+    """How many times as fast ours is as the first peer, and as many times fewer tokens pass."""
+    names = {"prompt": "tokens of the prompt", "rollouts": "responses to a prompt"}
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        _title(figure, result, f"{result.suite}: times as fast as the plain pass", theme)
+        for ax, (name, cases) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+            timed = [case for case in cases if all(record.seconds for record in case.records)]
+            numbers = [int(case.labels["preset"].rsplit("-", 1)[1]) for case in timed]
+            bound = [case.labels["tokens_whole"] / case.labels["tokens_shared"] for case in timed]
+            fast = [_first(case, "peer").median / _first(case, "ours").median for case in timed]
+            ax.plot(numbers, bound, color=theme.muted, linestyle=FLOOR_LINE, label="fewer tokens, times")
+            ax.plot(numbers, fast, color=theme.dependency, marker="o", label="as fast, times, measured")
+            for number, value in zip(numbers, fast, strict=True):
+                ax.annotate(f"{value:.1f}", (number, value), (0, 7), textcoords="offset points", ha="center", size=8)
+            labels = timed[0].labels
+            fixed = f"{labels['response']} tokens a response"
+            same = (
+                f"{labels['rows'] // labels['prompts']} responses" if name == "prompt" else f"prompt {labels['prompt']}"
+            )
+            ax.set_title(f"{same}, {fixed}", loc="left", size=10)
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(numbers, [f"{number:,}" for number in numbers])
+            ax.minorticks_off()
+            ax.set(xlabel=names.get(name, name), ylim=(0, 1.15 * max(bound + fast)))
+            ax.legend(loc="upper left", frameon=False, fontsize=8)
+
+    return Plot(f"benchmark-{result.suite}", "", "", draw, (4.6 * len(curves), 4.0)).png(LIGHT)
+
+
+def _first(case: CaseResult, role: str) -> Record:
+    return next(record for record in case.records if record.role == role)
 
 
 def _draw_case(ax: Axes, case: CaseResult, end: float, theme: Theme) -> None:

@@ -29,12 +29,15 @@ class CaseResult:
     @property
     def title(self) -> str:
         labels = self.labels
-        mode = "forward + backward" if labels["backward"] else "forward"
+        mode = labels.get("mode") or ("forward + backward" if labels["backward"] else "forward")
         return f"{labels['preset']}, {labels['rows']:,} rows, {mode}"
 
     @property
     def sizes(self) -> str:
         labels = self.labels
+        if "prompts" in labels:
+            rollouts = f"{labels['prompts']} x {labels['rows'] // labels['prompts']} responses"
+            return f"{rollouts}, {labels['prompt']:,} + {labels['response']:,} tokens, {labels['dtype']}"
         if "vocab" not in labels:
             return f"{labels['rows']:,} x {labels['length']:,}, {labels['dtype']}"
         active = f", {labels['active_rows']:,} rows active" if "active_rows" in labels else ""

@@ -22,6 +22,8 @@ constexpr DLDataType dtype_of() {
     return {kDLBool, 8, 1};
   } else if constexpr (std::is_same_v<T, float>) {
     return {kDLFloat, 32, 1};
+  } else if constexpr (std::is_same_v<T, uint16_t>) {  // C++17 has no bfloat16
+    return {kDLBfloat, 16, 1};
   } else {
     static_assert(std::is_same_v<T, int64_t>);
     return {kDLInt, 64, 1};

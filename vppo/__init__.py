@@ -3,15 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vppo.analysis import Analysis, analyze
+    from vppo.analysis_options import AnalysisOptions
     from vppo.config import VPPOConfig
     from vppo.trainer import VPPOTrainer
     from vppo_kernels import vppo_loss
 
-__all__ = ["VPPOConfig", "VPPOTrainer", "vppo_loss"]
+__all__ = ["Analysis", "AnalysisOptions", "VPPOConfig", "VPPOTrainer", "analyze", "vppo_loss"]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: torch, transformers and TRL take seconds, and `vppo --help` needs none of them."""
+    if name in ("Analysis", "AnalysisOptions", "analyze"):
+        import vppo.analysis
+
+        return getattr(vppo.analysis, name)
     if name == "VPPOConfig":
         from vppo.config import VPPOConfig
 

@@ -14,7 +14,8 @@ from vppo.errors import InputError
 
 main = typer.Typer(
     name="vppo",
-    help="Train vision-language models with VPPO: reinforcement learning that rewards looking at the image.",
+    help="Train vision-language models with VPPO: reinforcement learning that rewards looking at the image; and see "
+    "where any of them looks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a defect shows Python's own traceback, whole
@@ -109,6 +110,88 @@ def train(
         from vppo.train import train as run
 
         run(load_config(config, context.args))
+
+
+@main.command()
+def analyze(
+    model: Annotated[str, typer.Option(help="A model on the hub, or a folder as save_pretrained writes it.")],
+    data: Annotated[str, typer.Option(help="Problems: a JSONL or parquet file, a folder of them, or a hub dataset.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables, figures and page; a run in it goes on.")],
+    responses: Annotated[
+        list[Path] | None,
+        typer.Option(help="Responses to score, JSONL or parquet; may be repeated. Without any, they are sampled."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first problems of the data.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to sample to each problem.")] = 1,
+    perturbation: Annotated[
+        Literal["patch", "noise", "blur", "grey"],
+        typer.Option(help="How the second view is spoiled: black patches, noise, blur, or all grey."),
+    ] = "patch",
+    patch_size: Annotated[
+        int | None, typer.Option(help="Side of a blackened patch in pixels; the model's own patch if not given.")
+    ] = None,
+    patch_probability: Annotated[float, typer.Option(help="Chance of each patch to be blackened, 0..1.")] = 0.5,
+    noise_std: Annotated[float, typer.Option(help="Standard deviation of the noise, on the 0..255 scale.")] = 189.0,
+    blur_radius: Annotated[float, typer.Option(help="Standard deviation of the blur, in pixels.")] = 6.0,
+    draws: Annotated[
+        int, typer.Option(min=1, help="Perturbed views of each problem; from two on, scores have a standard error.")
+    ] = 1,
+    divergence: Annotated[
+        Literal["kl", "k3", "jsd", "reverse_kl"],
+        typer.Option(help="What counts as dependency of a token, in nats; all four are in the table."),
+    ] = "kl",
+    keep_ratio: Annotated[float, typer.Option(help="Fraction of each response that counts as kept.")] = 0.4,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest response that is sampled.")] = 2048,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of sampling, and of both views' logits; 0 samples greedily, scores at 1.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and perturbation.")] = 0,
+    memory: Annotated[
+        float,
+        typer.Option(help="GiB that sampling and scoring may use for caches and activations, beside the weights."),
+    ] = 4.0,
+    split: Annotated[str, typer.Option(help="Which split of a dataset on the hub.")] = "train",
+    system_prompt: Annotated[
+        str | None, typer.Option(help="First message of every prompt, empty for none; training's if not given.")
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="What follows every problem, may be empty; training's if not given.")
+    ] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="Smaller images are enlarged to this many pixels.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Larger images are reduced to this many pixels.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, ..., or auto to spread the model over all GPUs; a GPU if there is one."),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="What weights are loaded as; auto is as they were saved."),
+    ] = "auto",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...; the model's own choice if not given.")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of a model on the hub.")] = "main",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
+    ] = False,
+    sampler: Annotated[
+        Literal["auto", "vllm", "transformers"],
+        typer.Option(help="Who samples; auto is vLLM where it is installed and a GPU is there."),
+    ] = "auto",
+) -> None:
+    """See where a model looks: how much each token of its responses depends on the image.
+
+    No training is needed. Tables, figures and a page go to --out; the same command goes on with a run that was stopped.
+    """
+    given = dict(locals())
+    with clear_errors():
+        from vppo.analysis import analyze as run
+        from vppo.progress import quieten
+
+        quieten()
+        prompts = ("system_prompt", "instruction")
+        named = {"model": given.pop("model"), "data": given.pop("data"), "responses": given.pop("responses") or ()}
+        run(**named, **{name: value for name, value in given.items() if name not in prompts or value is not None})
 
 
 @main.command(

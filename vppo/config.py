@@ -8,6 +8,7 @@ from typing import TypedDict
 
 from trl import GRPOConfig
 
+from vppo.passes import SHARING
 from vppo.perturbations import KINDS, Perturbation
 
 ALGORITHMS = ("vppo", "tas", "tgf", "dapo", "grpo")
@@ -92,7 +93,21 @@ class VPPOConfig(GRPOConfig):
     perturbation: str = field(default="patch", metadata={"help": "Perturbed view: 'patch', 'noise', 'blur' or 'grey'."})
     perturbation_scope: str | None = field(
         default=None,
-        metadata={"help": "One perturbed view per 'prompt' and step, shared by its rollouts, or per 'rollout'."},
+        metadata={
+            "help": "One perturbed view per 'prompt' and step: its rollouts are measured against the same view, which "
+            "passes once. Or one per 'rollout', as the released code: the view's luck enters the shaping, and nothing "
+            "of its pass is shared."
+        },
+    )
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "Scoring passes the prompt of a group's rollouts once: 'auto' where the model can go on from its "
+            "cache, 'on' or an error, 'off'."
+        },
+    )
+    scoring_memory: float = field(
+        default=4.0, metadata={"help": "GiB that scoring may use for repeated caches and activations, above 0."}
     )
     patch_size: int | None = field(
         default=None, metadata={"help": "Side of a blackened patch in pixels; None takes the model's own patch, or 14."}
@@ -129,6 +144,9 @@ class VPPOConfig(GRPOConfig):
         _one_of("tas_statistics", self.tas_statistics, ("batch", "micro-batch"))
         _one_of("perturbation", self.perturbation, KINDS)
         _one_of("perturbation_scope", self.perturbation_scope, SCOPES)
+        _one_of("prefix_sharing", self.prefix_sharing, SHARING)
+        if not self.scoring_memory > 0:
+            raise ValueError(f"scoring_memory: got {self.scoring_memory!r}, takes a number above 0")
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f"keep_ratio: got {self.keep_ratio!r}, takes a number above 0 and at most 1")
         if not self.scale_min > 0:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import glob
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from vppo.errors import InputError
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, Features
+    from PIL import Image
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 INSTRUCTION = (
@@ -54,18 +58,155 @@ def load_training_data(
     """
     from datasets import concatenate_datasets
 
-    files = _local_files(name_or_path, split)
-    sources = [(str(file), file.parent) for file in files] or [(str(name_or_path), Path())]
-    raw = [_read_file(file) for file in files] or [_read_hub(str(name_or_path), split)]
-    parts = [
-        _to_conversations(part, source, folder, system_prompt, instruction)
-        for part, (source, folder) in zip(raw, sources, strict=True)
-    ]
-    _check_images(parts, [source for source, _ in sources])
+    raw = _read(name_or_path, split)
+    parts = [_to_conversations(part, source, folder, system_prompt, instruction) for part, source, folder in raw]
+    _check_images(parts, [source for _, source, _ in raw])
     try:
         return concatenate_datasets(parts)
     except ValueError as error:
         raise InputError(f"{name_or_path}: its files do not have the same columns: {error}") from error
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question about images.
+
+    Attributes:
+        prompt: Messages as TRL and chat templates take them.
+        images: Its pictures, RGB; none for a text-only problem.
+        answer: The reference answer, or None where the data has none.
+    """
+
+    prompt: list[dict[str, Any]]
+    images: list[Image.Image]
+    answer: str | None
+
+    @property
+    def question(self) -> str:
+        """The user's text, as a person reads it."""
+        texts = []
+        for message in self.prompt:
+            if message["role"] == "user":
+                content = message["content"]
+                texts += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+        return "\n".join(texts)
+
+
+class Problems:
+    """Problems that are read when they are asked for, so that a broken one spares the others.
+
+    The rows are those of `load_training_data`, with three liberties: the `answer` may be missing, a row may have no
+    image, and instead of a `problem` it may have a `prompt` (messages, as TRL takes them), which is used as it is,
+    without system prompt and instruction.
+
+    Args:
+        data: As `load_training_data` takes it, or rows in memory, whose images may be PIL images.
+        split, system_prompt, instruction: As in `load_training_data`.
+
+    Raises:
+        InputError: A missing file, or one that lacks a column; the message names those it has.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | Sequence[dict[str, Any]],
+        *,
+        split: str = "train",
+        system_prompt: str = SYSTEM_PROMPT,
+        instruction: str = INSTRUCTION,
+    ) -> None:
+        self.system_prompt, self.instruction = system_prompt, instruction
+        self._parts: list[tuple[Any, str, Path, set[str]]] = []
+        if isinstance(data, str | Path):
+            for part, source, folder in _read(data, split):
+                self._parts.append((part.with_format("arrow"), source, folder, set(part.column_names)))
+        else:
+            columns = {name for row in data for name in row}
+            self._parts.append((data, "data", Path(), columns))
+        for part, source, _, columns in self._parts:
+            if not len(part):
+                raise InputError(f"{source}: it has no rows")
+            for wanted in (("problem", "prompt"), ("images", "image")):
+                if not columns & set(wanted):
+                    raise InputError(f"{source}: no column {wanted[0]!r}, it has {sorted(columns)}")
+        self._ends = list(accumulate(len(part) for part, *_ in self._parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Problem:
+        """Reads one row.
+
+        Raises:
+            InputError: It has no question, or an image that cannot be read; the message names file, row and column.
+            IndexError: There is no such row.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row, columns, where, folder = self._row(index)
+        column = "images" if "images" in columns else "image"
+        answer = row.get("answer")
+        answer = None if answer is None or not str(answer).strip() else str(answer).strip()
+        value = row.get(column)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        images = [_picture(item, column, where, folder) for item in items]
+        if "problem" in columns:
+            prompt = _conversation(row.get("problem"), len(images), where, self.system_prompt, self.instruction)
+        elif row.get("prompt"):
+            prompt = list(row["prompt"])
+        else:
+            raise InputError(f"{where}, column 'prompt': it is empty")
+        return Problem(prompt, images, answer)
+
+    @cached_property
+    def ids(self) -> dict[str, int] | None:
+        """The row of each value of the column `id`, as text; None where the data has no such column.
+
+        Raises:
+            InputError: Two rows have the same.
+        """
+        found: list[str] = []
+        for part, _, _, columns in self._parts:
+            if "id" not in columns:
+                return None
+            stored = isinstance(part, Sequence)
+            values = [row.get("id") for row in part] if stored else part.select_columns("id")[:]["id"].to_pylist()
+            found += map(str, values)
+        rows = {value: row for row, value in reversed(list(enumerate(found)))}
+        if len(rows) < len(found):
+            twice = next(value for row, value in enumerate(found) if rows[value] != row)
+            raise InputError(f"{self._parts[0][1]}: column 'id': {twice!r} is there twice, takes one row of each")
+        return rows
+
+    def _row(self, index: int) -> tuple[dict[str, Any], set[str], str, Path]:
+        number = next(number for number, end in enumerate(self._ends) if index < end)
+        part, source, folder, columns = self._parts[number]
+        inside = index - self._ends[number] + len(part)
+        row = part[inside] if isinstance(part[inside], dict) else part[inside].to_pylist()[0]
+        return row, columns, f"{source}, row {inside + 1}", folder
+
+
+def _picture(item: Any, column: str, where: str, folder: Path) -> Image.Image:
+    """One image, decoded as training decodes it."""
+    from datasets import Image as ImageFeature
+    from PIL import Image
+
+    if isinstance(item, Image.Image):
+        return item.convert("RGB")
+    (stored,) = _images(item, column, where, folder)
+    try:
+        return ImageFeature(mode="RGB").decode_example(stored)
+    except Exception as error:  # Pillow's readers raise many kinds
+        what = stored["path"] or "the embedded picture"
+        raise InputError(f"{where}, column {column!r}: cannot read {what}: {type(error).__name__}: {error}") from error
+
+
+def _read(name_or_path: str | Path, split: str) -> list[tuple[Dataset, str, Path]]:
+    """Each file of a dataset as it is stored, how to call it, and what its paths are relative to."""
+    files = _local_files(name_or_path, split)
+    if files:
+        return [(read_file(file), str(file), file.parent) for file in files]
+    return [(_read_hub(str(name_or_path), split), str(name_or_path), Path())]
 
 
 def _local_files(name_or_path: str | Path, split: str) -> list[Path]:
@@ -95,7 +236,12 @@ def _read_hub(name: str, split: str) -> Dataset:
         raise InputError(f"{name}: neither a local file or folder nor a readable hub dataset: {error}") from error
 
 
-def _read_file(file: Path) -> Dataset:
+def read_file(file: Path) -> Dataset:
+    """The rows of a JSONL, JSON or parquet file as they are stored.
+
+    Raises:
+        InputError: It cannot be read, or a row is not an object.
+    """
     import pyarrow
     from datasets import Dataset
 
@@ -107,7 +253,7 @@ def _read_file(file: Path) -> Dataset:
     rows = list(_json_rows(file))
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(f"{file}, row {number}: must be an object with problem, answer, images; got {row!r:.80}")
+            raise InputError(f"{file}, row {number}: must be an object of columns and values; got {row!r:.80}")
         if isinstance(row.get("answer"), int | float):
             row["answer"] = str(row["answer"])  # 7 and "1/2" in one column: fine in JSON, not in Arrow
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -148,11 +294,9 @@ def _to_conversations(part: Dataset, source: str, folder: Path, system_prompt: s
         rows = []
         for index, row in zip(indices, table.to_pylist(), strict=True):
             where = f"{source}, row {index + 1}"
-            problem, answer = (_text(row[name], name, where) for name in ("problem", "answer"))
+            answer = _text(row["answer"], "answer", where)
             images = _images(row[column], column, where, folder)
-            messages = [_message("system", [_part(system_prompt)])] if system_prompt else []
-            messages.append(_message("user", _user_parts(problem, instruction, len(images), where)))
-            rows.append((messages, answer, images))
+            rows.append((_conversation(row["problem"], len(images), where, system_prompt, instruction), answer, images))
         prompts, answers, pictures = map(list, zip(*rows, strict=True))
         others = {name: table[name].to_pylist() for name in part.column_names if name in features}
         return {**others, "prompt": prompts, "answer": answers, "images": pictures}
@@ -203,6 +347,11 @@ def _images(value: Any, column: str, where: str, folder: Path) -> list[dict[str,
         else:
             raise InputError(f"{where}, column {column!r}: an image is a path or an embedded picture, got {item!r:.80}")
     return images
+
+
+def _conversation(problem: Any, images: int, where: str, system_prompt: str, instruction: str) -> list[dict[str, Any]]:
+    messages = [_message("system", [_part(system_prompt)])] if system_prompt else []
+    return [*messages, _message("user", _user_parts(_text(problem, "problem", where), instruction, images, where))]
 
 
 def _user_parts(problem: str, instruction: str, images: int, where: str) -> list[dict[str, str | None]]:

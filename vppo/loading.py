@@ -1,4 +1,4 @@
-"""A model's processor, also where its video half cannot be built."""
+"""A vision-language model, and its processor, also where the video half of that cannot be built."""
 
 from __future__ import annotations
 
@@ -72,3 +72,51 @@ def _limit_pixels(image_processor: Any, **limits: int | None) -> None:
         if not hasattr(image_processor, "merge_size"):  # Qwen's, whose two edges are counts of pixels
             raise InputError(f"{name}: {type(image_processor).__name__} has no limits on pixels to set")
         image_processor.size[edge] = limits[edge]
+
+
+def load_model(
+    model: str,
+    *,
+    device: str,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Loads a vision-language model for evaluation.
+
+    Args:
+        model: A model on the hub, or a folder as `save_pretrained` writes it.
+        device: "cpu", "cuda", ..., or "auto" to spread it over all GPUs.
+        dtype: "auto" for the checkpoint's own, or "float32", "bfloat16", "float16".
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None for the model's own choice.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether the model's own code may run.
+
+    Raises:
+        InputError: There is no such model, or it does not take images.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            model,
+            device_map=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(f"model: {model}: cannot be loaded: {error}") from error
+    return loaded.eval()
+
+
+def check_device(device: str) -> None:
+    """Raises an `InputError` where a device cannot be used."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains, and the lines that are kept of it."""
+"""What a person sees while a model works, and the lines that are kept of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -48,6 +56,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def columns() -> list[ProgressColumn]:
+    """What every bar shows: what is done, how much of it, and the time left."""
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+
+
+def quieten() -> None:
+    """Hide what a user cannot act on: progress bars of loading and saving, advice on configuration."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|accelerate)\b")
+
+
 class _Bar(Progress):
     """A bar with a line of numbers below it, so that both fit a terminal of 80 columns."""
 
@@ -70,14 +104,7 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, metrics_path: Path, console: Console | None = None) -> None:
         self.metrics_path = metrics_path
         self.timings_path = metrics_path.with_name("timings.jsonl")
-        self._progress = _Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console or Console(),
-        )
+        self._progress = _Bar(*columns(), console=console or Console())
         self._task: TaskID | None = None
 
     def on_train_begin(

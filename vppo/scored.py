@@ -1,11 +1,22 @@
-"""One response, scored token by token: what the analysis produces and the report shows."""
+"""One response, scored token by token: what the report of a run shows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from vppo.data import Problem
+from vppo.passes import ResponsePasses
+from vppo.perturbations import Perturbation, PixelLayout
+from vppo.prompts import Prompts
+from vppo.tables import token_texts
+from vppo.token_scores import Scoring, score_tokens
+
+AT_ONCE = 128  # rows whose images are in memory together
 
 
 @dataclass(frozen=True)
@@ -35,3 +46,62 @@ class ScoredResponse:
     @property
     def text(self) -> str:
         return "".join(self.tokens)
+
+
+def score_responses(
+    model: Any,
+    processor: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    divergence: str = "kl",
+    perturbation: Perturbation | None = None,
+    keep_ratio: float = 0.4,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[ScoredResponse]:
+    """Dependency of every token of given responses on their image, with the pictures, in memory.
+
+    Args:
+        model: A vision-language model; it is left in the mode it was in.
+        processor: Its processor, with a chat template.
+        rows: One dict per response: "prompt" (conversational, as TRL takes it), "images" (list of PIL images, at least
+            one), "response_ids" (list of token ids), "answer" (the reference answer) and "correct" (bool).
+        divergence: "kl", "reverse_kl", "jsd" or "k3".
+        perturbation: What the perturbed view does; None blackens half of the model's own patches.
+        keep_ratio: Fraction of each response that counts as kept, in (0, 1].
+        temperature: Divides the logits of both views.
+        seed: Of the perturbation; row `i` is drawn from (seed, i).
+
+    Returns:
+        One `ScoredResponse` per row, in order; dependencies in nats.
+
+    Raises:
+        ValueError: A row has no image or no response token; the message names it.
+    """
+    for index, row in enumerate(rows):
+        for name in ("images", "response_ids"):
+            if not len(row.get(name) or ()):
+                raise ValueError(f"rows: row {index} has an empty {name!r}, takes at least one entry")
+    patch_size = PixelLayout.of(processor.image_processor).patch_size
+    scoring = Scoring(perturbation or Perturbation(patch_size=patch_size), 1, divergence, keep_ratio, temperature, seed)
+    passes, scored = ResponsePasses(model), []
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
+        prompts = Prompts(processor, [Problem(row["prompt"], list(row["images"]), str(row["answer"])) for row in part])
+        ids, keys = [list(row["response_ids"]) for row in part], list(range(start, start + len(part)))
+        found = score_tokens(passes, prompts, range(len(part)), ids, keys, scoring)
+        for place, (row, score) in enumerate(zip(part, found, strict=True)):
+            perturbed = prompts.perturbed(place, *scoring.draw(keys[place], 0))
+            scored.append(
+                ScoredResponse(
+                    image=prompts.pictures(place)[0],
+                    perturbed_image=prompts.pictures(place, perturbed)[0],
+                    question=prompts.problems[place].question,
+                    answer=str(row["answer"]),
+                    correct=bool(row["correct"]),
+                    tokens=token_texts(processor.tokenizer, ids[place]),
+                    dependency=score.dependency,
+                    kept=score.kept,
+                )
+            )
+    return scored

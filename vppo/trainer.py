@@ -20,12 +20,15 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from vppo.batch import Batch, View
 from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.fused_head import fused_head
+from vppo.heads import logit_options
+from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import PixelLayout, seeded
 from vppo.sampler import EpochSampler
-from vppo.scoring import Batch, logit_options, score
+from vppo.scoring import score
 from vppo_kernels import TrajectoryStats, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
 
@@ -64,7 +67,9 @@ class VPPOTrainer(GRPOTrainer):
             args = VPPOConfig()
         if not isinstance(args, VPPOConfig):
             raise TypeError(f"args: got {type(args).__name__}, takes a vppo.VPPOConfig")
-        self._recorded: list[Tensor] | None = None  # hidden states of TRL's scoring pass, while it is listened to
+        # hidden states of the clean view that TRL's own passes make: while they score, and while they generate
+        self._recorded: list[Tensor] | None = None
+        self._generated: list[Tensor] = []
         self._train_logprobs: Tensor | None = None
         self._warned_blind = False
         super().__init__(model, reward_funcs, args, **kwargs)
@@ -79,6 +84,9 @@ class VPPOTrainer(GRPOTrainer):
             self._layout = PixelLayout.of(image_processor)
             self._perturbation = args.make_perturbation(self._layout.patch_size)
             self._has_dropout = _has_dropout(self.model)
+            self._passes = ResponsePasses(
+                self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self._most
+            )
 
     # -- going on from a checkpoint ----------------------------------------------------------------------------------
 
@@ -106,7 +114,7 @@ class VPPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
             hidden_clean = self._take_recorded(output)
         finally:
-            self._recorded = None
+            self._recorded, self._generated = None, []
         return self._fold(output, hidden_clean) if training and self.args.scores_tokens else output
 
     @torch.no_grad()
@@ -118,15 +126,13 @@ class VPPOTrainer(GRPOTrainer):
         rows = scored.nonzero().flatten().tolist()
         with self._quiet_model(), self.accelerator.autocast():
             dependency = score(
-                self.model,
+                self._passes,
                 batch,
                 rows,
-                self._perturbed(batch, rows),
+                *self._views(batch, rows),
                 kind=str(self.args.divergence),
                 options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
-                batch_size=self.args.per_device_train_batch_size,
                 hidden_clean=hidden_clean,
-                most_rows=self._most_rows(rows),
                 check=self.args.check_kernels,
             )
         stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), process_group=self._process_group())
@@ -161,24 +167,25 @@ class VPPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(advantages)
         return live[first : first + len(advantages)]
 
-    def _most_rows(self, rows: Sequence[int]) -> int:
-        """The most rows that any process scores, where the model is sharded and all must join each forward."""
+    def _most(self, count: int) -> int:
+        """The largest count of all processes where the model is sharded and all must join each forward."""
         if not (self._dist.is_fsdp or self._dist.is_zero3):
-            return len(rows)
-        count = torch.tensor([len(rows)], device=self.accelerator.device)
-        return int(self.accelerator.gather(count).max())
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
-    def _perturbed(self, batch: Batch, rows: Sequence[int]) -> dict[int, Tensor]:
-        """The perturbed pixels of each row, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
-        first = self.accelerator.process_index * len(batch.input_ids)
-        views: dict[int, Tensor] = {}
+    def _views(self, batch: Batch, rows: Sequence[int]) -> tuple[View, View]:
+        """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
+        first = self.accelerator.process_index * len(batch)
+        prompts = [(first + row) // self.num_generations for row in range(len(batch))]
+        each = self.args.perturbation_scope == "rollout"
+        keys = [first + row for row in range(len(batch))] if each else prompts
+        pixels: dict[int, Tensor] = {}
         for row in rows:
-            prompt, rollout = divmod(first + row, self.num_generations)
-            key = [self.args.seed, self.state.global_step, prompt]
-            if self.args.perturbation_scope == "rollout":
-                key.append(rollout)
-            views[row] = batch.perturbed_pixels(row, self._layout, self._perturbation, seeded(*key))
-        return views
+            if keys[row] not in pixels:
+                draw = divmod(first + row, self.num_generations) if each else (prompts[row],)
+                generator = seeded(self.args.seed, self.state.global_step, *draw)
+                pixels[keys[row]] = batch.perturbed_pixels(row, self._layout, self._perturbation, generator)
+        return View(prompts), View(keys, pixels)
 
     def _process_group(self) -> Any:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
@@ -224,7 +231,27 @@ class VPPOTrainer(GRPOTrainer):
         everyone = self.accelerator.gather(padded).view(len(count), -1)
         return torch.cat([row[: int(n)] for row, n in zip(everyone, count, strict=True)])
 
-    # -- TRL's scoring pass, listened to -----------------------------------------------------------------------------
+    # -- TRL's own passes, listened to -------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. What its sampling gives the head are the clean view's hidden states: one pass less.
+
+        Only in float32, where decoding token by token and passing whole differ in the last digits alone.
+        """
+        whole = not (self._dist.is_fsdp or self._dist.is_zero3)
+        exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        if self._recorded is None or self._has_dropout or not (whole and exact):
+            return super()._generate_single_turn(*args, **kwargs)
+        steps: list[Tensor] = []
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, inputs: steps.append(inputs[0][:, -1:].clone()))
+        try:
+            result = super()._generate_single_turn(*args, **kwargs)
+        finally:
+            hook.remove()
+        if len({len(step) for step in steps}) == 1:
+            self._generated.append(torch.cat(steps, dim=1))
+        return result
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -256,12 +283,14 @@ class VPPOTrainer(GRPOTrainer):
         return backbone.register_forward_hook(keep)
 
     def _take_recorded(self, output: dict[str, Any]) -> Tensor | None:
-        """Hidden states of the clean view if TRL's pass under the sampling policy has left them for every row."""
-        if not self._recorded or "old_per_token_logps" not in output:  # then it was the reference policy's pass
-            return None
-        if sum(map(len, self._recorded)) != len(output["completion_ids"]):
-            return None
-        return torch.cat(self._recorded)
+        """Hidden states of the clean view, `[B, T, D]`, if a pass of TRL's has left them for every token."""
+        shape = output["completion_ids"].shape
+        # without old log-probabilities it was the reference policy's pass
+        if self._recorded and "old_per_token_logps" in output and sum(map(len, self._recorded)) == shape[0]:
+            return torch.cat(self._recorded)
+        if len(self._generated) == 1 and not self.tools and self._generated[0].shape[:2] == shape:
+            return self._generated[0]
+        return None
 
     # -- in the loss -------------------------------------------------------------------------------------------------
 

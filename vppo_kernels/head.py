@@ -6,7 +6,7 @@ all that a sweep over the vocabulary knows about its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,6 +83,11 @@ class Source(Protocol):
         ...
 
 
+NarrowProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""`product(first, second, alike, weight, out)` of bfloat16 `[r, D]`, `[r or r - 1, D]` and `[V, D]` fills `out`,
+`[rows, V]` float32; `alike`, `[r]` bool, says which second rows are to be rounded as the first ones beside them are."""
+
+
 def logit_dtype(*tensors: Tensor) -> torch.dtype:
     """Logits and statistics are float32; float64 inputs (gradcheck) keep their precision."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -148,6 +153,7 @@ class LinearHead:
             would build a second weight gradient to undo it.)
         active: Indices of the rows that take part; None for all.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
+        product: A backend's product of bfloat16 operands on a CPU, if it has one; gradients are multiplied in float32.
     """
 
     def __init__(
@@ -159,6 +165,7 @@ class LinearHead:
         shard: Shard,
         active: Tensor | None = None,
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
+        product: NarrowProduct | None = None,
     ) -> None:
         self.hidden, self.weight, self.bias, self.transform, self.active = hidden, weight, bias, transform, active
         self.first, self.columns, self.widest, _, self.group = shard
@@ -167,6 +174,8 @@ class LinearHead:
         # only CUDA multiplies 16-bit operands, equal ones, with a sum in float32; all else goes to the logits' dtype
         narrow = weight.is_cuda and all(h.dtype == weight.dtype for h in hidden)
         self.product_dtype = weight.dtype if narrow else self.dtype
+        fits = weight.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
+        self._narrow_product = product if fits else None
         self._stack: tuple[slice, Tensor, Tensor | None] | None = None
         if wants is not None:
             want_hidden, want_weight, want_bias = wants
@@ -178,28 +187,45 @@ class LinearHead:
             self._grad_bias = torch.zeros_like(weight[:, 0], dtype=self.dtype) if want_bias else None
             self._tile_sum: tuple[slice, Tensor] | None = None
 
+    def _picked(self, rows: slice) -> list[Tensor]:
+        return [h[rows] if self.active is None else h[self.active[rows]] for h in self.hidden]
+
     def stacked(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Both views' rows under each other, so that one product reads the weight once; see `_difference_`."""
         if self._stack is None or self._stack[0] != rows:
-            picked = [h[rows] if self.active is None else h[self.active[rows]] for h in self.hidden]
-            stacked = torch.cat([h.to(self.product_dtype) for h in picked])
+            stacked = torch.cat([h.to(self.product_dtype) for h in self._picked(rows)])
             exact = self.views == 2 and self.product_dtype == self.dtype
             self._stack = rows, stacked, _difference_(*stacked.chunk(2)) if exact else None
         return self._stack[1:]
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        stacked, alike = self.stacked(rows)
-        weight, flat = self.weight[columns].to(self.product_dtype).T, out.view(-1, out.shape[-1])
-        if stacked.dtype == out.dtype:
-            torch.mm(stacked, weight, out=flat)
-        else:
-            torch.ops.aten.mm.dtype_out(stacked, weight, out.dtype, out=flat)
-        if alike is not None:
-            out[1].addcmul_(out[0], alike)
+        flat = out.view(-1, out.shape[-1])
+        multiply = self._multiply if self._narrow_product is None else self._multiply_narrow
+        multiply(rows, self.weight[columns], flat)
         if self.bias is not None:
             flat.add_(self.bias[columns])
         self.transform.apply_(flat)
         return out
+
+    def _multiply(self, rows: slice, weight: Tensor, out: Tensor) -> None:
+        stacked, alike = self.stacked(rows)
+        weight = weight.to(self.product_dtype).T
+        if stacked.dtype == out.dtype:
+            torch.mm(stacked, weight, out=out)
+        else:
+            torch.ops.aten.mm.dtype_out(stacked, weight, out.dtype, out=out)
+        if alike is not None:
+            first, second = out.chunk(2)
+            second.addcmul_(first, alike)
+
+    def _multiply_narrow(self, rows: slice, weight: Tensor, out: Tensor) -> None:
+        assert self._narrow_product is not None
+        _, alike = self.stacked(rows)
+        picked = self._picked(rows)
+        first, second = picked if self.views == 2 else picked[0].tensor_split(2)
+        if alike is None:
+            alike = first.new_zeros(len(first))
+        self._narrow_product(first, second, alike.flatten().bool(), weight, out)
 
     def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
         weight = self.weight[columns].to(self.product_dtype)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vppo_kernels import tiling
-from vppo_kernels.backends import resolve
-from vppo_kernels.head import LinearHead, LogitTransform, full_precision
+from vppo_kernels.backends import narrow_product, resolve
+from vppo_kernels.head import LinearHead, LogitTransform, full_precision, logit_dtype
 from vppo_kernels.parallel import Shard
 from vppo_kernels.statistics import unpack_softmax
 
@@ -40,7 +40,9 @@ class LinearLoss(torch.autograd.Function):
         workspace: int,
     ) -> Tensor:
         wants = ctx.needs_input_grad
-        source = LinearHead([hidden], weight, bias, transform, shard, None, ((wants[0],), wants[1], wants[2]))
+        module = resolve(backend, weight.device, logit_dtype(hidden, weight))
+        want_head = (wants[0],), wants[1], wants[2]
+        source = LinearHead([hidden], weight, bias, transform, shard, None, want_head, narrow_product(module))
         found: list[Tensor] = []
 
         def derivative(view: Tensor) -> Tensor:
@@ -53,7 +55,6 @@ class LinearLoss(torch.autograd.Function):
             return torch.stack([torch.zeros_like(x) if g is None else g for g, x in zip(grads, rows, strict=True)])
 
         with full_precision(weight.device):
-            module = resolve(backend, source.device, source.dtype)
             tiling.forward_backward(source, module, targets, derivative, workspace)
             (ctx.grad_hidden,), ctx.grad_weight, ctx.grad_bias = source.gradients()
         return found[0]

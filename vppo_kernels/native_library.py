@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,25 @@ def _record(device_type: str) -> dict[str, Any]:
         return {"why": f"there is none for device type {device_type!r}"}
 
 
+def _outdated() -> bool:
+    """Whether the sources of a development tree are newer than its library."""
+    sources, built = Path(__file__).parents[1] / "csrc", folder() / "build.json"
+    if not sources.is_dir() or folder().parent != Path(__file__).parent:
+        return False
+    newest = max(path.stat().st_mtime for path in sources.rglob("*") if path.is_file())
+    return newest > built.stat().st_mtime
+
+
 @cache
 def _load(device_type: str) -> tuple[Any, str]:
     """The library of a device type and "", or None and why there is none."""
     path = folder() / f"libvppo_{device_type}.so"
     if not path.exists():
         return None, f"the native library was not built: {_record(device_type).get('why', f'{path} is gone')}"
+    if _outdated():
+        reason = "csrc/ has changed since the native library was built: install again (pip install -e .)"
+        warnings.warn(reason, stacklevel=2)
+        return None, reason
     # torch since 2.10 hands tensors over by itself; for older ones this would compile an extension at import
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vppo_kernels import tiling
-from vppo_kernels.backends import resolve
+from vppo_kernels.backends import narrow_product, resolve
 from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
 from vppo_kernels.parallel import Shard
 from vppo_kernels.statistics import unpack_pair, unpack_softmax
@@ -64,8 +64,12 @@ def run_sweep(
     """
     views = _order(kind, views)
     options, part = LogitTransform(*transform), _shard(shard, group)
-    source = GivenLogits(views, options, part) if weight is None else LinearHead(views, weight, bias, options, part)
-    module = resolve(backend, source.device, source.dtype)
+    module = resolve(backend, views[0].device, logit_dtype(*_inputs(views, weight, None)))
+    source: GivenLogits | LinearHead
+    if weight is None:
+        source = GivenLogits(views, options, part)
+    else:
+        source = LinearHead(views, weight, bias, options, part, product=narrow_product(module))
     with full_precision(source.device):
         if kind == "logprob":
             assert targets is not None
@@ -111,13 +115,13 @@ def run_sweep_backward(
 
     swapped, options, part = _order(kind, views), LogitTransform(*transform), _shard(shard, group)
     want_views = tuple(_order(kind, wants[: len(views)]))
+    module = resolve(backend, views[0].device, logit_dtype(*_inputs(views, weight, None)))
     source: GivenLogits | LinearHead
     if weight is None:
         source = GivenLogits(swapped, options, part, active, want_views)
     else:
-        want_bias = bias is not None and wants[-1]
-        source = LinearHead(swapped, weight, bias, options, part, active, (want_views, wants[len(views)], want_bias))
-    module = resolve(backend, source.device, source.dtype)
+        want_head = want_views, wants[len(views)], bias is not None and wants[-1]
+        source = LinearHead(swapped, weight, bias, options, part, active, want_head, narrow_product(module))
     with full_precision(source.device):
         if kind == "logprob":
             assert targets is not None

@@ -45,7 +45,7 @@ class Shaped(NamedTuple):
 def _row_means(scores: Tensor, valid: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Mean score of each row over its valid tokens, and which rows have any."""
     kernels = backends.token_kernels(backend, scores)
-    if hasattr(kernels, "row_means"):
+    if kernels is not None and hasattr(kernels, "row_means"):
         return kernels.row_means(scores, valid)
     count = valid.sum(1)
     total = torch.where(valid, scores, 0).sum(1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -129,7 +129,7 @@ def trajectory_scale(
     means, present = _row_means(scores, valid, backend)
     if stats is None:
         kernels = backends.token_kernels(backend, scores)
-        if hasattr(kernels, "alpha_of") and process_group is None:
+        if kernels is not None and hasattr(kernels, "alpha_of") and process_group is None:
             return kernels.alpha_of(means, present, scale_min, scale_max, MIN_SPREAD)
         stats = _stats(means, present, process_group)
     low, high, mean, count = (torch.as_tensor(x, dtype=means.dtype, device=means.device) for x in stats)
@@ -185,7 +185,7 @@ def shape_advantages(
             backend=backend,
             check=False,
         )
-        if hasattr(kernels, "shape"):
+        if kernels is not None and hasattr(kernels, "shape"):
             shaped = kernels.shape(advantages, alpha, keep)
         else:
             shaped = torch.where(keep, per_token * alpha.unsqueeze(1).to(per_token.dtype), 0)

@@ -16,6 +16,7 @@ from benchmarks.floor import head_products
 from benchmarks.pair import Pair, Truth, differentiated, make_pair
 from benchmarks.peers import plain
 from vppo_kernels import backends, linear_divergence
+from vppo_kernels.backends import narrow_product, resolve
 
 
 class Divergence(Suite):
@@ -40,7 +41,10 @@ class Divergence(Suite):
             "dtype": str(dtype).removeprefix("torch."),
             "backward": setting.backward,
         }
-        return Case(labels, contestants(pair, peers), Judge(pair))
+        case = Case(labels, contestants(pair, peers), Judge(pair))
+        names = backend_names(setting.device)
+        multiplying = [name for name in names if narrow_product(resolve(name, setting.device, dtype))]
+        return with_bfloat16(case, pair, multiplying) if multiplying else case
 
 
 def contestants(pair: Pair, names: list[str]) -> list[Contestant]:
@@ -53,15 +57,29 @@ def contestants(pair: Pair, names: list[str]) -> list[Contestant]:
     def peer(module: ModuleType) -> Call:
         return differentiated(pair, module.divergence(pair))
 
-    def ours(backend: str) -> Call:
-        return differentiated(pair, lambda: linear_divergence(*pair.leaves, backend=backend).divergence)
-
     known = peers("divergence")
     return [
         Contestant("floor", "floor", floor, "matrix products alone"),
         *(Contestant(name, "peer", partial(peer, known[name]), known[name].NOTES["divergence"]) for name in names),
-        *(Contestant(f"ours: {name}", "ours", partial(ours, name)) for name in backend_names(pair.hidden.device)),
+        *(Contestant(f"ours: {name}", "ours", partial(ours, pair, name)) for name in backend_names(pair.hidden.device)),
     ]
+
+
+def ours(pair: Pair, backend: str) -> Call:
+    return differentiated(pair, lambda: linear_divergence(*pair.leaves, backend=backend).divergence)
+
+
+def with_bfloat16(case: Case, pair: Pair, names: list[str]) -> Case:
+    """The case with these backends once more, on the inputs rounded to bfloat16 and held against their truth."""
+    hidden, perturbed, weight = (leaf.detach().bfloat16() for leaf in pair.leaves)
+    rounded = Pair(hidden, perturbed, weight, pair.backward)
+    judge, note = Judge(rounded), "bfloat16 hidden states and weight"
+    added = [Contestant(f"ours: {name}, bfloat16", "ours", partial(ours, rounded, name), note) for name in names]
+
+    def judge_all(contestant: Contestant, call: Call) -> Verdict:
+        return judge(contestant, call) if contestant in added else case.judge(contestant, call)
+
+    return Case(case.labels, [*case.contestants, *added], judge_all)
 
 
 def backend_names(device: torch.device) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict, peers
 from benchmarks.scores import Scores, make_scores
-from vppo_kernels import topk_mask_, vppo_advantages
+from vppo_kernels import backends, topk_mask_, vppo_advantages
 
 LENGTHS = {"tiny": 64, "512": 512, "2k": 2048, "16k": 16384}  # T by preset
 TRAJECTORIES = {"tiny": 16, "16k": 32}
@@ -44,18 +45,23 @@ class Selection(Suite):
 def contestants(scores: Scores, names: list[str]) -> list[Contestant]:
     """The floor, then everybody's mask, then everybody's advantages, which need the mask."""
     known = peers("selection")
+    # both of Triton's backends have the same kernels for tokens
+    available = [name for name in backends.available(scores.values.device) if name != "triton_fused"]
 
     def floor() -> Call:
         out = torch.empty_like(scores.values)
         return lambda: out.copy_(scores.values)
 
-    def mask() -> Call:
+    def mask(backend: str) -> Call:
         out = torch.empty_like(scores.values)
-        return lambda: topk_mask_(out.copy_(scores.values), scores.mask, scores.keep_ratio)
+        return lambda: topk_mask_(out.copy_(scores.values), scores.mask, scores.keep_ratio, backend=backend)
 
-    def advantages() -> Call:
+    def advantages(backend: str) -> Call:
         inputs = (scores.advantages, scores.values, scores.mask)
-        return lambda: vppo_advantages(*inputs, keep_ratio=scores.keep_ratio)
+        return lambda: vppo_advantages(*inputs, keep_ratio=scores.keep_ratio, backend=backend)
+
+    def ours(prepare: Callable[[str], Call], kind: str, note: str = "") -> list[Contestant]:
+        return [Contestant(f"{kind}: {name}", "ours", partial(prepare, name), note) for name in available]
 
     def peer(module: ModuleType, what: str) -> Call:
         call: Call = getattr(module, what)(scores)
@@ -69,9 +75,9 @@ def contestants(scores: Scores, names: list[str]) -> list[Contestant]:
     return [
         Contestant("floor", "floor", floor, "one read and one write of the scores"),
         *peers_of("selection", "mask"),
-        Contestant("ours: topk_mask_", "ours", mask, "with a copy of the scores, which it overwrites"),
+        *ours(mask, "our mask", "with a copy of the scores, which it overwrites"),
         *peers_of("advantages", "advantages"),
-        Contestant("ours: vppo_advantages", "ours", advantages),
+        *ours(advantages, "our advantages"),
     ]
 
 
@@ -84,7 +90,7 @@ def judge(scores: Scores, contestant: Contestant, call: Call) -> Verdict:
     different = int(((got != 0) != scores.keep).sum())
     if different:
         return Verdict(False, reason=f"{different} tokens differ from the definition")
-    if contestant.name == "ours: topk_mask_" or contestant.name.startswith("mask"):
+    if contestant.name.startswith(("mask", "our mask")):
         return Verdict(bool((got[scores.keep] == 1).all()), 0.0)
     error = ((got.double() - scores.shaped).abs() / scores.shaped.abs())[scores.keep].max().item() / SHAPED_BOUND
     return Verdict(error <= 1, error, reason="" if error <= 1 else f"error {error:.3g} x the bound")

@@ -28,7 +28,7 @@ def tiny(name: str, backward: bool) -> Case:
         ("logprob", False, {"plain", "trl", "ours: torch"}, {"cce"}),
         ("logprob", True, {"plain", "trl", "ours: torch"}, {"cce"}),
         ("loss", True, {"plain", "trl", "ours: torch"}, set()),
-        ("selection", False, {"mask: plain", "mask: sort", "ours: topk_mask_", "ours: vppo_advantages"}, set()),
+        ("selection", False, {"mask: plain", "mask: sort", "our mask: torch", "our advantages: torch"}, set()),
     ],
 )
 def test_everyone_passes_the_gate(name: str, backward: bool, timed: set[str], skipped: set[str]) -> None:
@@ -66,7 +66,7 @@ def test_the_loss_has_no_forward_alone() -> None:
 def test_one_other_token_is_wrong() -> None:
     scores, case = Scores(16, 64, CPU), tiny("selection", False)
     mask, shaped = (
-        next(c for c in case.contestants if c.name == f"ours: {n}") for n in ("topk_mask_", "vppo_advantages")
+        next(c for c in case.contestants if c.name == name) for name in ("our mask: torch", "our advantages: torch")
     )
     keep = scores.keep.float()
     assert judge(scores, mask, lambda: keep).right and judge(scores, shaped, lambda: scores.shaped.float()).right

@@ -15,7 +15,9 @@ from torch import Tensor
 
 import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
+from vppo.data import Problem
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
+from vppo.prompts import Prompts
 from vppo_kernels import reference, sampled_divergence
 
 FAMILY = "qwen2_5_vl"  # for whatever does not depend on the family
@@ -34,6 +36,12 @@ def rows(
         }
         for i in range(count)
     ]
+
+
+def batch_inputs(model: Any, processor: Any, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Prompts, images and "response_ids" of rows as a TRL batch."""
+    prompts = Prompts(processor, [Problem(row["prompt"], row["images"], row.get("answer")) for row in data])
+    return prompts.join(range(len(data)), [row["response_ids"] for row in data], model.device)
 
 
 def varied_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -159,6 +167,34 @@ def plain_logits(model: Any, batch: dict[str, Any], pixels: Tensor | None, tempe
         **extra,
     ).logits
     return logits[:, -(batch["completion_ids"].shape[1] + 1) : -1] / temperature
+
+
+@torch.no_grad()
+def plain_views(model: Any, processor: Any, row: dict[str, Any], key: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`[n, V]` float64 logits of one row's response, alone and unpadded: given its image, and with patches of it black.
+
+    The model is turned into float64.
+    """
+    content = [{"type": "image", "image": image} for image in row["images"]]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": row["prompt"][0]["content"]}]}
+    inputs = processor.apply_chat_template(
+        [[message]], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    layout = PixelLayout.of(processor.image_processor)
+    pixels, grid, inside = (inputs.get(k) for k in ("pixel_values", "image_grid_thw", "pixel_attention_mask"))
+    view = perturb(pixels, layout, Perturbation(patch_size=layout.patch_size), seeded(*key), grid=grid, inside=inside)
+    response = torch.tensor([row["response_ids"]])
+    extended = {
+        name: torch.cat([value, response if name == "input_ids" else torch.full_like(response, fill)], 1)
+        for name, fill in (("input_ids", 0), ("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0))
+        if (value := inputs.get(name)) is not None
+    }
+    model = model.double()
+    clean, perturbed = (
+        model(**{**inputs, **extended, "pixel_values": x.double()}).logits[0, -(response.shape[1] + 1) : -1]
+        for x in (pixels, view)
+    )
+    return clean, perturbed
 
 
 def plain_model(trainer: VPPOTrainer, dtype: torch.dtype) -> Any:

@@ -19,7 +19,7 @@ def test_help_is_quick_and_complete() -> None:
     start = time.monotonic()
     shown = subprocess.run([sys.executable, "-m", "vppo", "--help"], capture_output=True, text=True, check=True)
     assert time.monotonic() - start < 3  # 0.1 s measured on a quiet machine; importing torch alone takes longer
-    assert all(word in shown.stdout for word in ("demo", "train", "--version"))
+    assert all(word in shown.stdout for word in ("demo", "train", "analyze", "--version"))
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -140,3 +140,84 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, demo_call
     monkeypatch.setattr(sys.modules["vppo.demo.run"], "run_demo", fail)
     result = runner.invoke(main, ["demo"])
     assert isinstance(result.exception, ValueError)
+
+
+@pytest.fixture
+def analyze_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands in for the analysis, and lists what it was asked."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr("vppo.analysis.analyze", lambda **options: calls.append(options))
+    monkeypatch.setattr("vppo.progress.quieten", lambda: None)
+    return calls
+
+
+def test_analyze_without_options_is_analyze_without_options(analyze_calls: list[dict[str, Any]]) -> None:
+    from vppo.analysis_options import AnalysisOptions
+
+    assert runner.invoke(main, ["analyze", "--model", "m", "--data", "d", "--out", "o"]).exit_code == 0
+    (asked,) = analyze_calls
+    assert [asked.pop(name) for name in ("model", "data", "out", "responses")] == ["m", "d", Path("o"), ()]
+    assert AnalysisOptions(**asked) == AnalysisOptions()
+
+
+def test_every_option_of_analyze_arrives(analyze_calls: list[dict[str, Any]]) -> None:
+    from vppo.analysis_options import AnalysisOptions
+
+    values = {
+        "limit": 3, "samples": 2, "perturbation": "noise", "patch_size": 7, "patch_probability": 0.25, "noise_std": 9.0,
+        "blur_radius": 2.0, "draws": 4, "divergence": "jsd", "keep_ratio": 0.2, "max_tokens": 5, "temperature": 0.5,
+        "seed": 6, "memory": 2.5, "split": "test", "system_prompt": "", "instruction": "Think.", "min_pixels": 784,
+        "max_pixels": 7840, "device": "cuda:1", "dtype": "bfloat16", "attn_implementation": "eager",
+        "revision": "v2", "sampler": "vllm",
+    }  # fmt: skip
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    given = [
+        "--model",
+        "m",
+        "--data",
+        "d",
+        "--out",
+        "o",
+        "--responses",
+        "a.jsonl",
+        "--responses",
+        "b.jsonl",
+        "--trust-remote-code",
+    ]
+    result = runner.invoke(main, ["analyze", *given, *words])
+    assert result.exit_code == 0, result.output
+    (asked,) = analyze_calls
+    assert asked.pop("responses") == [Path("a.jsonl"), Path("b.jsonl")]
+    assert [asked.pop(name) for name in ("model", "data", "out")] == ["m", "d", Path("o")]
+    assert vars(AnalysisOptions(**asked)) == {**values, "trust_remote_code": True}
+
+
+def test_every_option_of_analyze_is_explained() -> None:
+    from dataclasses import fields
+
+    from vppo.analysis_options import AnalysisOptions
+
+    shown = runner.invoke(main, ["analyze", "--help"], terminal_width=200).output
+    for name in ("model", "data", "out", "responses", *(field.name for field in fields(AnalysisOptions))):
+        text = shown.split(f"  --{name.replace('_', '-')} ", 1)[1].split("\n  --", 1)[0]
+        assert len(text.split()) > 4, name
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("", "--model"),
+        ("--model m --data d", "--out"),
+        ("--model m --data d --out o --draws 0", "--draws"),
+        ("--model m --data d --out o --divergence k2", "k2"),
+    ],
+)
+def test_bad_analyze_options_are_named(analyze_calls: list[dict[str, Any]], words: str, named: str) -> None:
+    result = runner.invoke(main, ["analyze", *words.split()])
+    assert result.exit_code == 2 and named in result.stderr
+    assert not analyze_calls
+
+
+def test_a_mistake_in_an_analysis_is_one_line(tmp_path: Path) -> None:
+    result = runner.invoke(main, ["analyze", "--model", f"{tmp_path}/no", "--data", "d", "--out", f"{tmp_path}/o"])
+    assert (result.exit_code, result.stderr) == (2, f"Error: model: {tmp_path}/no: no such folder\n")

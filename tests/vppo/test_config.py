@@ -81,6 +81,8 @@ def test_algorithms(algorithm: str, scores: bool, shaping: tuple[Any, ...] | Non
         ("tas_statistics", "epoch"),
         ("perturbation", "black"),
         ("perturbation_scope", "step"),
+        ("prefix_sharing", True),
+        ("scoring_memory", 0.0),
         ("keep_ratio", 0.0),
         ("keep_ratio", 1.5),
         ("keep_ratio", float("nan")),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vppo.data import INSTRUCTION, SYSTEM_PROMPT, load_training_data
+from vppo.data import INSTRUCTION, SYSTEM_PROMPT, Problems, load_training_data
 from vppo.errors import InputError
 
 Row = dict[str, Any]
@@ -219,7 +219,7 @@ GOOD: Row = {"problem": "P", "answer": "A", "images": ["a.png"]}
         ({**GOOD, "images": ["half.jpg"]}, "row 2, column 'images': cannot read"),
         ({**GOOD, "images": [""]}, "row 2, column 'images': an image is a path or an embedded picture, got ''"),
         ({**GOOD, "images": "a.png"}, "a column has values of different types"),
-        ([1], "row 2: must be an object with problem, answer, images; got [1]"),
+        ([1], "row 2: must be an object of columns and values; got [1]"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, bad: Any, expected: str) -> None:
@@ -257,3 +257,58 @@ def test_not_json(tmp_path: Path) -> None:
 def test_no_row_has_an_image(tmp_path: Path) -> None:
     message = error_of(jsonl(tmp_path / "x.jsonl", {**GOOD, "images": []}))
     assert "no row has an image" in message and "x.jsonl" in message
+
+
+# -- problems read one by one ------------------------------------------------------------------------------------------
+
+
+def test_problems_are_those_of_training(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", shade=7)
+    (tmp_path / "data").mkdir()
+    jsonl(tmp_path / "data/train-1.jsonl", {"problem": "1+1?", "answer": 2, "images": ["../a.png"]})
+    jsonl(tmp_path / "data/train-2.jsonl", {"problem": "See <image>!", "answer": " x ", "images": ["../a.png"]})
+    for options in ({}, {"system_prompt": "", "instruction": ""}):
+        rows, problems = load_training_data(tmp_path / "data", **options), Problems(tmp_path / "data", **options)
+        assert len(problems) == len(rows) == 2
+        for problem, row in zip(problems, rows, strict=True):
+            assert (problem.prompt, problem.answer) == (row["prompt"], row["answer"])
+            assert [image.tobytes() for image in problem.images] == [image.tobytes() for image in row["images"]]
+    assert problems[1].question == "See \n!"
+
+
+def test_a_conversation_is_taken_as_it_is(tmp_path: Path) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sum?"}]
+    path = jsonl(tmp_path / "x.jsonl", {"prompt": prompt, "images": []}, {"prompt": None, "images": []})
+    problems = Problems(path)
+    assert (problems[0].prompt, problems[0].answer, problems[0].question) == (prompt, None, "Sum?")
+    with pytest.raises(InputError, match="row 2, column 'prompt': it is empty"):
+        problems[1]
+    with pytest.raises(IndexError):
+        problems[2]
+
+
+def test_problems_in_memory(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    rows = [
+        {"problem": "P", "image": Image.new("L", (3, 2), 5)},
+        {"problem": "Q", "image": str(path)},
+        {"problem": "R"},
+    ]
+    problems = Problems(rows)
+    assert [[image.size for image in problem.images] for problem in problems] == [[(3, 2)], [(20, 10)], []]
+    assert problems[0].images[0].mode == "RGB" and problems[0].images[0].getpixel((0, 0)) == (5, 5, 5)
+    assert problems.ids is None
+
+
+def test_a_broken_problem_spares_the_others(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    problems = Problems(jsonl(tmp_path / "x.jsonl", GOOD, {**GOOD, "images": ["b.png"]}, GOOD))
+    assert problems[0].images and problems[2].images
+    with pytest.raises(InputError, match=r"row 2, column 'images': cannot read .*b.png: FileNotFoundError"):
+        problems[1]
+
+
+def test_ids_of_several_files(tmp_path: Path) -> None:
+    for name, ids in (("1", [7, 3]), ("2", [5])):
+        jsonl(tmp_path / f"{name}.jsonl", *({**GOOD, "id": i} for i in ids))
+    assert Problems(tmp_path).ids == {"7": 0, "3": 1, "5": 2}

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import vppo.rewards
+from vppo import analyze
 from vppo.demo import run, warmup
 from vppo.demo.run import DemoOptions, run_demo
 from vppo.errors import InputError
@@ -122,6 +123,21 @@ def test_the_saved_model_answers_as_the_summary_says(finished: tuple[Path, dict[
     assert np.mean(verdicts) == summary["accuracy_after"]
 
 
+@pytest.mark.parametrize("name", ["warmup", "model"])
+def test_what_it_leaves_can_be_analysed(finished: tuple[Path, dict[str, Any]], name: str) -> None:
+    """The model before and after training, on the strips of the report."""
+    from vppo.data import Problems
+    from vppo.demo.digits import strips
+
+    out, _ = finished
+    for problem, strip in zip(Problems(out / "held_out.parquet"), strips("held-out", 8, seed=0), strict=True):
+        assert (problem.prompt, problem.answer) == (strip.prompt, strip.answer)
+        assert np.array_equal(np.asarray(problem.images[0]), np.asarray(strip.image))
+    found = analyze(out / name, out / "held_out.parquet", limit=3, max_tokens=8, temperature=0, device="cpu")
+    assert len(found.trajectories) == 3 and set(found.trajectories["question"]) == {"Sum?"}
+    assert found.summary["problems"] == 8 and (found.tokens["kl"] > 0).all()
+
+
 def test_an_occupied_folder_is_refused(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -213,9 +229,9 @@ def test_killed_anywhere_and_resumed_it_ends_the_same(finished: tuple[Path, dict
 
 def killed_and_resumed(out: Path) -> None:
     """One run that dies at every kill point in turn and is resumed each time, each in a process of its own."""
-    import vppo.analysis
     import vppo.demo.digits
     import vppo.report
+    import vppo.scored
     import vppo.trainer  # imported once, here: the children are forks  # noqa: F401
 
     for point in (*KILL_POINTS, None):
@@ -236,8 +252,8 @@ def killed_and_resumed(out: Path) -> None:
 def _die_at(point: str | None) -> None:
     import transformers
 
-    import vppo.analysis
     import vppo.progress
+    import vppo.scored
 
     def die(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -256,7 +272,7 @@ def _die_at(point: str | None) -> None:
     elif point == "checkpoint":  # with the weights written and the state not
         transformers.TrainerState.save_to_json = die  # type: ignore[method-assign]
     elif point == "evaluation":
-        vppo.analysis.score_responses = die  # type: ignore[assignment]
+        vppo.scored.score_responses = die  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scoring apart from the trainer: the head's own forward, rows and parts of a batch, what happens to a logit."""
+"""Scoring apart from the trainer: the head's own forward, rows of a batch, what happens to a logit."""
 
 from __future__ import annotations
 
@@ -9,57 +9,64 @@ import families
 import pytest
 import torch
 from accelerate import cpu_offload
-from runs import FAMILY, rows
+from runs import FAMILY, batch_inputs, rows
 from torch import Tensor
 
-from vppo.analysis import _batch_inputs
+from vppo.batch import Batch, View
+from vppo.heads import head_forward, logit_options
+from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout, seeded
-from vppo.scoring import Batch, head_forward, logit_options, response_hidden, score
+from vppo.scoring import score
 from vppo_kernels import reference
 
 NAMES = [f.name for f in families.FAMILIES]
 PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None}
 
 
-def some_batch(name: str, images: tuple[int, ...] = (1,)) -> tuple[Any, Batch, dict[int, Tensor]]:
-    """A model, five rows of it with images of two sizes, and the perturbed view of each."""
+CLEAN = View(range(5))
+
+
+def some_batch(name: str, images: tuple[int, ...] = (1,)) -> tuple[Any, Batch, View]:
+    """A model, five rows of it with images of two sizes, and their perturbed view."""
     model, processor = families.build(name)
     ids = [families.VOCABULARY[character] for character in "3+5=8"]
     data = rows(5, sizes=((56, 28), (28, 56)), images=images)
-    batch = Batch(_batch_inputs(model, processor, [{**r, "response_ids": ids[: 1 + i]} for i, r in enumerate(data)]))
+    batch = Batch(batch_inputs(model, processor, [{**r, "response_ids": ids[: 1 + i]} for i, r in enumerate(data)]))
     layout = PixelLayout.of(processor.image_processor)
-    return model, batch, {i: batch.perturbed_pixels(i, layout, Perturbation(), seeded(i)) for i in range(5)}
+    pixels = {i: batch.perturbed_pixels(i, layout, Perturbation(), seeded(i)) for i in range(5)}
+    return model, batch, View(range(5), pixels)
+
+
+def scored(model: Any, batch: Batch, view: View, rows: Any = range(5), **settings: Any) -> Tensor:
+    """`score` with what most of these tests do not care about."""
+    return score(ResponsePasses(model), batch, rows, CLEAN, view, **{"kind": "kl", "options": PLAIN, **settings})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parts_and_rows_do_not_matter(name: str) -> None:
-    model, batch, pixels = some_batch(name, images=(1, 2))
-    common = {"kind": "kl", "options": PLAIN}
-    whole = score(model, batch, range(5), pixels, batch_size=5, **common)
+def test_other_rows_do_not_matter(name: str) -> None:
+    model, batch, view = some_batch(name, images=(1, 2))
+    whole = scored(model, batch, view)
     assert (whole[batch.mask] > 0).all() and not whole[~batch.mask].any()
-    parts = score(model, batch, range(5), pixels, batch_size=2, **common)
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-8)
-    some = score(model, batch, [3, 1], pixels, batch_size=4, **common)
+    some = scored(model, batch, view, [3, 1])
     torch.testing.assert_close(some[[1, 3]], whole[[1, 3]], rtol=1e-4, atol=1e-8)
     assert not some[[0, 2, 4]].any()
 
 
 def test_known_hidden_states_spare_the_clean_pass() -> None:
-    model, batch, pixels = some_batch(FAMILY)
+    model, batch, view = some_batch(FAMILY)
+    hidden = ResponsePasses(model).hidden(batch, range(5), CLEAN)
+    whole = scored(model, batch, view)
     forwards: list[int] = []
-    with torch.no_grad():
-        hidden = response_hidden(model, batch.model_inputs(range(5)), batch.mask.shape[1])
-    whole = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
     model.model.register_forward_pre_hook(lambda *args: forwards.append(1))
-    reused = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=2, hidden_clean=hidden)
+    reused = scored(model, batch, view, hidden_clean=hidden)
     torch.testing.assert_close(reused, whole, rtol=1e-4, atol=1e-8)
-    assert len(forwards) == 3
+    assert len(forwards) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_never_formed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by the head, nor any tensor of the vocabulary's width over a whole sequence."""
-    model, batch, pixels = some_batch(name)
+    model, batch, view = some_batch(name)
     head = model.get_output_embeddings()
     linear, widths = torch.nn.functional.linear, []
 
@@ -68,7 +75,7 @@ def test_logits_are_never_formed(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         return linear(input, weight, *args)
 
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
-    score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
+    scored(model, batch, view)
     assert widths and not any(widths)
 
 
@@ -87,45 +94,44 @@ def test_the_heads_forward_is_put_back(own: bool) -> None:
 
 def test_half_precision_is_that_of_the_hidden_states() -> None:
     """Whatever a bfloat16 model loses it has lost before its head: the divergence itself is as good as float64's."""
-    model, batch, pixels = some_batch(FAMILY)
+    model, batch, view = some_batch(FAMILY)
     model.bfloat16()
-    found = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
-    length, weight = batch.mask.shape[1], model.get_output_embeddings().weight.double()
+    found = scored(model, batch, view)
+    weight = model.get_output_embeddings().weight.double()
     with torch.no_grad():
-        views = (batch.model_inputs(range(5)), batch.model_inputs(range(5), pixels))
-        p, q = (response_hidden(model, view, length).double() @ weight.T for view in views)
+        p, q = (ResponsePasses(model).hidden(batch, range(5), v).double() @ weight.T for v in (CLEAN, view))
     truth = reference.kl(p, q)[batch.mask]
     assert found.dtype == torch.float32
     assert ((found[batch.mask] - truth).abs() <= 1e-5 * truth + 3e-6 * truth.sqrt() + 1e-8).all()
 
 
 def test_an_offloaded_head_is_brought_back_for_its_forward() -> None:
-    model, batch, pixels = some_batch(FAMILY)
-    whole = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
+    model, batch, view = some_batch(FAMILY)
+    whole = scored(model, batch, view)
     head = model.get_output_embeddings()
     cpu_offload(head, torch.device("cpu"))
     hooked = head.forward
-    offloaded = score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5)
+    offloaded = scored(model, batch, view)
     assert torch.equal(offloaded, whole)
     assert head.weight.device.type == "meta" and head.forward is hooked
 
 
 def test_nothing_requires_grad() -> None:
-    model, batch, pixels = some_batch(FAMILY)
-    assert not score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5).requires_grad
+    model, batch, view = some_batch(FAMILY)
+    assert not scored(model, batch, view).requires_grad
 
 
 def test_rows_whose_response_is_masked_out_whole() -> None:
-    model, batch, pixels = some_batch(FAMILY)
+    model, batch, view = some_batch(FAMILY)
     batch.mask[:] = False
-    assert not score(model, batch, range(5), pixels, kind="kl", options=PLAIN, batch_size=5).any()
-    assert not score(model, batch, range(5), pixels, kind="k3", options=PLAIN, batch_size=5).any()
+    assert not scored(model, batch, view).any()
+    assert not scored(model, batch, view, kind="k3").any()
 
 
 def test_external_tokens_of_a_response_do_not_count() -> None:
     """Tool results are part of the response's text, not of what the policy chose."""
     model, processor = families.build(FAMILY)
-    inputs = _batch_inputs(model, processor, [{**rows(1)[0], "response_ids": [20, 21, 22, 23]}])
+    inputs = batch_inputs(model, processor, [{**rows(1)[0], "response_ids": [20, 21, 22, 23]}])
     tools = torch.tensor([[1, 0, 0, 1]])
     assert torch.equal(Batch({**inputs, "tool_mask": tools}).mask, tools.bool())
 
@@ -151,13 +157,13 @@ def test_logit_options_are_read_as_trl_reads_them(config: dict[str, Any], scale:
 
 @pytest.mark.parametrize("kind", ["kl", "k3"])
 def test_logit_options_reach_the_divergence(kind: str) -> None:
-    model, batch, pixels = some_batch(FAMILY)
+    model, batch, view = some_batch(FAMILY)
     options = {"temperature": 0.7, "logit_scale": 2.0, "softcap": 3.0}
-    found = score(model, batch, range(5), pixels, kind=kind, options=options, batch_size=5)
-    length, weight = batch.mask.shape[1], model.get_output_embeddings().weight.double()
+    found = scored(model, batch, view, kind=kind, options=options)
+    weight = model.get_output_embeddings().weight.double()
     with torch.no_grad():
-        views = (batch.model_inputs(range(5)), batch.model_inputs(range(5), pixels))
-        p, q = (reference.logits(response_hidden(model, view, length).double(), weight, **options) for view in views)
+        hidden = (ResponsePasses(model).hidden(batch, range(5), v).double() for v in (CLEAN, view))
+        p, q = (reference.logits(h, weight, **options) for h in hidden)
     if kind == "kl":
         expected = reference.kl(p, q)
     else:

@@ -33,6 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
+from vppo.passes import ResponsePasses
 from vppo_kernels import reference
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
@@ -156,7 +157,7 @@ def test_training_on_text_beside_images(tmp_path: Path) -> None:
 
 
 def test_groups_without_a_signal_are_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(tmp_path, reward=one_group_for_nothing)
+    run = trainer(tmp_path, reward=one_group_for_nothing, prefix_sharing="off")
     fix_rollouts(run)
     seen = listen(monkeypatch)
     forwards = count_forwards(run)
@@ -207,9 +208,9 @@ def views_of(run: VPPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The perturbed pixels of each row of one generation batch."""
     real, seen = vppo.trainer.score, []
 
-    def listening(model: Any, batch: Any, rows: Any, pixels: dict[int, Tensor], **kwargs: Any) -> Tensor:
-        seen.extend(pixels[row] for row in sorted(pixels))
-        return real(model, batch, rows, pixels, **kwargs)
+    def listening(passes: Any, batch: Any, rows: Any, clean: Any, perturbed: Any, **kwargs: Any) -> Tensor:
+        seen.extend(perturbed.pixels[perturbed.keys[row]] for row in rows)
+        return real(passes, batch, rows, clean, perturbed, **kwargs)
 
     monkeypatch.setattr(vppo.trainer, "score", listening)
     same_image = [{**row, "images": [families.picture(0, (112, 112))]} for row in rows(2)]
@@ -280,21 +281,49 @@ def test_trls_clean_pass_is_reused(steps: dict[str, int], tmp_path: Path, monkey
     seen = listen(monkeypatch)
     counts = []
     for changes in (steps, {}):
-        run = trainer(tmp_path, **changes)
+        run = trainer(tmp_path, prefix_sharing="off", **changes)
         fix_rollouts(run)
         forwards = count_forwards(run)
         batch = generation_batch(run, rows(2))
         assert ("old_per_token_logps" in batch) == bool(changes)
         counts.append(forwards)
-    assert counts == [[4, 4, 4, 4], [4, 4, 4, 4]], "TRL's clean and our perturbed pass; or our clean and our perturbed"
+    assert counts == [[4, 4, 8], [8, 8]], "TRL's clean and our perturbed pass; or our clean and our perturbed"
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", [f.name for f in families.FAMILIES])
+@pytest.mark.parametrize("long", [False, True])
+def test_sampling_leaves_the_clean_view(
+    family: str, long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the head was given while TRL sampled is what a pass of the clean view would give; with ends of responses."""
+    likely = {"temperature": 1.0, "generation_kwargs": {"suppress_tokens": families.PLACEHOLDERS}}
+    if long:
+        ends = families.VOCABULARY["<eos>"]
+        likely["generation_kwargs"] = {"suppress_tokens": [*families.PLACEHOLDERS, ends]}
+    run = trainer(tmp_path, family=family, **likely)
+    monkeypatch.setattr(ResponsePasses, "hidden", None)  # the clean pass
+    seen = listen(monkeypatch)
+    batch = generation_batch(run, rows(2, ((56, 28), (30, 60))))
+    assert "old_per_token_logps" not in batch
+    assert not long or batch["completion_mask"].all()
+    torch.testing.assert_close(seen[0].double(), plain_dependency(run, batch), rtol=1e-4, atol=1e-6)
+
+
+def test_sampling_in_half_precision_is_not_the_clean_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There decoding and passing whole round differently, which would look like dependency."""
+    model, _ = families.build(FAMILY)
+    run = trainer(tmp_path, model=model.bfloat16(), patch_probability=0.0)
+    seen = listen(monkeypatch)
+    generation_batch(run, rows(1))
+    assert not run._generated and seen[0].abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_reference_pass_of_lora_is_not_taken_for_the_clean_view(
     num_iterations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trainer(tmp_path, peft_config=LORA, beta=0.1, num_iterations=num_iterations)
+    run = trainer(tmp_path, peft_config=LORA, beta=0.1, num_iterations=num_iterations, prefix_sharing="off")
     with torch.no_grad():
         for name, weight in run.model.named_parameters():
             if "lora_B" in name:
@@ -304,7 +333,7 @@ def test_reference_pass_of_lora_is_not_taken_for_the_clean_view(
     forwards = count_forwards(run)
     batch = generation_batch(run, rows(2))
     assert "ref_per_token_logps" in batch
-    assert len(forwards) == 2 * 3, "reference and perturbed, and one clean pass, whoever makes it"
+    assert sum(forwards) == 8 * 3, "reference and perturbed, and one clean pass, whoever makes it"
     torch.testing.assert_close(seen[0].double(), plain_dependency(run, batch), rtol=1e-4, atol=1e-6)
     with run.model.disable_adapter():
         assert (plain_dependency(run, batch) - seen[0]).abs().max() > 1e-3

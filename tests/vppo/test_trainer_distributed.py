@@ -11,11 +11,14 @@ import families
 import pytest
 import torch
 import torch.multiprocessing as mp
-from runs import FAMILY, fix_rollouts, rows, trainer, varied_reward
+from runs import FAMILY, batch_inputs, fix_rollouts, rows, trainer, varied_reward
 from torch import Tensor
 
+from vppo.batch import Batch, View
+from vppo.heads import logit_options
+from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout, seeded
-from vppo.scoring import Batch, logit_options, score
+from vppo.scoring import score
 
 WORLD = 2
 LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5)
@@ -38,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a process without scored rows": {"reward": second_prompt_only},
     "no scored row anywhere": {"reward": nothing_to_learn},
     "reused clean pass": {"num_iterations": 2},
+    "prompts not shared": {"prefix_sharing": "off"},
 }
 
 
@@ -54,11 +58,16 @@ def folded(path: Path, case: dict[str, Any], world: int, rank: int) -> tuple[lis
     return advantages, {name: names[name][0] for name in names if name.startswith("vppo/") and name != CLOCK}
 
 
-# family, and whether the head is a unit of its own or belongs to the root
-HEADS = {"own unit": (FAMILY, True), "root unit": (FAMILY, False), "tied, root unit": ("qwen2_vl", False)}
+# family, whether the head is a unit of its own or belongs to the root, and whether prompts are shared
+HEADS = {
+    "own unit": (FAMILY, True, "on"),
+    "root unit": (FAMILY, False, "auto"),
+    "tied, root unit": ("qwen2_vl", False, "on"),
+    "own unit, prompts not shared": (FAMILY, True, "off"),
+}
 
 
-def sharded_dependency(rank: int, family: str, own_head: bool) -> Tensor:
+def sharded_dependency(rank: int, family: str, own_head: bool, sharing: str) -> Tensor:
     """Scores with a model of which every process holds a part; this rank's rows differ in number from the other's."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -70,20 +79,26 @@ def sharded_dependency(rank: int, family: str, own_head: bool) -> Tensor:
     if own_head:
         fully_shard(model.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return score_some(model, processor, range(4) if rank == 0 else range(1), most_rows=4)
+    return score_some(model, processor, range(6) if rank == 0 else range(1), sharing=sharing, memory=1, most=_most)
 
 
-def score_some(model: Any, processor: Any, chosen: range, most_rows: int) -> Tensor:
-    """Dependency of the chosen rows of a fixed batch of four."""
-    from vppo.analysis import _batch_inputs
+def _most(count: int) -> int:
+    everyone = torch.tensor(count)
+    torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX)
+    return int(everyone)
 
+
+def score_some(model: Any, processor: Any, chosen: range, **settings: Any) -> Tensor:
+    """Dependency of the chosen rows of a fixed batch of two prompts with three rollouts each."""
     responses = [families.VOCABULARY[c] for c in "3+5=8"]
-    data = [{**row, "response_ids": responses[: 5 - i % 2]} for i, row in enumerate(rows(4))]
-    batch = Batch(_batch_inputs(model, processor, data))
-    layout = PixelLayout.of(processor.image_processor)
-    pixels = {i: batch.perturbed_pixels(i, layout, Perturbation(), seeded(0, i)) for i in chosen}
-    settings = {"kind": "kl", "options": logit_options(model, 1.0), "batch_size": 2}
-    return score(model, batch, chosen, pixels, most_rows=most_rows, **settings)
+    prompts = [row for row in rows(2) for _ in range(3)]
+    data = [{**row, "response_ids": responses[: 5 - i % 2]} for i, row in enumerate(prompts)]
+    batch = Batch(batch_inputs(model, processor, data))
+    layout, keys = PixelLayout.of(processor.image_processor), [0, 0, 0, 1, 1, 1]
+    pixels = {key: batch.perturbed_pixels(3 * key, layout, Perturbation(), seeded(0, key)) for key in (0, 1)}
+    passes = ResponsePasses(model, **settings)
+    options = logit_options(model, 1.0)
+    return score(passes, batch, chosen, View(keys), View(keys, pixels), kind="kl", options=options)
 
 
 def process(rank: int, port: int, path: Path) -> None:
@@ -136,7 +151,7 @@ def test_two_processes_train(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_sharded_model(head: str, ranks: list[dict[str, Any]]) -> None:
     model, processor = families.build(HEADS[head][0])
-    whole = score_some(model, processor, range(4), most_rows=0)
+    whole = score_some(model, processor, range(6), sharing="off")
     assert whole.max() > 1e-2
     first, second = (rank[head] for rank in ranks)
     torch.testing.assert_close(first, whole, rtol=1e-5, atol=1e-8)

@@ -94,3 +94,15 @@ def test_nothing_of_the_perturbed_view_is_left_in_the_batch(family: str, tmp_pat
         if name != "advantages":
             assert torch.equal(torch.as_tensor(shaped[name]), torch.as_tensor(value)), name
     assert shaped["advantages"].shape == shaped["completion_ids"].shape
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_sharing_prompts_changes_no_number(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, advantages = listen(monkeypatch), []
+    for sharing in ("on", "off"):
+        run = trainer(tmp_path, family=family, prefix_sharing=sharing, scoring_memory=1e-4)
+        fix_rollouts(run)
+        advantages.append(generation_batch(run, rows(2, SIZES))["advantages"])
+    assert seen[0].max() > 1e-2
+    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*advantages, rtol=1e-5, atol=1e-5)

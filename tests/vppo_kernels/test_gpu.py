@@ -33,7 +33,7 @@ from vppo_kernels.tiling import MIB
 DEVICE = os.environ.get("VPPO_TEST_DEVICE", "cuda")
 HERE = DEVICE == "cpu" or torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HERE, reason="no CUDA device")]
-BACKENDS = available(DEVICE) if HERE else ["torch", "triton", "triton_fused"]
+BACKENDS = available(DEVICE) if HERE else ["torch", "native", "triton", "triton_fused"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ("kl", "reverse_kl", "jsd")
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="asks the CUDA allocator or runtime")
@@ -192,7 +192,7 @@ def test_workspace_stays_within_its_limit(on_gpu: str, kind: str) -> None:
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", ["triton", "triton_fused"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch"])
 def test_the_forward_never_waits_for_the_device(name: str) -> None:
     views = make_views(dtype=torch.bfloat16).to("cuda")
     run(views, name)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -403,3 +404,22 @@ def test_selection_on_16_bits_and_strided_scores() -> None:
     for scores in (wide[:, ::2], wide[:, ::2].bfloat16(), wide[:, 200:].half()):
         expected = topk_mask(scores, mask, 0.3, backend="torch")
         assert torch.equal(topk_mask(scores, mask, 0.3, backend="native"), expected)
+
+
+def test_a_library_older_than_its_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its functions may not be those that Python calls."""
+    package = tmp_path / "vppo_kernels"
+    (package / "lib").mkdir(parents=True)
+    (tmp_path / "csrc").mkdir()
+    source, built = tmp_path / "csrc" / "tile.cpp", package / "lib" / "build.json"
+    (package / "lib" / "libvppo_cpu.so").touch()
+    monkeypatch.delenv("VPPO_KERNELS_LIB", raising=False)
+    monkeypatch.setattr(native_library, "__file__", str(package / "native_library.py"))
+    for path, age in ((source, 200), (built, 100)):
+        path.write_text("{}")
+        os.utime(path, (age, age))
+    with pytest.warns(UserWarning, match="csrc/ has changed .*pip install -e"):
+        loaded, reason = native_library._load.__wrapped__("cpu")
+    assert loaded is None and "csrc/ has changed" in reason
+    os.utime(built, (300, 300))
+    assert "cannot be loaded" in native_library._load.__wrapped__("cpu")[1]

@@ -105,6 +105,24 @@ def test_a_split_vocabulary(tmp_path: Path, sizes: list[int]) -> None:
     spawn(split_vocabulary, tmp_path, len(sizes), sizes, "torch")
 
 
+def split_bfloat16(rank: int, sizes: list[int]) -> None:
+    views = inputs(torch.bfloat16)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    weight = views.weight.detach()[mine].clone().requires_grad_()
+    options: dict[str, Any] = dict(targets=views.targets, vocab_size=VOCAB)
+    whole = linear_divergence(views.hidden, views.perturbed, views.weight, **options)
+    parts = linear_divergence(views.hidden, views.perturbed, weight, process_group=dist.group.WORLD, **options)
+    assert_same(parts, whole, "divergence")
+    expected = gradients(whole, [views.hidden, views.perturbed, views.weight])
+    got = gradients(parts, [views.hidden, views.perturbed, weight])
+    for a, b in zip(got, [*expected[:2], expected[2][mine]], strict=True):
+        assert a.dtype == torch.bfloat16 and relative_error(a, b) < 2**-8
+
+
+def test_a_split_vocabulary_in_bfloat16(tmp_path: Path) -> None:
+    spawn(split_bfloat16, tmp_path, 2, SPLITS["2 ranks"])
+
+
 @pytest.mark.parametrize("name", ["triton", "triton_fused"])
 def test_a_split_vocabulary_on_other_backends(tmp_path: Path, name: str) -> None:
     spawn(split_vocabulary, tmp_path, 2, SPLITS["2 ranks"], name)

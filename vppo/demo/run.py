@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -74,14 +75,18 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     """
     console = Console()
     out = options.out
-    _check_device(options.device)
+    from vppo.loading import check_device
+
+    check_device(options.device)
     _claim(options)
     if (out / "report.html").exists():  # the last thing that is written
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         _show(console, summary, out)
         return summary
 
-    _quieten()
+    from vppo.progress import quieten
+
+    quieten()
     import torch
 
     torch.set_num_threads(THREADS)
@@ -92,6 +97,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     from vppo.report import write_report
 
     held_out = list(strips("held-out", HELD_OUT, seed=0))
+    _save_held_out(out / "held_out.parquet", held_out)
     warm = _warm_up(console, options, held_out)
     model, processor = _train(console, options)
 
@@ -145,30 +151,6 @@ def _claim(options: DemoOptions) -> None:
             )
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _quieten() -> None:
-    """Hide what a user of the demo cannot act on: progress bars of loading and saving, advice on configuration."""
-    import logging
-    import warnings
-
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|accelerate)\b")
-
-
 def _save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] | None = None) -> None:
     """Save model and processor so that the folder is either whole or not there."""
     part = folder.with_name(f".{folder.name}.part")
@@ -187,6 +169,15 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
 
     model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     return model.to(device), load_processor(str(folder))
+
+
+def _save_held_out(path: Path, held_out: Sequence[Any]) -> None:
+    """The strips that the report is about, as a dataset that `vppo analyze` takes."""
+    from vppo.demo.digits import as_dataset
+
+    content = io.BytesIO()
+    as_dataset(list(held_out)).to_parquet(content)
+    write_atomic(path, content.getvalue())
 
 
 def _warm_up(console: Console, options: DemoOptions, held_out: Sequence[Any]) -> dict[str, Any]:
@@ -280,9 +271,9 @@ def _score(
     verdicts: Sequence[bool],
 ) -> list[Any]:
     """Exact dependency of every response token, whatever training measured it by."""
-    from vppo.analysis import score_responses
     from vppo.demo.model import PATCH
     from vppo.perturbations import Perturbation
+    from vppo.scored import score_responses
 
     rows = [
         {"prompt": s.prompt, "images": [s.image], "answer": s.answer, "response_ids": ids, "correct": verdict}
@@ -295,7 +286,6 @@ def _score(
         divergence="kl",
         perturbation=Perturbation(options.perturbation, patch_size=PATCH),
         seed=options.seed,
-        batch_size=128,
     )
 
 

@@ -2,7 +2,8 @@
 
 Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and `gradient_pair_` (`torch.py` says what
 each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
-`PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`.
+`PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`, or
+`product`, a `NarrowProduct`, and `has_product`, which says whether this machine can run it.
 
 What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and
 the loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
@@ -22,6 +23,7 @@ from torch import device as Device
 from torch import dtype as Dtype
 
 from vppo_kernels import native_library
+from vppo_kernels.head import NarrowProduct
 
 NAMES = ("torch", "native", "triton", "triton_fused")
 
@@ -63,13 +65,13 @@ def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]
 
 
 def _choose(name: str, device: Device, dtype: Dtype) -> str:
-    """The backend that a name stands for; "auto" is Triton's on a GPU, the native one on a CPU, or else plain torch."""
+    """The backend that a name stands for; "auto" is the first that is there of Triton's (on a GPU), native, torch."""
     if name == "auto":
-        best = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
-        reason = _missing(best, device, dtype)
-        if reason and best == "native" and dtype != float64:
-            _say_once(f'backend "auto" takes plain torch on this CPU, which is slower: {reason}')
-        name = "torch" if reason else best
+        best = ("triton", "native", "torch") if device.type == "cuda" else ("native", "torch")
+        name = next(name for name in best if not _missing(name, device, dtype))
+        if name == "torch" and dtype != float64 and device.type in ("cpu", "cuda"):
+            kind, reason = "CPU" if device.type == "cpu" else "GPU", _missing("native", device, dtype)
+            _say_once(f'backend "auto" takes plain torch on this {kind}, which is slower: {reason}')
     if name not in NAMES:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
     reason = _missing(name, device, dtype)
@@ -85,6 +87,11 @@ def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
         ValueError: There is no such backend, or not for these tensors.
     """
     return import_module(f"vppo_kernels.backends.{_choose(name, device, dtype)}")
+
+
+def narrow_product(backend: ModuleType) -> NarrowProduct | None:
+    """The backend's own product of bfloat16 operands for a `LinearHead`, if it has one on this machine."""
+    return backend.product if hasattr(backend, "product") and backend.has_product() else None
 
 
 def token_kernels(name: str, *tensors: Any) -> ModuleType | None:

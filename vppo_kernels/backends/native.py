@@ -6,10 +6,11 @@ on torch's threads, and every row's result is its own: it is bitwise the same fo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vppo_kernels.head import LogitTransform
-from vppo_kernels.native_library import library
+from vppo_kernels.native_library import library, missing
 
 SCRATCH = 0  # nothing but the tile itself
 PEAK = 4  # tiles of one view alive at a time: two of logits, and their gradient in 16 bits
@@ -57,3 +58,15 @@ def _slope(transform: LogitTransform) -> tuple[float, float]:
     """What turns finished logits z into the slope of the transform, `scale * (1 - (to_cap z)^2)`."""
     cap = transform.softcap
     return transform.logit_scale / transform.temperature, 0.0 if cap is None else transform.temperature / cap
+
+
+def has_product() -> bool:
+    """Whether this CPU multiplies bfloat16. If not, nothing beats torch's float32 product of a converted tile."""
+    return not missing("cpu") and library("cpu").has_product()
+
+
+def product(first: Tensor, second: Tensor, alike: Tensor, weight: Tensor, out: Tensor) -> None:
+    """A `NarrowProduct` (see `head.py`), bitwise the same for any number of threads, and for a row in any company."""
+    first, second, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (first, second, weight))
+    scratch = torch.empty(library("cpu").product_scratch(len(out), weight.shape[1]))
+    library("cpu").product(first, second, alike, weight, scratch, out)

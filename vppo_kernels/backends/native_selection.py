@@ -1,6 +1,6 @@
 """Selection and the clipped loss through the native library; formulas are those of the torch code beside each call.
 
-Tensors arrive checked, on one device, none of them empty or float64. The library takes single precision: what is 16
+Tensors arrive checked, on one device, none of them empty or float64. The library takes single precision; what is 16
 bits wide is converted, as little as it is next to the logits.
 """
 

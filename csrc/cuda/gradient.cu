@@ -1,0 +1,120 @@
+// Overwriting a tile of logits with the gradient of raw ones: every entry by itself, a block to (a part of) a row.
+#include <cmath>
+
+#include "../statistics.h"
+#include "kernels.h"
+#include "row.cuh"
+#include "softmax.cuh"
+
+namespace vppo {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kEntries = 16;  // of a row that a thread takes, where the grid may have so many blocks
+
+__device__ float slope_at(Slope slope, float z) {
+  const float capped = z * slope.to_cap;
+  return slope.scale * (1.0f - capped * capped);
+}
+
+__device__ float field(Fields packed, int index, int64_t row) { return packed.data[index * packed.stride + row]; }
+
+// Applies `at(column)` to the first column of every vector of this block.
+template <int WIDTH, typename At>
+__device__ void each_vector(int64_t columns, At at) {
+  const int64_t step = static_cast<int64_t>(gridDim.y) * kThreads * WIDTH;
+  for (int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * WIDTH; column < columns;
+       column += step) {
+    at(column);
+  }
+}
+
+template <int WIDTH>
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
+  const int64_t row = blockIdx.x;
+  float* z_row = tile.data + row * tile.columns;
+  const Softmax softmax(view, 0, row);
+  const float of_logprob = field(grads, 0, row), of_entropy = field(grads, 1, row);
+  const int64_t target = target_column(targets, row, tile.columns);
+
+  each_vector<WIDTH>(tile.columns, [&](int64_t column) {
+    auto z = load<WIDTH>(z_row + column);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      const float log_p = softmax.log_probability(z.at[i]);
+      float grad = expf(log_p) * (-of_entropy * (log_p + softmax.entropy) - of_logprob);
+      if (column + i == target) grad += of_logprob;
+      z.at[i] = grad * slope_at(slope, z.at[i]);
+    }
+    store(z_row + column, z);
+  });
+}
+
+template <bool JSD, int WIDTH>
+__global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fields pair, Fields halves, Targets targets,
+                                                                 Fields grads, Slope slope) {
+  const int64_t row = blockIdx.x;
+  float* p_row = tile.data + row * tile.columns;
+  float* q_row = p_row + tile.rows * tile.columns;
+  const SoftmaxPair both(pair, row);
+  const float half_p = JSD ? field(halves, 0, row) : 0.0f, half_q = JSD ? field(halves, 1, row) : 0.0f;
+  const float of_divergence = field(grads, 0, row) * (JSD ? 0.5f : 1.0f);
+  const float of_entropy_p = field(grads, 1, row), of_entropy_q = field(grads, 2, row);
+  const bool with_targets = targets.index != nullptr;
+  const float of_logprob_p = with_targets ? field(grads, 3, row) : 0.0f;
+  const float of_logprob_q = with_targets ? field(grads, 4, row) : 0.0f;
+  const int64_t target = target_column(targets, row, tile.columns);
+
+  each_vector<WIDTH>(tile.columns, [&](int64_t column) {
+    auto z_p = load<WIDTH>(p_row + column), z_q = load<WIDTH>(q_row + column);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      const float log_p = both.p.log_probability(z_p.at[i]), log_q = both.q.log_probability(z_q.at[i]);
+      const float p = expf(log_p), q = expf(log_q);
+      const float centred = both.centred_gap(z_p.at[i], z_q.at[i]), d = centred + both.kl;  // d is log(p / q)
+      float grad_p, grad_q;
+      if constexpr (JSD) {
+        grad_p = p * (log_share(d) - half_p);
+        grad_q = q * (log_share(-d) - half_q);
+      } else {
+        grad_p = p * centred;
+        // q - p over q: the difference of two exponentials would lose the digits of a small gap
+        grad_q = d > 1.0f ? q - p : -q * expm1f(d);
+      }
+      grad_p = of_divergence * grad_p - of_entropy_p * p * (log_p + both.p.entropy) - of_logprob_p * p;
+      grad_q = of_divergence * grad_q - of_entropy_q * q * (log_q + both.q.entropy) - of_logprob_q * q;
+      if (column + i == target) {
+        grad_p += of_logprob_p;
+        grad_q += of_logprob_q;
+      }
+      z_p.at[i] = grad_p * slope_at(slope, z_p.at[i]);
+      z_q.at[i] = grad_q * slope_at(slope, z_q.at[i]);
+    }
+    store(p_row + column, z_p);
+    store(q_row + column, z_q);
+  });
+}
+
+template <typename... Arguments>
+cudaError_t launch_columns(void (*vectors)(Arguments...), void (*scalars)(Arguments...), const Tile& tile,
+                           cudaStream_t stream, Arguments... arguments) {
+  const dim3 grid = grid_over(tile.rows, tile.columns, kThreads * kEntries);
+  return launch(aligned(tile) ? vectors : scalars, grid, dim3(kThreads), stream, arguments...);
+}
+
+}  // namespace
+
+cudaError_t gradient(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, cudaStream_t stream) {
+  return launch_columns(gradient_kernel<4>, gradient_kernel<1>, tile, stream, tile, view, targets, grads, slope);
+}
+
+cudaError_t gradient_pair(Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope,
+                          cudaStream_t stream) {
+  return halves.data == nullptr ? launch_columns(gradient_pair_kernel<false, 4>, gradient_pair_kernel<false, 1>, tile,
+                                                 stream, tile, pair, halves, targets, grads, slope)
+                                : launch_columns(gradient_pair_kernel<true, 4>, gradient_pair_kernel<true, 1>, tile,
+                                                 stream, tile, pair, halves, targets, grads, slope);
+}
+
+}  // namespace vppo
