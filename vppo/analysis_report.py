@@ -42,7 +42,7 @@ def write_analysis_pages(out: Path) -> Path:
     folder = read_analysis(out)
     numbers = {run.label: summarise_run(run) for run in folder.runs}
     charts = write_figures(out, perception_plots(folder.runs))
-    about = {key: value for key, value in folder.summary.items() if key not in ("numbers", "skipped")}
+    about = {k: v for k, v in folder.summary.items() if k not in ("numbers", "skipped") and v not in (None, {})}
     single = next(iter(numbers.values())) if len(numbers) == 1 else None
     page = render(
         "analysis.html",
@@ -63,7 +63,7 @@ def headline(numbers: Mapping[str, Any], folder: AnalysisFolder) -> str:
     tokens, shared = numbers["token_dependency"], numbers["overlap"]
     top = f"{100 * folder.summary['keep_ratio']:g}{NBSP}%"
     text = (
-        f"Half of the {tokens['count']:,} tokens depend on the image by less than {nats(tokens['median'])}{NBSP}nats, "
+        f"Half of the {tokens['count']:,} tokens depend on the image by less than {_nats(tokens['median'])}, "
         f"and the most dependent fifth holds {percent(numbers['share_of_top']['0.2'])} of all dependency. Of the top "
         f"{top} by exact KL, k3 would pick {percent(shared['kl, k3'])} and entropy {percent(shared['kl, entropy'])}; "
         f"chance, {percent(shared['by chance'])}."
@@ -73,8 +73,8 @@ def headline(numbers: Mapping[str, Any], folder: AnalysisFolder) -> str:
         return text
     apart = "apart" if outcome["low"] > 0 or outcome["high"] < 0 else "not told apart by it"
     return (
-        f"{text} Correct responses average {nats(outcome['mean_correct'])}, wrong ones "
-        f"{nats(outcome['mean_wrong'])}{NBSP}nats: {apart} at 95{NBSP}% confidence."
+        f"{text} Correct responses average {_nats(outcome['mean_correct'])}, wrong ones "
+        f"{_nats(outcome['mean_wrong'])}: {apart} at 95{NBSP}% confidence."
     )
 
 
@@ -85,8 +85,8 @@ def headline_of_several(numbers: Mapping[str, Mapping[str, Any]]) -> str:
     shares = [one["share_of_top"]["0.2"] for one in numbers.values()]
     return (
         f"{len(numbers)} runs side by side. The median token depends least on the image in {least} "
-        f"({nats(medians[least])}{NBSP}nats) and most in {most} ({nats(medians[most])}{NBSP}nats); the most dependent "
-        f"fifth of the tokens holds {percent(min(shares))} to {percent(max(shares))} of all dependency."
+        f"({_nats(medians[least])}) and most in {most} ({_nats(medians[most])}); the most dependent fifth "
+        f"of the tokens holds {percent(min(shares))} to {percent(max(shares))} of all dependency."
     )
 
 
@@ -108,9 +108,6 @@ def comparison_table(numbers: Mapping[str, Mapping[str, Any]]) -> list[tuple[str
             values.append("–" if value is None else form(value))  # noqa: RUF001
         return label, values
 
-    def in_nats(value: float) -> str:
-        return f"{nats(value)}{NBSP}nats"
-
     def count(value: float) -> str:
         return f"{value:,}"
 
@@ -123,8 +120,8 @@ def comparison_table(numbers: Mapping[str, Mapping[str, Any]]) -> list[tuple[str
         row("tokens", "token_dependency", "count", form=count),
         row("accuracy", "accuracy", form=percent),
         row("cut at the length limit", "truncated", form=percent),
-        row("mean dependency", "token_dependency", "mean", form=in_nats),
-        row("median dependency", "token_dependency", "median", form=in_nats),
+        row("mean dependency", "token_dependency", "mean", form=_nats),
+        row("median dependency", "token_dependency", "median", form=_nats),
         row("held by the top 10 %", "share_of_top", "0.1", form=percent),
         row("held by the top 20 %", "share_of_top", "0.2", form=percent),
         row("held by the top 40 %", "share_of_top", "0.4", form=percent),
@@ -136,6 +133,11 @@ def comparison_table(numbers: Mapping[str, Mapping[str, Any]]) -> list[tuple[str
         row("kept by exact KL and by entropy", "overlap", "kl, entropy", form=percent),
         row("kept by one draw as by the mean", "one_draw", "overlap_kl", form=percent),
     ]
+
+
+def _nats(value: float) -> str:
+    """A number with its unit, which no line break parts."""
+    return f"{nats(value)} nats".replace(" ", NBSP)
 
 
 def _skipped(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -391,7 +391,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
         "trajectory_dependency": vars(Distribution.of(means)),
         "share_of_top": {f"{share:g}": share_of_top(values, share) for share in TOP_SHARES},
         "gini": gini(values),
-        "by_relative_position": by_relative_position(tokens)["mean"].tolist(),
+        "by_relative_position": {f"{place:g}": mean for place, mean in by_relative_position(tokens)["mean"].items()},
         "by_position": {str(first): mean for first, mean in by_position(tokens)["mean"].items()},
         "correct_against_wrong": None if outcome is None else {**vars(outcome), "difference": outcome.difference},
         "entropy": {

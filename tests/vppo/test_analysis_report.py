@@ -354,6 +354,17 @@ def test_photographs_are_reduced_until_they_fit(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_five_hundred_long_responses_stay_below_25_megabytes(tmp_path: Path) -> None:
+    """A token takes 40 bytes of the page: 20 MB, which leaves 5 for the images and the figures."""
+    sizes = []
+    for length in (100, 1000):
+        write_analysis(tmp_path / str(length), samples=10, length=length)
+        sizes.append(write_analysis_pages(tmp_path / str(length)).stat().st_size)
+    tokens = [len(pd.read_parquet(tmp_path / str(length) / "tokens.parquet")) for length in (100, 1000)]
+    assert (sizes[1] - sizes[0]) / (tokens[1] - tokens[0]) < 40
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_one_run_has_a_headline_and_key_numbers(tmp_path: Path) -> None:
     write_analysis(tmp_path, samples=6, length=30)
     folder = read_analysis(tmp_path)

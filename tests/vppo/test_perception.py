@@ -107,9 +107,12 @@ def test_by_relative_position(tables: tuple[pd.DataFrame, pd.DataFrame], numbers
     for _, rows in tables[0].groupby(["sample", "response"]):
         for position, value in zip(rows["position"], rows["dependency"], strict=True):
             bins.setdefault(int((position + 0.5) * 20 // len(rows)), []).append(float(value))
-    assert numbers["by_relative_position"] == pytest.approx([np.mean(bins[place]) for place in range(20)])
+    expected = {f"{(place + 0.5) / 20:g}": np.mean(bins[place]) for place in range(20)}
+    assert numbers["by_relative_position"] == pytest.approx(expected)
     table = perception.by_relative_position(tables[0])
     assert table["tokens"].sum() == len(tables[0])
+    short = perception.by_relative_position(tables[0].groupby(["sample", "response"]).head(2))
+    assert short.index.tolist() == [0.275, 0.775]  # two tokens stand in the middles of the two halves
     assert table["median"].tolist() == pytest.approx([np.median(bins[place]) for place in range(20)])
     assert table["q90"].tolist() == pytest.approx([np.quantile(bins[place], 0.9) for place in range(20)])
 
@@ -144,12 +147,12 @@ def test_correct_against_wrong(tables: tuple[pd.DataFrame, pd.DataFrame], number
         (right["tokens"].mean(), wrong["tokens"].mean())
     )
     # a bootstrap of our own, whole questions drawn with replacement
-    rng, samples = np.random.default_rng(7), rows["sample"].unique()
-    differences = []
-    for _ in range(800):
-        drawn = pd.concat([rows[rows["sample"] == sample] for sample in rng.choice(samples, len(samples))])
-        means = drawn.groupby("correct")["mean"].mean()
-        differences.append(means[True] - means[False])
+    rng, questions, differences = np.random.default_rng(7), [q for _, q in rows.groupby("sample")], []
+    values = [(q["mean"].to_numpy(), q["correct"].to_numpy(dtype=bool)) for q in questions]
+    for _ in range(2000):
+        drawn = [values[place] for place in rng.integers(len(values), size=len(values))]
+        means, right_ones = (np.concatenate(column) for column in zip(*drawn, strict=True))
+        differences.append(means[right_ones].mean() - means[~right_ones].mean())
     spread = np.ptp(np.quantile(differences, [0.025, 0.975]))
     assert found["high"] - found["low"] == pytest.approx(spread, rel=0.15)
     assert found["low"] < found["difference"] < found["high"]
