@@ -25,6 +25,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
 LIB = Path("vppo_kernels", "lib")
+BINDINGS = ROOT / "csrc" / "bindings.cpp"  # of every library
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]  # nobody reads errno or the flags of the FPU
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -86,7 +87,7 @@ def ffi() -> Path:
 def build_cpu(objects: Path, out: Path) -> str:
     cxx, headers = compiler(), ffi()
     flags = [*FLAGS, "-isystem", str(headers / "include"), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    units = [(source, source.stem, []) for source in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    units = [(source, source.stem, []) for source in [BINDINGS, *sorted(ROOT.glob("csrc/cpu/*.cpp"))]]
     for source in sorted(ROOT.glob("csrc/cpu/simd/*.cpp")):
         for name, more in INSTRUCTIONS.items():
             units.append((source, f"{source.stem}_{name}", [*more, f"-DVPPO_INSTRUCTIONS={name}"]))
@@ -121,7 +122,7 @@ def build_cuda(objects: Path, out: Path) -> str:
     # kernels know nothing of Python: nvcc does not see the headers that would take it longer than the kernels do
     host = [*CUDA_FLAGS, "-isystem", str(headers / "include")]
     units = [(source, flags) for source in sorted(ROOT.glob("csrc/cuda/*.cu"))]
-    units += [(source, host) for source in sorted(ROOT.glob("csrc/cuda/*.cpp"))]
+    units += [(source, host) for source in [BINDINGS, *sorted(ROOT.glob("csrc/cuda/*.cpp"))]]
     made = [str(objects / f"{source.stem}.o") for source, _ in units]
     compile_all([[nvcc, *more, "-c", str(s), "-o", o] for (s, more), o in zip(units, made, strict=True)])
     # the runtime linked statically asks for the driver when it is first called, not when the library is loaded

@@ -1,5 +1,7 @@
 #include "operations.h"
 
+#include <tvm/ffi/error.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -21,9 +23,13 @@ const Operations* choose() {
 
 }  // namespace
 
-const Operations* operations() {
+const Operations& operations() {
   static const Operations* const chosen = choose();
-  return chosen;
+  if (chosen == nullptr) {
+    TVM_FFI_THROW(ValueError) << "VPPO_KERNELS_ISA: got '" << std::getenv("VPPO_KERNELS_ISA")
+                              << "', takes an instruction set of this processor: baseline, avx2 or avx512";
+  }
+  return *chosen;
 }
 
 }  // namespace vppo

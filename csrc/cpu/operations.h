@@ -4,56 +4,9 @@
 // threads. Nothing is allocated.
 #pragma once
 
-#include <cstdint>
+#include "../types.h"
 
 namespace vppo {
-
-// Packed numbers of all rows, in the order of statistics.py and of `SUMS` of loss.py.
-constexpr int kViewFields = 4, kPairFields = 10, kSums = 12;
-
-// Finished logits, `[rows, columns]`, of one view, or of two views one after the other.
-struct Tile {
-  float* data;
-  std::int64_t rows, columns;
-};
-
-// Field f of row r lies at `data[f * stride + r]`.
-struct Fields {
-  float* data;
-  std::int64_t stride;
-};
-
-// The target of every row, where there are targets; `first` is the vocabulary index of the tile's first column.
-struct Targets {
-  const std::int64_t* data;
-  std::int64_t first;
-};
-
-// Derivative of finished logits z by raw ones: `scale * (1 - (to_cap z)^2)`; `to_cap` is 0 without a cap.
-struct Slope {
-  float scale, to_cap;
-};
-
-// Tokens `[rows, columns]` of a batch. Values where `mask` is 0 take part in nothing. From `entropy` on there may be none.
-struct Tokens {
-  const float *logprobs, *old_logprobs, *advantages;
-  const bool *keep, *mask;
-  const float *entropy, *ref_logprobs, *is_weights, *dependency;
-  std::int64_t rows, columns;
-};
-
-// As the arguments of `_clipped_loss` in loss.py; `dual` is infinite where there is no such clip.
-struct LossOptions {
-  float low, high, dual, limit, nll_coef, entropy_coef, kl_coef;
-  bool ref_of_all;
-};
-
-// Upstream gradient of each token's loss, or of each row's, and where those of log-probabilities and entropy go.
-struct LossGradient {
-  const float* upstream;
-  bool per_token;
-  float *logprobs, *entropy;  // `entropy` may be null
-};
 
 struct Operations {
   const char* name;
@@ -79,7 +32,7 @@ extern const Operations operations_baseline;
 extern const Operations operations_avx2, operations_avx512;
 #endif
 
-// Those for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names; null if there is none.
-const Operations* operations();
+// Those for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names.
+const Operations& operations();
 
 }  // namespace vppo

@@ -114,7 +114,7 @@ VPPO_AVX512_BF16 void multiply(const Product& given, int64_t block, const uint32
 
 }  // namespace
 
-bool has_product() { return operations() == &operations_avx512 && __builtin_cpu_supports("avx512bf16"); }
+bool has_product() { return &operations() == &operations_avx512 && __builtin_cpu_supports("avx512bf16"); }
 
 int64_t product_scratch(int64_t rows, int64_t depth) { return blocks_of(rows + rows % 2) * kRows * pairs_of(depth); }
 

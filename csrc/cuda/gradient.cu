@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fiel
   const float half_p = JSD ? field(halves, 0, row) : 0.0f, half_q = JSD ? field(halves, 1, row) : 0.0f;
   const float of_divergence = field(grads, 0, row) * (JSD ? 0.5f : 1.0f);
   const float of_entropy_p = field(grads, 1, row), of_entropy_q = field(grads, 2, row);
-  const bool with_targets = targets.index != nullptr;
+  const bool with_targets = targets.data != nullptr;
   const float of_logprob_p = with_targets ? field(grads, 3, row) : 0.0f;
   const float of_logprob_q = with_targets ? field(grads, 4, row) : 0.0f;
   const int64_t target = target_column(targets, row, tile.columns);

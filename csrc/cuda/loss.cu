@@ -9,7 +9,6 @@ namespace vppo {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSums = 12;  // in the order of `SUMS` of loss.py
 
 // `x` held within bounds; a NaN stays one.
 __device__ float within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
@@ -36,7 +35,7 @@ struct Surrogate {
 };
 
 __global__ void __launch_bounds__(kThreads)
-    clipped_loss_kernel(Tokens tokens, LossOptions options, float* values, float* row_sums) {
+    clipped_loss_kernel(Tokens tokens, LossOptions options, float* values, Fields row_sums) {
   __shared__ Partials<kThreads, kSums> partials;
   const int64_t first = blockIdx.x * tokens.columns;
   float sums[kSums] = {};
@@ -79,13 +78,12 @@ __global__ void __launch_bounds__(kThreads)
   reduce(sums, partials, Add());
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) row_sums[i * tokens.rows + blockIdx.x] = sums[i];
+    for (int i = 0; i < kSums; ++i) row_sums.data[i * row_sums.stride + blockIdx.x] = sums[i];
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
-    clipped_loss_gradient_kernel(Tokens tokens, LossOptions options, const float* upstream, bool upstream_per_token,
-                                 float* grad, float* grad_entropy) {
+    clipped_loss_gradient_kernel(Tokens tokens, LossOptions options, LossGradient gradient) {
   const int64_t row = blockIdx.x;
   for (int64_t column = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; column < tokens.columns;
        column += static_cast<int64_t>(gridDim.y) * kThreads) {
@@ -94,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
     if (tokens.mask[token]) {
       const float logprob = tokens.logprobs[token], advantage = tokens.advantages[token];
       const Surrogate surrogate(logprob - tokens.old_logprobs[token], advantage, options);
-      of_token = upstream[upstream_per_token ? token : row];
+      of_token = gradient.upstream[gradient.per_token ? token : row];
       slope = surrogate.passes ? -surrogate.ratio * advantage : 0.0f;
       if (tokens.is_weights != nullptr) slope *= tokens.is_weights[token];
       slope -= options.nll_coef;
@@ -104,22 +102,21 @@ __global__ void __launch_bounds__(kThreads)
       }
       slope *= of_token;
     }
-    grad[token] = slope;
-    if (grad_entropy != nullptr) grad_entropy[token] = -options.entropy_coef * of_token;
+    gradient.logprobs[token] = slope;
+    if (gradient.entropy != nullptr) gradient.entropy[token] = -options.entropy_coef * of_token;
   }
 }
 
 }  // namespace
 
-cudaError_t clipped_loss(Tokens tokens, LossOptions options, float* values, float* sums, cudaStream_t stream) {
+cudaError_t clipped_loss(Tokens tokens, LossOptions options, float* values, Fields sums, cudaStream_t stream) {
   return launch(clipped_loss_kernel, dim3(static_cast<unsigned>(tokens.rows)), dim3(kThreads), stream, tokens, options,
                 values, sums);
 }
 
-cudaError_t clipped_loss_gradient(Tokens tokens, LossOptions options, const float* upstream, bool upstream_per_token,
-                                  float* grad, float* grad_entropy, cudaStream_t stream) {
+cudaError_t clipped_loss_gradient(Tokens tokens, LossOptions options, LossGradient gradient, cudaStream_t stream) {
   return launch(clipped_loss_gradient_kernel, grid_over(tokens.rows, tokens.columns, kThreads), dim3(kThreads), stream,
-                tokens, options, upstream, upstream_per_token, grad, grad_entropy);
+                tokens, options, gradient);
 }
 
 }  // namespace vppo

@@ -99,8 +99,8 @@ inline dim3 grid_over(int64_t rows, int64_t columns, int64_t columns_of_block) {
 
 // Column of a row's target within the tile, or -1.
 __device__ inline int64_t target_column(const Targets& targets, int64_t row, int64_t columns) {
-  if (targets.index == nullptr || targets.index[row] < targets.first) return -1;
-  const uint64_t column = static_cast<uint64_t>(targets.index[row]) - static_cast<uint64_t>(targets.first);
+  if (targets.data == nullptr || targets.data[row] < targets.first) return -1;
+  const uint64_t column = static_cast<uint64_t>(targets.data[row]) - static_cast<uint64_t>(targets.first);
   return column < static_cast<uint64_t>(columns) ? static_cast<int64_t>(column) : -1;
 }
 

@@ -56,8 +56,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return out
 
     with ThreadPoolExecutor(2) as pool:
-        sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp"), HERE / "emulated_cuda" / "no_product.cpp"]
-        made = list(pool.map(compile_one, sources))
+        bindings = [SOURCES.parent / "bindings.cpp", HERE / "emulated_cuda" / "no_product.cpp"]
+        made = list(pool.map(compile_one, [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp"), *bindings]))
     link = [str(COMPILER), "-shared", *made, f"-L{TVM_FFI / 'lib'}", "-ltvm_ffi", "-o", str(folder / "libvppo_cpu.so")]
     subprocess.run(link, check=True)
     return folder

@@ -1,0 +1,37 @@
+// What Python asks this library about itself.
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <atomic>
+
+#include "../arguments.h"
+#include "operations.h"
+#include "parallel.h"
+
+namespace vppo {
+namespace {
+
+tvm::ffi::String instructions() { return operations().name; }
+
+// On how many threads a loop runs.
+int64_t threads() {
+  std::atomic<int64_t> count{0};
+  on_every_thread([](void* counted) { ++*static_cast<std::atomic<int64_t>*>(counted); }, &count);
+  return count;
+}
+
+// For tests: one of the vectorised functions, of every entry of `x`.
+void evaluate(tvm::ffi::String function, TensorView x, TensorView out) {
+  const int64_t count = x.numel();
+  const float* const from = check_contiguous<float>("x", x, {count}, {kDLCPU, 0});
+  float* const into = check_contiguous<float>("out", out, {count}, {kDLCPU, 0});
+  if (!operations().evaluate(function.c_str(), from, into, count)) {
+    TVM_FFI_THROW(ValueError) << "function: got '" << function << "', takes exp, exp_down, expm1, phi or log1p";
+  }
+}
+
+}  // namespace
+}  // namespace vppo
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(instructions, vppo::instructions)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(threads, vppo::threads)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(evaluate, vppo::evaluate)

@@ -1,0 +1,75 @@
+// The library of the CPU: divides rows among threads.
+#include "../library.h"
+
+#include <algorithm>
+
+#include "operations.h"
+#include "parallel.h"
+#include "selection.h"
+
+namespace vppo {
+namespace {
+
+constexpr std::int64_t kWorth = 1 << 14;  // entries that a thread takes at a time
+
+// Calls `body(begin, end)` for rows of so many columns.
+template <typename Body>
+void for_rows(std::int64_t rows, std::int64_t columns, const Body& body) {
+  parallel_for(rows, kWorth / std::max<std::int64_t>(columns, 1), body);
+}
+
+// A packed row may be of any length.
+template <typename Out>
+void write_mask(const Scores& scores, double keep_ratio, Out* keep) {
+  for_rows(scores.rows, scores.offsets != nullptr ? kWorth : scores.columns,
+           [&](auto begin, auto end) { topk_mask(scores, keep_ratio, keep, begin, end); });
+}
+
+}  // namespace
+
+const DLDeviceType kDeviceType = kDLCPU;
+const char* const kDeviceName = "cpu";
+
+void fold(DLDevice, Tile tile, Targets targets, Fields stats) {
+  const Operations& on = operations();
+  for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold(tile, targets, stats, begin, end); });
+}
+
+void fold_pair(DLDevice, Tile tile, Targets targets, Fields stats) {
+  const Operations& on = operations();
+  for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_pair(tile, targets, stats, begin, end); });
+}
+
+void fold_jsd(DLDevice, Tile tile, Fields pair, Fields halves) {
+  const Operations& on = operations();
+  for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_jsd(tile, pair, halves, begin, end); });
+}
+
+void gradient(DLDevice, Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
+  const Operations& on = operations();
+  for_rows(tile.rows, tile.columns,
+           [&](auto begin, auto end) { on.gradient(tile, view, targets, grads, slope, begin, end); });
+}
+
+void gradient_pair(DLDevice, Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope) {
+  const Operations& on = operations();
+  for_rows(tile.rows, tile.columns,
+           [&](auto begin, auto end) { on.gradient_pair(tile, pair, halves, targets, grads, slope, begin, end); });
+}
+
+void topk_mask(DLDevice, const Scores& scores, double keep_ratio, float* keep) { write_mask(scores, keep_ratio, keep); }
+void topk_mask(DLDevice, const Scores& scores, double keep_ratio, bool* keep) { write_mask(scores, keep_ratio, keep); }
+
+void clipped_loss(DLDevice, const Tokens& tokens, const LossOptions& options, float* values, Fields sums) {
+  const Operations& on = operations();
+  for_rows(tokens.rows, tokens.columns,
+           [&](auto begin, auto end) { on.clipped_loss(tokens, options, values, sums, begin, end); });
+}
+
+void clipped_loss_gradient(DLDevice, const Tokens& tokens, const LossOptions& options, const LossGradient& gradient) {
+  const Operations& on = operations();
+  for_rows(tokens.rows, tokens.columns,
+           [&](auto begin, auto end) { on.clipped_loss_gradient(tokens, options, gradient, begin, end); });
+}
+
+}  // namespace vppo

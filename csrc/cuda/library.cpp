@@ -1,0 +1,78 @@
+// The library of CUDA: enqueues a kernel on torch's current stream of the tensors' device.
+#include "../library.h"
+
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/extra/cuda/device_guard.h>
+
+#include <limits>
+
+#include "kernels.h"
+
+namespace vppo {
+namespace {
+
+// Calls `enqueue(stream)` with the tensors' device the current one.
+template <typename Enqueue>
+void on(DLDevice device, std::int64_t rows, const Enqueue& enqueue) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // blocks of a grid
+  if (rows > kMost) TVM_FFI_THROW(ValueError) << "got " << rows << " rows, takes at most " << kMost;
+  const tvm::ffi::CUDADeviceGuard guard(device.device_id);
+  TVM_FFI_CHECK_CUDA_ERROR(
+      enqueue(static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id))));
+}
+
+template <typename Out>
+void write_mask(DLDevice device, const Scores& scores, double keep_ratio, Out* keep) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // tokens that an int can count
+  if (scores.columns > kMost) {
+    TVM_FFI_THROW(ValueError) << "scores: got " << scores.columns << " columns, takes at most " << kMost;
+  }
+  on(device, scores.rows, [&](cudaStream_t stream) { return topk_mask(scores, keep_ratio, keep, stream); });
+}
+
+}  // namespace
+
+const DLDeviceType kDeviceType = kDLCUDA;
+const char* const kDeviceName = "cuda";
+
+void fold(DLDevice device, Tile tile, Targets targets, Fields stats) {
+  on(device, tile.rows, [&](cudaStream_t stream) { return fold(tile, targets, stats, stream); });
+}
+
+void fold_pair(DLDevice device, Tile tile, Targets targets, Fields stats) {
+  on(device, tile.rows, [&](cudaStream_t stream) { return fold_pair(tile, targets, stats, stream); });
+}
+
+void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields halves) {
+  on(device, tile.rows, [&](cudaStream_t stream) { return fold_jsd(tile, pair, halves, stream); });
+}
+
+void gradient(DLDevice device, Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
+  on(device, tile.rows, [&](cudaStream_t stream) { return gradient(tile, view, targets, grads, slope, stream); });
+}
+
+void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope) {
+  on(device, tile.rows,
+     [&](cudaStream_t stream) { return gradient_pair(tile, pair, halves, targets, grads, slope, stream); });
+}
+
+void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float* keep) {
+  write_mask(device, scores, keep_ratio, keep);
+}
+
+void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, bool* keep) {
+  write_mask(device, scores, keep_ratio, keep);
+}
+
+void clipped_loss(DLDevice device, const Tokens& tokens, const LossOptions& options, float* values, Fields sums) {
+  on(device, tokens.rows, [&](cudaStream_t stream) { return clipped_loss(tokens, options, values, sums, stream); });
+}
+
+void clipped_loss_gradient(DLDevice device, const Tokens& tokens, const LossOptions& options,
+                           const LossGradient& gradient) {
+  on(device, tokens.rows,
+     [&](cudaStream_t stream) { return clipped_loss_gradient(tokens, options, gradient, stream); });
+}
+
+}  // namespace vppo
