@@ -102,8 +102,8 @@ class VPPOConfig(GRPOConfig):
     prefix_sharing: str = field(
         default="auto",
         metadata={
-            "help": "Scoring passes the prompt of a group's rollouts once: 'auto' where the model can go on from its "
-            "cache, 'on' or an error, 'off'."
+            "help": "The prompt of a group's rollouts passes once, in scoring and in a training pass that holds several "
+            "of them: 'auto' where the model can go on from its cache, 'on' or an error, 'off'."
         },
     )
     scoring_memory: float = field(

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-HeadForward = Callable[[Any, Tensor], None]
+HeadForward = Callable[[Any, Tensor], Tensor | None]
 
 
 class LogitOptions(TypedDict):
@@ -39,15 +39,16 @@ def head_forward(model: Any, forward: HeadForward) -> Iterator[None]:
     """Within the block, the model's head calls `forward(head, hidden)` instead of multiplying.
 
     The head's own forward is where FSDP, DeepSpeed and offloading make the weight whole, so that is where it may be
-    read. Its matrix product never runs, and no logits exist.
+    read. Its matrix product never runs, and no logits exist; what `forward` returns stands in for them, so that whoever
+    looks for gradients behind the model's output finds them.
     """
     head = model.get_output_embeddings()
     name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"  # accelerate's hook brings offloaded weights
     before = head.__dict__.get(name)
 
     def stand_in(hidden: Tensor) -> Tensor:
-        forward(head, hidden)
-        return hidden[..., :1]  # what the model takes for logits; nobody reads it
+        found = forward(head, hidden)
+        return hidden[..., :1] if found is None else found
 
     setattr(head, name, stand_in)
     try:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vppo.batch import Batch, View
 from vppo.heads import head_forward
@@ -24,9 +25,10 @@ from vppo.heads import head_forward
 logger = logging.getLogger(__name__)
 SHARING = ("auto", "on", "off")
 GIB = 1 << 30
+JOINING = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache that gradients pass: nothing is overwritten
 TOLERANCE, TOLERANCE_16_BIT = 2e-3, 0.1  # relative: rounding stays far below, a token in a wrong place does not
 
-Receive = Callable[[Any, list[int], Tensor], None]
+Receive = Callable[[Any, list[int], Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class ResponsePasses:
         self.model, self.sharing, self.memory, self.most = model, sharing, memory, most
         self._footprint = Footprint.of(model)
         self._able = False if sharing == "off" else None  # None: not tried yet
+        self._joins = False
         self._warned: set[str] = set()
 
     def portions(self, batch: Batch, rows: Sequence[int], view: View) -> list[list[int]]:
@@ -119,6 +122,22 @@ class ResponsePasses:
         else:
             self._pass_whole(batch, [row for group in groups for row in group], view, receive)
 
+    def carry_gradients(self, batch: Batch, view: View) -> bool:
+        """Whether `run_with_gradients` would share a prompt and can: passes without gradients have shown the latter."""
+        able, rows = self._able is True and self._joins, list(range(len(batch)))
+        return able and len(set(view.keys)) < len(batch) and not _shows_images(self.model, batch, rows)
+
+    def run_with_gradients(self, forward: Callable[..., Any], batch: Batch, view: View, receive: Receive) -> None:
+        """Pass all responses once, in one piece and in the mode that the model is in; a prompt of several rows once.
+
+        Args:
+            forward: Called once, for the responses: the model, or what wraps it and prepares for its backward.
+            batch: The rows' tokens and images.
+            view: What they are shown.
+            receive: As for `run`; called once. What it returns is what the model gives as logits.
+        """
+        self._pass_shared(batch, _groups(batch, range(len(batch)), view), view, receive, forward)
+
     # -- the two ways ------------------------------------------------------------------------------------------------
 
     def _pass_whole(self, batch: Batch, rows: Sequence[int], view: View, receive: Receive) -> None:
@@ -129,16 +148,26 @@ class ResponsePasses:
             with head_forward(self.model, take):
                 self.model(**batch.whole(part, view), use_cache=False)
 
-    def _pass_shared(self, batch: Batch, groups: list[list[int]], view: View, receive: Receive) -> None:
+    def _pass_shared(
+        self,
+        batch: Batch,
+        groups: list[list[int]],
+        view: View,
+        receive: Receive,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
         prompt = batch.prompts([group[0] for group in groups], view)
         ends: list[Tensor] = []  # a response's first token is predicted by its prompt's last hidden state
         with _rope_deltas(self.model) as deltas, head_forward(self.model, lambda _, h: ends.append(h[:, -1:])):
             cache = self.model(**prompt, use_cache=True).past_key_values
         if not hasattr(cache, "reorder_cache"):
             raise NotImplementedError(f"the model's cache is a {type(cache).__name__}, which cannot be repeated")
+        self._joins = all(type(layer) in JOINING for layer in getattr(cache, "layers", [None]))
         place = {row: index for index, group in enumerate(groups) for row in group}
         left = self.memory - sum(self._prompt_cost(batch, group) for group in groups)
         parts = self._parts(list(place), [self._row_cost(batch, row) for row in place], left)
+        if torch.is_grad_enabled():  # what is passed lives until the backward: parts would save nothing
+            parts = [(list(place), True)]
         for number, (part, wanted) in enumerate(parts):
             index = torch.tensor([place[row] for row in part], device=batch.prompt_ids.device)
             own = cache if number == len(parts) - 1 else copy.deepcopy(cache)
@@ -149,7 +178,7 @@ class ResponsePasses:
             first = ends[0][index.to(ends[0].device)]
             take = partial(_hand_over, receive if wanted else _drop, part, slice(0, length), before=first)
             with head_forward(self.model, take):
-                self.model(
+                (forward or self.model)(
                     input_ids=batch.completion_ids[part, given],
                     attention_mask=mask,
                     position_ids=_positions(mask, prompt["attention_mask"].shape[1], deltas, index),
@@ -246,11 +275,11 @@ def _drop(head: Any, rows: list[int], hidden: Tensor) -> None:
 
 def _hand_over(
     receive: Receive, rows: list[int], tokens: slice, head: Any, hidden: Tensor, before: Tensor | None = None
-) -> None:
+) -> Tensor | None:
     """What a head's forward does: it passes on the hidden states of some positions."""
     if before is not None:
         hidden = torch.cat([before.to(hidden.device), hidden], dim=1)
-    receive(head, rows, hidden[:, tokens])
+    return receive(head, rows, hidden[:, tokens])
 
 
 def _gathered(batch: Batch, rows: Sequence[int], run: Callable[[Receive], None]) -> Tensor:

@@ -2,8 +2,8 @@
 
 TRL generates, scores and optimises; this class steps in after the rollouts have their advantages: it measures how much
 every response token depends on the image and folds filtering and shaping into per-token advantages, which TRL's clipped
-losses take as they are. Two further seams are one call deep: TRL's scoring pass is listened to, so that its hidden
-states need not be computed again, and the released recipe adds its penalty to the loss.
+losses take as they are. Further seams are one call deep: TRL's own passes are listened to, so that their hidden states
+need not be computed again; its training pass shares prompts; the released recipe adds its penalty to the loss.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
+from vppo.logprobs import shared_logprobs
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import PixelLayout, seeded
 from vppo.sampler import EpochSampler
@@ -71,6 +72,7 @@ class VPPOTrainer(GRPOTrainer):
         self._recorded: list[Tensor] | None = None
         self._generated: list[Tensor] = []
         self._train_logprobs: Tensor | None = None
+        self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
         self._warned_blind = False
         super().__init__(model, reward_funcs, args, **kwargs)
         if args.scores_tokens:
@@ -137,6 +139,7 @@ class VPPOTrainer(GRPOTrainer):
             )
         stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), process_group=self._process_group())
         folded_later = self.args.tas_statistics == "micro-batch"
+        output["prompt"] = torch.tensor(self._prompts(batch), device=batch.prompt_ids.device)
         shaped = shape_advantages(
             output["advantages"],
             dependency,
@@ -175,8 +178,7 @@ class VPPOTrainer(GRPOTrainer):
 
     def _views(self, batch: Batch, rows: Sequence[int]) -> tuple[View, View]:
         """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
-        first = self.accelerator.process_index * len(batch)
-        prompts = [(first + row) // self.num_generations for row in range(len(batch))]
+        first, prompts = self.accelerator.process_index * len(batch), self._prompts(batch)
         each = self.args.perturbation_scope == "rollout"
         keys = [first + row for row in range(len(batch))] if each else prompts
         pixels: dict[int, Tensor] = {}
@@ -186,6 +188,11 @@ class VPPOTrainer(GRPOTrainer):
                 generator = seeded(self.args.seed, self.state.global_step, *draw)
                 pixels[keys[row]] = batch.perturbed_pixels(row, self._layout, self._perturbation, generator)
         return View(prompts), View(keys, pixels)
+
+    def _prompts(self, batch: Batch) -> list[int]:
+        """Which prompt of the generation batch, of all processes, a row answers."""
+        first = self.accelerator.process_index * len(batch)
+        return [(first + row) // self.num_generations for row in range(len(batch))]
 
     def _process_group(self) -> Any:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
@@ -256,6 +263,14 @@ class VPPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
+        if self._train_inputs is not None and self._may_share_training_pass(self._train_inputs):
+            batch, view = Batch(self._train_inputs), View(self._train_inputs["prompt"].tolist())
+            if self._passes.carry_gradients(batch, view):
+                options = logit_options(self.accelerator.unwrap_model(self.model), self.temperature)
+                with self.accelerator.autocast():
+                    logprobs, entropy = shared_logprobs(self._passes, model, batch, view, options)
+                self._train_logprobs = logprobs
+                return logprobs, entropy, None
         hook = None
         if self._recorded is not None and not self._recorded and not self._has_dropout:
             hook = self._record_hidden(logits_to_keep)
@@ -294,12 +309,28 @@ class VPPOTrainer(GRPOTrainer):
 
     # -- in the loss -------------------------------------------------------------------------------------------------
 
+    def _may_share_training_pass(self, inputs: dict[str, Any]) -> bool:
+        """Whether nothing but the last digits tells a training pass with shared prompts from TRL's."""
+        sharded = self._dist.is_fsdp or self._dist.is_zero3
+        recomputes = self.args.gradient_checkpointing  # models do not combine it with a cache
+        if "prompt" not in inputs or sharded or recomputes or self._has_dropout or self.aux_loss_enabled:
+            return False
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        # in 16 bits two passes round differently, and the ratio of their probabilities would not be 1
+        one_pass = "old_per_token_logps" not in inputs and head.weight.dtype != torch.float32
+        return type(head) is nn.Linear and (exact or one_pass)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
         if mode == "train" and "trajectory_dependency" in inputs:
             alpha = self._micro_batch_scale(inputs["trajectory_dependency"])
             inputs = {**inputs, "advantages": inputs["advantages"] * alpha.unsqueeze(1)}
-        loss = super()._compute_loss(model, inputs)
+        self._train_inputs = inputs if mode == "train" else None
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._train_inputs = None
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask &= inputs["tool_mask"].bool()

@@ -58,6 +58,31 @@ def folded(path: Path, case: dict[str, Any], world: int, rank: int) -> tuple[lis
     return advantages, {name: names[name][0] for name in names if name.startswith("vppo/") and name != CLOCK}
 
 
+def trained_in_pairs(path: Path, sharing: str) -> tuple[dict[str, Tensor], list[int]]:
+    """Weights after four steps on two rows each, which the shuffle makes rollouts of one prompt or of two; and the
+    forwards of each step's loss.
+    """
+    run = trainer(
+        path, rows(8), per_device_train_batch_size=2, num_generations=2, steps_per_generation=2, max_steps=4,
+        num_iterations=1, gradient_accumulation_steps=2, prefix_sharing=sharing, optim="sgd", learning_rate=0.1,
+    )  # fmt: skip
+    fix_rollouts(run, LENGTHS)
+    forwards: list[int] = []
+    compute_loss = run._compute_loss
+
+    def counting(*args: Any) -> Tensor:
+        seen: list[int] = []
+        hook = run.accelerator.unwrap_model(run.model).base_model.register_forward_pre_hook(lambda *_: seen.append(1))
+        loss = compute_loss(*args)
+        hook.remove()
+        forwards.append(len(seen))
+        return loss
+
+    run._compute_loss = counting  # type: ignore[method-assign]
+    run.train()
+    return {name: weight.detach().clone() for name, weight in run.model.named_parameters()}, forwards
+
+
 # family, whether the head is a unit of its own or belongs to the root, and whether prompts are shared
 HEADS = {
     "own unit": (FAMILY, True, "on"),
@@ -112,6 +137,8 @@ def process(rank: int, port: int, path: Path) -> None:
     run.train()
     results["trained"] = {name: weight.detach() for name, weight in run.model.named_parameters()}
     results["logged"] = run.state.log_history
+    for sharing in ("on", "off"):
+        results[f"sharing {sharing}"] = trained_in_pairs(path / "run", sharing)
     results |= {head: sharded_dependency(rank, *arguments) for head, arguments in HEADS.items()}
     torch.save(results, path / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -145,6 +172,21 @@ def test_two_processes_train(ranks: list[dict[str, Any]]) -> None:
     for name, weight in ranks[0]["trained"].items():
         assert torch.equal(weight, ranks[1]["trained"][name]), name
     assert all(log["vppo/dependency_mean"] > 1e-3 for log in ranks[0]["logged"][:2])
+
+
+@pytest.mark.slow
+def test_shared_training_passes(ranks: list[dict[str, Any]]) -> None:
+    """Also in a step in which one process has rows with a prompt in common and the other has none."""
+    shared, plain = (rank["sharing on"][1] for rank in ranks)
+    assert {1, 2} == {*shared, *plain} and any(a != b for a, b in zip(shared, plain, strict=True))
+    before = dict(families.build(FAMILY)[0].named_parameters())
+    assert max((w - before[name]).abs().max() for name, w in ranks[0]["sharing off"][0].items()) > 1e-3
+    for rank in ranks:
+        (weights, _), (expected, forwards) = rank["sharing on"], rank["sharing off"]
+        assert set(forwards) == {1}
+        for name, weight in expected.items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
+            assert torch.equal(weights[name], ranks[0]["sharing on"][0][name]), name
 
 
 @pytest.mark.slow
