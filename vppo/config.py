@@ -102,7 +102,7 @@ class VPPOConfig(GRPOConfig):
     prefix_sharing: str = field(
         default="auto",
         metadata={
-            "help": "The prompt of a group's rollouts passes once, in scoring and in a training pass that holds several "
+            "help": "The prompt of a group's rollouts passes once, in scoring and where a training pass holds several "
             "of them: 'auto' where the model can go on from its cache, 'on' or an error, 'off'."
         },
     )
