@@ -72,7 +72,9 @@ class Result:
 
     @property
     def stem(self) -> str:
-        return "-".join([self.suite, self.device, "+".join(self.presets), self.date[:19].replace(":", "")])
+        few = len(self.presets) < 4
+        presets = "+".join(self.presets) if few else f"{self.presets[0]}-to-{self.presets[-1]}"
+        return "-".join([self.suite, self.device, presets, self.date[:19].replace(":", "")])
 
     def save(self, path: Path) -> None:
         """As JSON, with the medians, minima and ratios that follow from the samples spelled out."""
