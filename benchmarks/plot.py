@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.contest import Record
 from benchmarks.report import MIB, CaseResult, Result, duration
-from vppo.plot import Plot
-from vppo.theme import LIGHT, Theme
+from vppo.pages.plot import Plot
+from vppo.pages.theme import LIGHT, Theme
 
 FLOOR_LINE = (0, (2, 2))
 

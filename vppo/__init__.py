@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vppo.analysis import Analysis, analyze
-    from vppo.analysis_options import AnalysisOptions
+    from vppo.analysis.options import AnalysisOptions
+    from vppo.analysis.run import Analysis, analyze
     from vppo.config import VPPOConfig
     from vppo.trainer import VPPOTrainer
     from vppo_kernels import vppo_loss
@@ -15,9 +15,9 @@ __all__ = ["Analysis", "AnalysisOptions", "VPPOConfig", "VPPOTrainer", "analyze"
 def __getattr__(name: str) -> Any:
     """Import on first use: torch, transformers and TRL take seconds, and `vppo --help` needs none of them."""
     if name in ("Analysis", "AnalysisOptions", "analyze"):
-        import vppo.analysis
+        import vppo.analysis.run
 
-        return getattr(vppo.analysis, name)
+        return getattr(vppo.analysis.run, name)
     if name == "VPPOConfig":
         from vppo.config import VPPOConfig
 

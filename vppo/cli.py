@@ -185,7 +185,7 @@ def analyze(
     """
     given = dict(locals())
     with clear_errors():
-        from vppo.analysis import analyze as run
+        from vppo.analysis.run import analyze as run
         from vppo.progress import quieten
 
         quieten()
@@ -207,7 +207,7 @@ def compare(
     Runs that answered the same questions are compared on those alone.
     """
     with clear_errors():
-        from vppo.comparison import compare as run
+        from vppo.analysis.comparison import compare as run
 
         print(run(folders, out))
 

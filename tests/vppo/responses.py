@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vppo.scored import ScoredResponse
+from vppo.demo.scored import ScoredResponse
 
 SUMMARY: dict[str, Any] = {
     "algorithm": "vppo",

@@ -22,7 +22,7 @@ import pytest
 import torch
 from runs import FAMILY, plain_views, rows
 
-import vppo.analysis
+import vppo.analysis.run
 from vppo import Analysis, analyze
 from vppo.errors import InputError
 from vppo_kernels import reference, sampled_divergence
@@ -391,7 +391,7 @@ def test_a_model_that_does_not_exist(saved: Path) -> None:
 
 def test_a_finished_folder_is_not_computed_again(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(saved, tmp_path / "a", limit=2)
-    monkeypatch.setattr(vppo.analysis, "score_tokens", None)
+    monkeypatch.setattr(vppo.analysis.run, "score_tokens", None)
     again = run(saved, tmp_path / "a", limit=2)
     pd.testing.assert_frame_equal(again.tokens, found.tokens)
     assert again.summary == found.summary
@@ -439,7 +439,7 @@ def killed_and_resumed(saved: Path, path: Path) -> None:
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
-            vppo.analysis.PART = 2
+            vppo.analysis.run.PART = 2
             die_at(point)
             run(saved, path / out, draws=2)
             os._exit(0)
@@ -452,7 +452,7 @@ def killed_and_resumed(saved: Path, path: Path) -> None:
 
 
 def die_at(point: str | None) -> None:
-    import vppo.analysis_report
+    import vppo.analysis.report
 
     def die(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -468,7 +468,7 @@ def die_at(point: str | None) -> None:
 
         return counted
 
-    module: Any = vppo.analysis
+    module: Any = vppo.analysis.run
     if point == "sampling":
         module._Run._sample = after(2, module._Run._sample)
     elif point == "between samples and scores":
@@ -480,7 +480,7 @@ def die_at(point: str | None) -> None:
     elif point == "tables":
         module.join_tables = after(1, module.join_tables)
     elif point == "page":
-        vppo.analysis_report.write_analysis_pages = die
+        vppo.analysis.report.write_analysis_pages = die
 
 
 if __name__ == "__main__":

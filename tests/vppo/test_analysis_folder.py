@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from analyses import write_analysis
 
-from vppo.analysis_folder import read_analysis
-from vppo.analysis_report import write_analysis_pages
+from vppo.analysis.folder import read_analysis
+from vppo.analysis.report import write_analysis_pages
 from vppo.errors import InputError
 
 

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from analyses import kept_by_definition, write_analysis
 
-from vppo.analysis_folder import read_analysis
-from vppo.analysis_report import _images, comparison_table, headline, write_analysis_pages
-from vppo.perception import summarise_run
+from vppo.analysis.folder import read_analysis
+from vppo.analysis.perception import summarise_run
+from vppo.analysis.report import _images, comparison_table, headline, write_analysis_pages
 
 SCRIPT = "<script>document.body.dataset.attacked = 1</script>"
 ATTACKS = [SCRIPT, "</script>", "<!--", "<img src=x onerror=alert(1)>", "&lt;", '" onfocus="', "\u2028", "\\u003c"]
@@ -53,7 +53,7 @@ def page(folder: Path, open_page: Callable[..., Any]) -> Any:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For pages whose figures do not matter: drawing them takes seconds."""
-    monkeypatch.setattr("vppo.analysis_report.perception_plots", lambda runs: [])
+    monkeypatch.setattr("vppo.analysis.report.perception_plots", lambda runs: [])
 
 
 def options(page: Any) -> list[list[int]]:
@@ -342,7 +342,7 @@ def test_photographs_are_reduced_until_they_fit(tmp_path: Path, monkeypatch: pyt
 
     def reduced(limit: float) -> tuple[set[int], float]:
         """The widths of the embedded images, and the bytes that they take."""
-        monkeypatch.setattr("vppo.analysis_report.IMAGE_BYTES", limit)
+        monkeypatch.setattr("vppo.analysis.report.IMAGE_BYTES", limit)
         images = [image for image in _images(tmp_path, paths) if image]
         return {image["width"] for image in images}, sum(len(image["uri"]) for image in images) * 3 / 4
 

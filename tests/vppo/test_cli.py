@@ -146,13 +146,13 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, demo_call
 def analyze_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for the analysis, and lists what it was asked."""
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr("vppo.analysis.analyze", lambda **options: calls.append(options))
+    monkeypatch.setattr("vppo.analysis.run.analyze", lambda **options: calls.append(options))
     monkeypatch.setattr("vppo.progress.quieten", lambda: None)
     return calls
 
 
 def test_analyze_without_options_is_analyze_without_options(analyze_calls: list[dict[str, Any]]) -> None:
-    from vppo.analysis_options import AnalysisOptions
+    from vppo.analysis.options import AnalysisOptions
 
     assert runner.invoke(main, ["analyze", "--model", "m", "--data", "d", "--out", "o"]).exit_code == 0
     (asked,) = analyze_calls
@@ -161,7 +161,7 @@ def test_analyze_without_options_is_analyze_without_options(analyze_calls: list[
 
 
 def test_every_option_of_analyze_arrives(analyze_calls: list[dict[str, Any]]) -> None:
-    from vppo.analysis_options import AnalysisOptions
+    from vppo.analysis.options import AnalysisOptions
 
     values = {
         "limit": 3, "samples": 2, "perturbation": "noise", "patch_size": 7, "patch_probability": 0.25, "noise_std": 9.0,
@@ -195,7 +195,7 @@ def test_every_option_of_analyze_arrives(analyze_calls: list[dict[str, Any]]) ->
 def test_every_option_of_analyze_is_explained() -> None:
     from dataclasses import fields
 
-    from vppo.analysis_options import AnalysisOptions
+    from vppo.analysis.options import AnalysisOptions
 
     shown = runner.invoke(main, ["analyze", "--help"], terminal_width=200).output
     for name in ("model", "data", "out", "responses", *(field.name for field in fields(AnalysisOptions))):

@@ -23,9 +23,9 @@ import vppo.rewards
 from vppo import analyze
 from vppo.demo import run, warmup
 from vppo.demo.run import DemoOptions, run_demo
+from vppo.demo.scored import ScoredResponse
 from vppo.errors import InputError
 from vppo.progress import read_lines
-from vppo.scored import ScoredResponse
 
 STEPS = 5
 KILL_POINTS = ("warm-up", "step 3", "checkpoint", "evaluation")
@@ -230,8 +230,8 @@ def test_killed_anywhere_and_resumed_it_ends_the_same(finished: tuple[Path, dict
 def killed_and_resumed(out: Path) -> None:
     """One run that dies at every kill point in turn and is resumed each time, each in a process of its own."""
     import vppo.demo.digits
-    import vppo.report
-    import vppo.scored
+    import vppo.demo.report
+    import vppo.demo.scored
     import vppo.trainer  # imported once, here: the children are forks  # noqa: F401
 
     for point in (*KILL_POINTS, None):
@@ -252,8 +252,8 @@ def killed_and_resumed(out: Path) -> None:
 def _die_at(point: str | None) -> None:
     import transformers
 
+    import vppo.demo.scored
     import vppo.progress
-    import vppo.scored
 
     def die(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -272,7 +272,7 @@ def _die_at(point: str | None) -> None:
     elif point == "checkpoint":  # with the weights written and the state not
         transformers.TrainerState.save_to_json = die  # type: ignore[method-assign]
     elif point == "evaluation":
-        vppo.scored.score_responses = die  # type: ignore[assignment]
+        vppo.demo.scored.score_responses = die  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
 
     from vppo.demo.batches import answer, correct
     from vppo.demo.digits import strips
+    from vppo.demo.report import write_report
     from vppo.progress import read_lines
-    from vppo.report import write_report
 
     held_out = list(strips("held-out", HELD_OUT, seed=0))
     _save_held_out(out / "held_out.parquet", held_out)
@@ -272,8 +272,8 @@ def _score(
 ) -> list[Any]:
     """Exact dependency of every response token, whatever training measured it by."""
     from vppo.demo.model import PATCH
+    from vppo.demo.scored import score_responses
     from vppo.perturbations import Perturbation
-    from vppo.scored import score_responses
 
     rows = [
         {"prompt": s.prompt, "images": [s.image], "answer": s.answer, "response_ids": ids, "correct": verdict}

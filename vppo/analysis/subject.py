@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from vppo.analysis_options import AnalysisOptions
+from vppo.analysis.options import AnalysisOptions
+from vppo.analysis.sampling import Sampler, end_tokens, with_transformers, with_vllm
 from vppo.errors import InputError
 from vppo.loading import check_device, load_model, load_processor
 from vppo.passes import GIB, ResponsePasses
-from vppo.sampling import Sampler, end_tokens, with_transformers, with_vllm
 
 
 class Subject:

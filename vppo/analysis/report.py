@@ -12,15 +12,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from vppo.analysis_folder import AnalysisFolder, read_analysis
+from vppo.analysis.figures import perception_plots
+from vppo.analysis.folder import AnalysisFolder, read_analysis
+from vppo.analysis.perception import ESTIMATORS, response_starts, summarise_run
+from vppo.demo.report import facts
 from vppo.files import write_atomic
-from vppo.page import NBSP, embedded, render, ticks, write_figures
-from vppo.perception import ESTIMATORS, response_starts, summarise_run
-from vppo.perception_figures import perception_plots
-from vppo.plot import nats, percent
-from vppo.report import facts
-from vppo.theme import DependencyScale
-from vppo.token_picture import is_special, visible
+from vppo.pages.page import NBSP, embedded, render, ticks, write_figures
+from vppo.pages.plot import nats, percent
+from vppo.pages.theme import DependencyScale
+from vppo.pages.token_text import is_special, visible
 
 SIDES = (448, 336, 256, 192, 128)  # pixels of an embedded image: the largest with which all stay within
 IMAGE_BYTES = 3_500_000
@@ -150,7 +150,7 @@ def _data(folder: AnalysisFolder) -> dict[str, Any]:
     """What the browser of responses is made of; it is read by `analysis.js`."""
     tokens = pd.concat([run.tokens for run in folder.runs], ignore_index=True)
     rows = pd.concat([run.trajectories for run in folder.runs], ignore_index=True)
-    scales = {name: DependencyScale.of_values(tokens[name].to_numpy(dtype=np.float64)) for name in ESTIMATORS}
+    scales = {name: DependencyScale.of(tokens[name].to_numpy(dtype=np.float64)) for name in ESTIMATORS}
     words, vocabulary = pd.factorize(tokens["text"])
     questions, texts = pd.factorize(rows["question"])
     paths = sorted({*rows["image"], *rows["perturbed_image"]})

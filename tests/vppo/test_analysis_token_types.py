@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vppo.token_types import _WORDS, TYPES, token_type
+from vppo.analysis.token_types import _WORDS, TYPES, token_type
 
 CASES = {
     "numbers": ["3", " 60", "7.5", "1,000", "-2", " twelve", "Half", "3."],

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vppo.analysis.tables import token_texts
+from vppo.analysis.token_scores import Scoring, score_tokens
 from vppo.data import Problem
 from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout
 from vppo.prompts import Prompts
-from vppo.tables import token_texts
-from vppo.token_scores import Scoring, score_tokens
 
 AT_ONCE = 128  # rows whose images are in memory together
 
@@ -46,6 +46,11 @@ class ScoredResponse:
     @property
     def text(self) -> str:
         return "".join(self.tokens)
+
+
+def token_values(responses: Sequence[ScoredResponse]) -> np.ndarray:
+    """The dependencies of all tokens of all responses, one after the other, in float64."""
+    return np.concatenate([np.asarray(r.dependency, dtype=np.float64) for r in responses] or [np.empty(0)])
 
 
 def score_responses(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vppo.token_picture import is_special
+from vppo.pages.token_text import is_special
 
 _MARKS = re.compile(r"</?(?:think|answer|image|reasoning)>|\\?boxed\{?|[<>/]*(?:think|answer)>?")
 _NUMBER = re.compile(r"[+\-−]?\d[\d.,:]*")  # noqa: RUF001

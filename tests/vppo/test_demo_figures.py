@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from responses import SUMMARY, metrics, response, responses
 
-from vppo.figures import (
+from vppo.demo.figures import (
     _interval_95,
     _smooth,
     accuracy_plot,
@@ -23,8 +23,8 @@ from vppo.figures import (
     shaping_plot,
     token_histogram,
 )
-from vppo.plot import Plot, nats, percent
-from vppo.theme import DARK, LIGHT
+from vppo.pages.plot import Plot, nats, percent
+from vppo.pages.theme import DARK, LIGHT
 
 
 def axes(plot: Plot | None) -> list[Axes]:

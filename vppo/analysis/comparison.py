@@ -13,12 +13,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vppo.analysis_folder import AnalysisFolder, read_analysis
-from vppo.analysis_report import comparison_table, headline_of_several
-from vppo.errors import InputError
-from vppo.files import write_atomic
-from vppo.page import render, write_figures
-from vppo.perception import (
+from vppo.analysis.figures import perception_plots
+from vppo.analysis.folder import AnalysisFolder, read_analysis
+from vppo.analysis.perception import (
     RESPONSE,
     Run,
     json_ready,
@@ -28,9 +25,12 @@ from vppo.perception import (
     response_starts,
     summarise_run,
 )
-from vppo.perception_figures import perception_plots
-from vppo.plot import DASHED, Plot, nats, percent, prepare
-from vppo.theme import Theme, series_colours
+from vppo.analysis.report import comparison_table, headline_of_several
+from vppo.errors import InputError
+from vppo.files import write_atomic
+from vppo.pages.page import render, write_figures
+from vppo.pages.plot import DASHED, Plot, nats, percent, prepare
+from vppo.pages.theme import Theme, series_colours
 
 QUESTION = ["sample", "question"]  # what names a question: the row of the data, and its text
 _OUTCOMES = ("numbers", "skipped", "questions", "scored", "tokens", "machine")  # no settings of a run

@@ -12,9 +12,7 @@ import pytest
 import torch
 from runs import FAMILY, plain_views, rows
 
-from vppo.data import Problem
-from vppo.prompts import Prompts
-from vppo.sampling import (
+from vppo.analysis.sampling import (
     Sampling,
     _SeededDraw,
     _up_to_end,
@@ -23,6 +21,8 @@ from vppo.sampling import (
     with_transformers,
     with_vllm,
 )
+from vppo.data import Problem
+from vppo.prompts import Prompts
 
 NAMES = [f.name for f in families.FAMILIES]
 EOS = families.VOCABULARY["<eos>"]

@@ -29,7 +29,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from vppo.analysis_options import AnalysisOptions
+from vppo.analysis.options import AnalysisOptions
+from vppo.analysis.responses import Response, Skipped, read_responses
+from vppo.analysis.sampling import Sampler, Sampling, placeholder_tokens
+from vppo.analysis.subject import Subject
+from vppo.analysis.tables import TOKENS, TRAJECTORIES, join_tables, token_rows, token_texts, trajectory_row, write_table
+from vppo.analysis.token_scores import Scoring, TokenScores, score_tokens
 from vppo.data import Problem, Problems
 from vppo.errors import InputError
 from vppo.files import write_atomic
@@ -37,12 +42,7 @@ from vppo.passes import GIB
 from vppo.perturbations import PixelLayout
 from vppo.progress import columns
 from vppo.prompts import Prompts
-from vppo.responses import Response, Skipped, read_responses
 from vppo.rewards import accuracy_reward
-from vppo.sampling import Sampler, Sampling, placeholder_tokens
-from vppo.subject import Subject
-from vppo.tables import TOKENS, TRAJECTORIES, join_tables, token_rows, token_texts, trajectory_row, write_table
-from vppo.token_scores import Scoring, TokenScores, score_tokens
 
 PART = 32  # responses between two writes
 PACKAGES = ("torch", "transformers", "vppo-kernels")
@@ -81,7 +81,7 @@ def analyze(
         model: A model on the hub, a folder as `save_pretrained` writes it, or a (model, processor) pair.
         data: Problems: a file, a folder or a dataset on the hub, or rows in memory; see `vppo.data.Problems`.
         responses: Responses to score, of one or several models: files or rows in memory, see
-            `vppo.responses.read_responses`. Without any, the model's own are sampled.
+            `vppo.analysis.responses.read_responses`. Without any, the model's own are sampled.
         out: Folder for tables, figures and page; None returns the tables only.
         **options: The fields of `AnalysisOptions`.
 
@@ -169,7 +169,7 @@ class _Run:
         tables = [pq.read_table(self.out / f"{name}.parquet").to_pandas() for name in ("tokens", "trajectories")]
         summary = json.loads((self.out / "summary.json").read_text(encoding="utf-8"))
         if self.pages:
-            from vppo.analysis_report import write_analysis_pages
+            from vppo.analysis.report import write_analysis_pages
 
             page = write_analysis_pages(self.out)
             shutil.rmtree(self.out / "parts", ignore_errors=True)
@@ -416,7 +416,7 @@ class _Run:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
         if self.pages:
-            from vppo.perception import summarise
+            from vppo.analysis.perception import summarise
 
             summary["numbers"] = summarise(tokens, trajectories, self.options.keep_ratio, self.options.draws)
         write_atomic(self.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

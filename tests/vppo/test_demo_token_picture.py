@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from responses import response, responses
 
-from vppo.theme import DARK, LIGHT, DependencyScale
-from vppo.token_picture import is_special, token_picture, visible
+from vppo.demo.token_picture import token_picture
+from vppo.pages.theme import DARK, LIGHT, DependencyScale
+from vppo.pages.token_text import is_special, visible
 
 
 def drawn(picture: object) -> tuple[list[str], list[FancyBboxPatch]]:

@@ -1,4 +1,4 @@
-"""The figures of an analysis: one run in detail, several runs over each other; the numbers are `vppo.perception`'s."""
+"""The figures of an analysis: one run in detail, several runs over each other; the numbers are `perception.py`'s."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from vppo.figures import dependency_axis, dependency_bars
-from vppo.perception import (
+from vppo.analysis.perception import (
     COMPARED,
     ESTIMATORS,
     FLOOR,
@@ -38,11 +37,13 @@ from vppo.perception import (
     token_types,
     top_tokens,
 )
-from vppo.plot import (
+from vppo.pages.plot import (
     DASHED,
     FLOOR_DECADE,
     Plot,
     decade_label,
+    dependency_axis,
+    dependency_bars,
     legend_beside_title,
     mark,
     nats,
@@ -51,8 +52,8 @@ from vppo.plot import (
     prepare,
     room_above,
 )
-from vppo.theme import Theme, colour_map, series_colours
-from vppo.token_picture import visible
+from vppo.pages.theme import Theme, colour_map, series_colours
+from vppo.pages.token_text import visible
 
 _LINES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _PAIRS = [(a, b) for i, a in enumerate(COMPARED) for b in COMPARED[i + 1 :]]

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vppo.analysis.responses import Response
+from vppo.analysis.token_scores import TokenScores
 from vppo.data import Problem
 from vppo.files import write_atomic
-from vppo.responses import Response
-from vppo.token_scores import TokenScores
 
 FLOATS = [field.name for field in fields(TokenScores) if field.name != "kept"]
 TOKENS = pa.schema(

@@ -15,16 +15,16 @@ import numpy as np
 from PIL import Image
 
 from vppo.files import write_atomic
-from vppo.plot import Plot
-from vppo.theme import THEMES, DependencyScale
+from vppo.pages.plot import Plot
+from vppo.pages.theme import THEMES, DependencyScale
 
 NBSP = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
 
 def render(template: str, **context: Any) -> str:
-    """A page of `vppo/templates`; text in `context` is escaped where it is shown."""
+    """A page of `templates/`; text in `context` is escaped where it is shown."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vppo"),
+        loader=jinja2.PackageLoader("vppo.pages"),
         autoescape=True,  # questions, answers and tokens are whatever a model or a data set says
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vppo.analysis.token_scores import DIVERGENCES
 from vppo.data import INSTRUCTION, SYSTEM_PROMPT
 from vppo.errors import InputError
 from vppo.perturbations import Perturbation
-from vppo.token_scores import DIVERGENCES
 
 SAMPLERS = ("auto", "vllm", "transformers")
 

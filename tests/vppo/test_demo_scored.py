@@ -7,12 +7,13 @@ from typing import Any
 import families
 import numpy as np
 import pytest
+import responses
 import torch
 from runs import FAMILY, plain_views, rows
 from torch import Tensor
 
+from vppo.demo.scored import score_responses, token_values
 from vppo.perturbations import Perturbation
-from vppo.scored import score_responses
 from vppo_kernels import reference, sampled_divergence
 
 NAMES = [f.name for f in families.FAMILIES]
@@ -110,3 +111,13 @@ def test_rows_that_lack_something_are_refused(name: str) -> None:
 def test_no_rows() -> None:
     model, processor = families.build(FAMILY)
     assert score_responses(model, processor, []) == []
+
+
+def test_token_values_are_those_of_all_responses_in_order() -> None:
+    assert token_values([responses.response(["a"], [0.5]), responses.response(["b", "c"], [0.25, 2.0])]).tolist() == [
+        0.5,
+        0.25,
+        2.0,
+    ]
+    assert token_values([]).size == 0
+    assert token_values(responses.responses(3)).size == 30

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vppo.theme import Theme
+from vppo.pages.theme import Theme
 
 FLOOR_DECADE = -8  # what lies below 1e-8 nats is rounding, which is all that the kernels promise there
 DASHED = (0, (2, 2))
@@ -137,3 +138,38 @@ def power_of_ten(exponent: int) -> str:
 
 def decade_label(exponent: int) -> str:
     return f"{10.0**exponent:g}" if -3 <= exponent <= 3 else power_of_ten(exponent)
+
+
+def dependency_bars(
+    ax: Axes, values: np.ndarray, kept: np.ndarray, marks: Sequence[tuple[float, str]], theme: Theme
+) -> None:
+    """Shares of the tokens by dependency on a log axis, kept ones apart from filtered ones, with up to two marks."""
+    floor = 10.0**FLOOR_DECADE
+    at_floor = values <= floor
+    last_decade = max(1, math.ceil(math.log10(max(float(values.max()), floor))))
+    edges = np.linspace(FLOOR_DECADE, last_decade, 4 * (last_decade - FLOOR_DECADE) + 1)
+    logs = np.log10(np.maximum(values, floor))
+    left = np.append(edges[:-1], FLOOR_DECADE - 0.8)  # the bin at the floor stands apart from the axis's own
+    width = np.append(np.diff(edges) * 0.92, 0.5)
+    base = np.zeros(left.size)
+    for label, group, colour in (("kept", kept, theme.dependency), ("filtered out", ~kept, theme.faint)):
+        counts = np.append(np.histogram(logs[group & ~at_floor], edges)[0], (group & at_floor).sum())
+        ax.bar(left, counts / values.size, width, base, align="edge", color=colour, label=label)
+        base = base + counts / values.size
+    room_above(ax, float(base.max()), 0.77, whole=False)
+    for height, (value, label) in zip((0.85, 0.93), marks, strict=False):
+        mark(ax, math.log10(value), height, label, theme)
+    dependency_axis(ax, last_decade)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+    legend_beside_title(ax)
+
+
+def dependency_axis(ax: Axes, last_decade: int) -> None:
+    """An x axis of decades of nats, which begins with the bin for all at the floor."""
+    decades = range(FLOOR_DECADE + 1, last_decade + 1)
+    ax.set_xticks(
+        [FLOOR_DECADE - 0.55, *decades],
+        [f"≤ {power_of_ten(FLOOR_DECADE)}", *(decade_label(decade) for decade in decades)],
+    )
+    ax.set_xlim(FLOOR_DECADE - 1.0, last_decade)
+    ax.set_xlabel("nats, log scale")

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from vppo.plot import (
+from vppo.demo.scored import ScoredResponse, token_values
+from vppo.pages.plot import (
     FLOOR_DECADE,
     Plot,
     decade_label,
+    dependency_bars,
     legend_beside_title,
     line,
     mark,
@@ -24,8 +26,7 @@ from vppo.plot import (
     prepare,
     room_above,
 )
-from vppo.scored import ScoredResponse
-from vppo.theme import Theme, token_values
+from vppo.pages.theme import Theme
 
 
 def run_plots(
@@ -133,41 +134,6 @@ def token_histogram(summary: dict[str, Any], responses: Sequence[ScoredResponse]
         f"{nats(float(values.max()))}, {percent(at_floor)} at or below {power_of_ten(FLOOR_DECADE)}.",
         draw,
     )
-
-
-def dependency_bars(
-    ax: Axes, values: np.ndarray, kept: np.ndarray, marks: Sequence[tuple[float, str]], theme: Theme
-) -> None:
-    """Shares of the tokens by dependency on a log axis, kept ones apart from filtered ones, with up to two marks."""
-    floor = 10.0**FLOOR_DECADE
-    at_floor = values <= floor
-    last_decade = max(1, math.ceil(math.log10(max(float(values.max()), floor))))
-    edges = np.linspace(FLOOR_DECADE, last_decade, 4 * (last_decade - FLOOR_DECADE) + 1)
-    logs = np.log10(np.maximum(values, floor))
-    left = np.append(edges[:-1], FLOOR_DECADE - 0.8)  # the bin at the floor stands apart from the axis's own
-    width = np.append(np.diff(edges) * 0.92, 0.5)
-    base = np.zeros(left.size)
-    for label, group, colour in (("kept", kept, theme.dependency), ("filtered out", ~kept, theme.faint)):
-        counts = np.append(np.histogram(logs[group & ~at_floor], edges)[0], (group & at_floor).sum())
-        ax.bar(left, counts / values.size, width, base, align="edge", color=colour, label=label)
-        base = base + counts / values.size
-    room_above(ax, float(base.max()), 0.77, whole=False)
-    for height, (value, label) in zip((0.85, 0.93), marks, strict=False):
-        mark(ax, math.log10(value), height, label, theme)
-    dependency_axis(ax, last_decade)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
-    legend_beside_title(ax)
-
-
-def dependency_axis(ax: Axes, last_decade: int) -> None:
-    """An x axis of decades of nats, which begins with the bin for all at the floor."""
-    decades = range(FLOOR_DECADE + 1, last_decade + 1)
-    ax.set_xticks(
-        [FLOOR_DECADE - 0.55, *decades],
-        [f"≤ {power_of_ten(FLOOR_DECADE)}", *(decade_label(decade) for decade in decades)],
-    )
-    ax.set_xlim(FLOOR_DECADE - 1.0, last_decade)
-    ax.set_xlabel("nats, log scale")
 
 
 def answer_histogram(responses: Sequence[ScoredResponse]) -> Plot | None:

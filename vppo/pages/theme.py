@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
-
-from vppo.scored import ScoredResponse
 
 
 @dataclass(frozen=True)
@@ -84,12 +81,7 @@ class DependencyScale:
     top: float
 
     @classmethod
-    def of(cls, responses: Sequence[ScoredResponse]) -> DependencyScale:
-        """The scale for these responses' tokens."""
-        return cls.of_values(token_values(responses))
-
-    @classmethod
-    def of_values(cls, values: np.ndarray) -> DependencyScale:
+    def of(cls, values: np.ndarray) -> DependencyScale:
         """The scale that ends at a round number which few of the values exceed, 0.01 nats at least."""
         high = float(np.quantile(values, 0.98)) if values.size else 1.0
         high = max(high, 0.01)  # below it, colour would make rounding look like a signal
@@ -111,11 +103,6 @@ class DependencyScale:
         """Values in nats for a legend, each with its label."""
         inner = [f"{self.top * share:.1g}" for share in (0.02, 0.1, 0.3, 0.6)]
         return [(float(label), label) for label in ["0", *inner]] + [(self.top, f"≥ {self.top:g}")]
-
-
-def token_values(responses: Sequence[ScoredResponse]) -> np.ndarray:
-    """The dependencies of all tokens of all responses, one after the other, in float64."""
-    return np.concatenate([np.asarray(r.dependency, dtype=np.float64) for r in responses] or [np.empty(0)])
 
 
 def colour_map(theme: Theme) -> LinearSegmentedColormap:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from vppo.figures import run_plots
+from vppo.demo.figures import run_plots
+from vppo.demo.scored import ScoredResponse, token_values
+from vppo.demo.token_picture import token_picture
 from vppo.files import write_atomic
-from vppo.page import NBSP, duration, embedded, percentage, render, ticks, write_figures
-from vppo.plot import nats, percent
-from vppo.scored import ScoredResponse
-from vppo.theme import DependencyScale
-from vppo.token_picture import is_special, token_picture, visible
+from vppo.pages.page import NBSP, duration, embedded, percentage, render, ticks, write_figures
+from vppo.pages.plot import nats, percent
+from vppo.pages.theme import DependencyScale
+from vppo.pages.token_text import is_special, visible
 
 EXAMPLES, README_EXAMPLES = 12, 6
 MAX_SIDE = 448  # pixels of an embedded photograph; strips of digits are far below
@@ -66,7 +67,7 @@ def write_report(
             a response differ in number or hold NaN or infinity.
     """
     _check(summary, metrics, responses)
-    scale = DependencyScale.of(responses)
+    scale = DependencyScale.of(token_values(responses))
     plots = run_plots(summary, metrics, responses)
     pictures = plots + ([token_picture(pick(responses, README_EXAMPLES), scale)] if responses else [])
     charts = write_figures(out, pictures)[: len(plots)]

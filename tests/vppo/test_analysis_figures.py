@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vppo import perception_figures as figures
-from vppo.analysis_folder import read_analysis
-from vppo.perception import Run, by_relative_position, correctness, lorenz, one_draw, overlaps, summarise_run
-from vppo.plot import Plot, nats, percent
-from vppo.theme import LIGHT, THEMES
+from vppo.analysis import figures
+from vppo.analysis.folder import read_analysis
+from vppo.analysis.perception import Run, by_relative_position, correctness, lorenz, one_draw, overlaps, summarise_run
+from vppo.pages.plot import Plot, nats, percent
+from vppo.pages.theme import LIGHT, THEMES
 
 NAMES = [
     *("tokens", "frequency", "responses", "correctness", "position", "distance", "lorenz", "entropy", "overlap"),

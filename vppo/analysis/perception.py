@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vppo.token_types import TYPES, token_type
+from vppo.analysis.token_types import TYPES, token_type
 from vppo_kernels import topk_mask
 
 FLOOR = 1e-8  # nats; what lies below is rounding

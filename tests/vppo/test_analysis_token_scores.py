@@ -10,11 +10,11 @@ import pytest
 import torch
 from runs import FAMILY, rows
 
+from vppo.analysis.token_scores import Scoring, score_tokens
 from vppo.data import Problem
 from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation
 from vppo.prompts import Prompts
-from vppo.token_scores import Scoring, score_tokens
 
 
 def scored(passes: ResponsePasses, prompts: Prompts, **options: Any) -> list[Any]:

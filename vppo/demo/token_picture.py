@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,11 +13,11 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from vppo.plot import Plot
-from vppo.scored import ScoredResponse
-from vppo.theme import DependencyScale, Theme, colour_map
+from vppo.demo.scored import ScoredResponse
+from vppo.pages.plot import Plot
+from vppo.pages.theme import DependencyScale, Theme, colour_map
+from vppo.pages.token_text import is_special, visible
 
-_SPECIAL = re.compile(r"<\|[^|]+\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn|end_of_utterance)>")
 _MONO = FontProperties(family="DejaVu Sans Mono")
 
 # lengths in inches, font sizes in points
@@ -32,17 +31,6 @@ _ADVANCE = 0.602 / 72  # width of a character of DejaVu Sans Mono for each point
 _PAD, _SPACE, _CHIP_HEIGHT, _LINE = 0.045, 0.035, 0.25, 0.46
 _MAX_LINES, _MAX_CHARACTERS = 4, 32
 _HEAD, _ROW_GAP, _FOOT = 0.5, 0.26, 0.72
-
-
-def is_special(token: str) -> bool:
-    """Whether a token is a mark of the chat format, such as `<|im_end|>`, and no text."""
-    return _SPECIAL.fullmatch(token) is not None
-
-
-def visible(token: str) -> str:
-    """A token's text for showing on one line: control characters have a visible sign, an empty token too."""
-    shown = token.replace("\n", "↵").replace("\t", "⇥")
-    return "".join(c if c == " " or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown) or "∅"
 
 
 def token_picture(responses: Sequence[ScoredResponse], scale: DependencyScale) -> Plot:

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from responses import SUMMARY, metrics, response, responses
 
-from vppo.page import duration
-from vppo.report import _chosen, facts, headline, pick, write_report
+from vppo.demo.report import _chosen, facts, headline, pick, write_report
+from vppo.pages.page import duration
 
 ATTACK = "<script>document.body.dataset.attacked = 1</script>"
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from analyses import kept_by_definition, write_analysis
 
-from vppo import perception
-from vppo.perception import FLOOR, Run, runs_of, summarise
+from vppo.analysis import perception
+from vppo.analysis.perception import FLOOR, Run, runs_of, summarise
 
 
 @pytest.fixture(scope="module")

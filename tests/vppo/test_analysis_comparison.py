@@ -16,11 +16,11 @@ import pytest
 from analyses import write_analysis
 from typer.testing import CliRunner
 
-from vppo.analysis_folder import read_analysis
+from vppo.analysis.comparison import compare, labelled, matched, paired, per_question
+from vppo.analysis.folder import read_analysis
+from vppo.analysis.perception import summarise_run
 from vppo.cli import main
-from vppo.comparison import compare, labelled, matched, paired, per_question
 from vppo.errors import InputError
-from vppo.perception import summarise_run
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_the_page_in_a_browser(out: Path, open_page: Callable[..., Any]) -> None
 
 
 def test_the_command(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vppo.comparison.perception_plots", lambda runs: [])  # drawing takes seconds
+    monkeypatch.setattr("vppo.analysis.comparison.perception_plots", lambda runs: [])  # drawing takes seconds
     result = CliRunner().invoke(main, ["compare", *map(str, folders), "--out", str(tmp_path / "c")])
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'c' / 'report.html'}\n"

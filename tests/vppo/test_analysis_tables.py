@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from vppo.tables import join_tables, token_texts
+from vppo.analysis.tables import join_tables, token_texts
 
 
 def tokenizer(tokens: list[str], decoder: Any) -> PreTrainedTokenizerFast:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vppo.analysis.perception import ESTIMATORS, RESPONSE, Run, runs_of
 from vppo.errors import InputError
-from vppo.perception import ESTIMATORS, RESPONSE, Run, runs_of
 
 _NUMBERS = ("dependency", *ESTIMATORS, "kl_first", "k3_first", "logprob", "logprob_perturbed", "entropy_perturbed")
 TOKEN_COLUMNS = (*RESPONSE, "position", "token_id", "text", "kept", *_NUMBERS, "dependency_se")

@@ -1,0 +1,1 @@
+"""What reports are made of: one appearance for figures and pages."""
