@@ -85,7 +85,7 @@ class ResponsePasses:
         self.model, self.sharing, self.memory, self.most = model, sharing, memory, most
         self._footprint = Footprint.of(model)
         self._able = False if sharing == "off" else None  # None: not tried yet
-        self._joins = False
+        self._gradients_pass = False  # through the model's cache
         self._warned: set[str] = set()
 
     def portions(self, batch: Batch, rows: Sequence[int], view: View) -> list[list[int]]:
@@ -122,10 +122,11 @@ class ResponsePasses:
         else:
             self._pass_whole(batch, [row for group in groups for row in group], view, receive)
 
+    @torch.no_grad()
     def carry_gradients(self, batch: Batch, view: View) -> bool:
-        """Whether `run_with_gradients` would share a prompt and can: passes without gradients have shown the latter."""
-        able, rows = self._able is True and self._joins, list(range(len(batch)))
-        return able and len(set(view.keys)) < len(batch) and not _shows_images(self.model, batch, rows)
+        """Whether `run_with_gradients` would share a prompt, and can."""
+        groups = _groups(batch, range(len(batch)), view)
+        return self._shares(batch, groups, view) and self._gradients_pass
 
     def run_with_gradients(self, forward: Callable[..., Any], batch: Batch, view: View, receive: Receive) -> None:
         """Pass all responses once, in one piece and in the mode that the model is in; a prompt of several rows once.
@@ -162,7 +163,7 @@ class ResponsePasses:
             cache = self.model(**prompt, use_cache=True).past_key_values
         if not hasattr(cache, "reorder_cache"):
             raise NotImplementedError(f"the model's cache is a {type(cache).__name__}, which cannot be repeated")
-        self._joins = all(type(layer) in JOINING for layer in getattr(cache, "layers", [None]))
+        self._gradients_pass = all(type(layer) in JOINING for layer in getattr(cache, "layers", [None]))
         place = {row: index for index, group in enumerate(groups) for row in group}
         left = self.memory - sum(self._prompt_cost(batch, group) for group in groups)
         parts = self._parts(list(place), [self._row_cost(batch, row) for row in place], left)

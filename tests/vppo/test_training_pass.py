@@ -119,7 +119,6 @@ PLAIN: dict[str, Callable[[Path], VPPOTrainer]] = {
     "a cache that is overwritten": lambda path: trainer(path, family="qwen3_vl", model=linear_attention()[0], **WHOLE),
     "16 bits, and a ratio": lambda path: trainer(path, bf16=True, num_iterations=2, **WHOLE),
     "no scores": lambda path: trainer(path, algorithm="dapo", **WHOLE),
-    "nothing scored yet": lambda path: trainer(path, reward=lambda completions, **_: [1.0] * len(completions), **WHOLE),
 }
 
 
@@ -127,6 +126,13 @@ PLAIN: dict[str, Callable[[Path], VPPOTrainer]] = {
 def test_rows_pass_whole(why: str, tmp_path: Path) -> None:
     *_, seen, inputs = step(PLAIN[why](tmp_path))
     assert seen[:1] == whole(inputs)
+
+
+def test_a_run_that_has_scored_nothing_yet(tmp_path: Path) -> None:
+    """A resumed run takes the same passes as one that was not stopped, whatever its first step holds."""
+    run = trainer(tmp_path, reward=lambda completions, **_: [1.0] * len(completions), **WHOLE)
+    *_, seen, inputs = step(run)
+    assert len(seen) > 2 and seen[-2:] == once(inputs)  # after the comparison with the plain pass
 
 
 def test_a_response_with_an_image_passes_whole(tmp_path: Path) -> None:
