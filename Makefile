@@ -1,12 +1,15 @@
-# `make demo` and `make test` set up everything they need in .venv.
+# `make demo` and `make test` set up everything they need in .venv. On Linux without a GPU, `make demo TORCH=cpu` installs
+# torch's build for CPUs (200 MB) from PyTorch's own index, where a plain install fetches gigabytes of CUDA.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+TORCH ?= default
+CPU_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(CPU_INDEX)
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test gpu lint sanitize clean
+.PHONY: demo test gpu lint sanitize resolve wheel test-wheel test-oldest test-newest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
@@ -37,12 +40,42 @@ sanitize: $(VENV)/.installed-test
 		ASAN_OPTIONS=detect_leaks=0 VPPO_KERNELS_LIB=$(CURDIR)/$(SANITIZED)/vppo_kernels/lib \
 		$(BIN)/python -m pytest -q -k native -p no:cacheprovider tests/vppo_kernels
 
+# everything that people install together, resolved against the package index alone
+resolve: $(VENV)/.installed-dev
+	$(BIN)/python .ci/resolve.py
+
+# what a release uploads: an sdist, and the wheel built from it with the tag of the oldest Linux that runs it
+wheel: $(VENV)/.installed-dev
+	rm -rf dist
+	VPPO_BUILD_CUDA=0 $(BIN)/python -m build --outdir dist/built
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtvm_ffi.so --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist/ && rm -r dist/built
+
+# the wheel beside nothing but its own requirements, on the oldest torch and beside transformers 4.57
+test-wheel: wheel
+	.ci/test-wheel dist/*.whl
+
+# the trainer's tests on the oldest and on the newest versions that pyproject.toml accepts
+TRAINER_TESTS := tests/vppo/test_trainer.py tests/vppo/test_trainer_recipes.py tests/vppo/test_training_pass.py \
+	tests/vppo/test_passes.py tests/vppo/test_scoring.py tests/vppo/test_rewards.py tests/vppo/test_data.py \
+	tests/vppo/test_extras.py
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 $(TRAINER_TESTS)
+
+.venv-%/.installed: $(SOURCES) $(VENV)/.installed-dev
+	$(BIN)/python -m uv venv --quiet --clear --python $(BIN)/python .venv-$*
+	$(BIN)/python -m uv pip install --quiet --python .venv-$* $(RESOLUTION_$*) --requirements pyproject.toml --extra test
+	@touch $@
+RESOLUTION_oldest := --resolution lowest-direct
+RESOLUTION_newest := --upgrade
+
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or run make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
@@ -54,4 +87,4 @@ $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from vppo.errors import InputError
+from vppo.extras import named_extras
 
 main = typer.Typer(
     name="vppo",
@@ -27,7 +28,8 @@ main = typer.Typer(
 def clear_errors() -> Iterator[None]:
     """What a user can put right ends as one red line and exit code 2; anything else keeps its traceback."""
     try:
-        yield
+        with named_extras():
+            yield
     except InputError as error:
         typer.secho(f"Error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
