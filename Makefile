@@ -47,7 +47,8 @@ resolve: $(VENV)/.installed-dev
 # what a release uploads: an sdist, and the wheel built from it with the tag of the oldest Linux that runs it
 wheel: $(VENV)/.installed-dev
 	rm -rf dist
-	VPPO_BUILD_CUDA=0 $(BIN)/python -m build --outdir dist/built
+	mkdir -p build
+	VPPO_BUILD_CUDA=0 $(BIN)/python -m build --outdir dist/built >build/wheel.log
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtvm_ffi.so --wheel-dir dist dist/built/*.whl
 	mv dist/built/*.tar.gz dist/ && rm -r dist/built
 

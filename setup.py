@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
@@ -190,16 +190,19 @@ class Build(build):
     sub_commands = [*build.sub_commands, ("build_native", None)]  # noqa: RUF012
 
 
+class Platform(Distribution):
+    """A distribution with compiled code, though setuptools compiles none of it: its wheels are of a platform."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
 class Wheel(bdist_wheel):
     """One wheel per platform, for every Python."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 if __name__ == "__main__":
-    setup(cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel})
+    setup(distclass=Platform, cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel})
