@@ -51,6 +51,10 @@ def assignment(text: str) -> tuple[str, str]:
         # `2x = 6` is an equation; `x_2`, `f(2)` and `Area 2` are names.
         if not re.match(r"\d", name) and not re.search(r"[a-z)]\d", name.replace("_", " ")):
             return name, sides[1].strip()
+    if len(sides) > 2 and "(" not in text:  # x = 2, x = -2
+        named = [assignment(element) for element in parts(text).elements]
+        if len(named) > 1 and named[0][0] and len({name for name, _ in named}) == 1:
+            return named[0][0], ", ".join(value for _, value in named)
     if match := re.match(r"^([A-Za-z])\s*\\in\s*(\\\{.*)$", text):
         return match[1], match[2]
     return "", text
@@ -98,6 +102,7 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(e for e in elements if e) if depth == 0 else ()
 
 
+_DATE = re.compile(r"(?<!\d)(?:\d{4}-\d{1,2}-\d{1,2}|\d{1,2}/\d{1,2}/\d{4})(?!\d)")
 # Two letters that are a word; any other two are a product of symbols.
 _SHORT_WORD = re.compile("(?i)(?:no|on|is|it|at|am|an|as|if|in|of|or|to|up|us|we|me|my|be|by|do|go|he|so|hi|ok)$")
 
@@ -108,6 +113,8 @@ def is_words(text: str) -> bool:
     A run of letters is a word if it stands by itself and has a vowel or three capitals; two letters are a product.
     """
     text = unwrap_text(text)
+    if _DATE.search(text):
+        return True
     text = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", " \\\\ ", text)
     for run in re.finditer(r"[A-Za-z]{2,}", text):
         word = run[0]
@@ -140,7 +147,7 @@ class Quantity:
 
 
 # Possessive, so that a long run of letters that is no unit is given up at once.
-_UNIT_ATOM = r"(?:\\text\{(?:[^{}]|\{[^{}]*\})*+\}|[A-Za-zμΩ]++\.?+|\^\\circ|%|\\cdot|[*/]|\^\{-?\d\})"
+_UNIT_ATOM = r"(?:\\text\{(?:[^{}]|\{[^{}]*\})*+\}|[A-Za-zμΩ]++\.?+|\^\\circ|[%'\"]|\\cdot|[*/]|\^\{-?\d\})"
 _UNIT_TAIL = re.compile(
     rf"(?:(?<=[\d}})!\]])|(?<=\\pi)|(?<=\\infty))(?P<space>\s*+)(?P<unit>{_UNIT_ATOM}(?>\s*+{_UNIT_ATOM})*+)$"
 )
@@ -149,11 +156,8 @@ _BASE = re.compile(r"^([0-9A-F]+)_\{?\s*(\d+)\s*\}?$")
 
 def quantity(text: str) -> Quantity:
     """Splits the unit off `5 cm`, `12 m/s^2`, `60°`, `50%`, `$5`, `3 apples`, `101_2`."""
-    sign = r"(-?)\s*"
-    if match := re.match(rf"^{sign}(\\\$|[{CURRENCY_SIGNS}])\s*(?=[\d.])(.*)$", text):
-        inner = quantity(match[3])
-        unit = parse_unit(match[2].lstrip("\\"))
-        return Quantity(match[1] + inner.value, unit)
+    if match := re.match(rf"^(-?)\s*(?:US)?(\\\$|[{CURRENCY_SIGNS}]|USD|EUR|GBP|INR|Rs\.?)\s*(?=[\d.])(.*)$", text):
+        return Quantity(match[1] + quantity(match[3]).value, parse_unit(match[2].lstrip("\\")))
     if match := re.match(r"^(.*\d)\s*(\\\$|[" + CURRENCY_SIGNS + "])$", text):
         return Quantity(match[1], parse_unit(match[2].lstrip("\\")))
     if match := _BASE.match(text):
@@ -170,7 +174,7 @@ def quantity(text: str) -> Quantity:
 
 def _may_be_a_unit(space: str, written: str) -> bool:
     """`5m` and `2ab` are products; `5 m`, `5cm` and whatever is set as text are quantities."""
-    if written.startswith((r"\text", "%", r"^\circ")):
+    if written.startswith((r"\text", "%", r"^\circ", "'", '"')):
         return True
     name = re.match(r"[A-Za-zμΩ]*", written)
     assert name

@@ -32,8 +32,7 @@ def equal(reference: str, predicted: str) -> bool:
         reference: Text or LaTeX, as is `predicted`; without `\boxed`.
 
     Raises:
-        MemoryError, RecursionError: An answer is too large for this process. Whatever else the parsers raise means
-            that they cannot read an answer, which then equals only what is written the same way.
+        MemoryError: An answer is too large for this process.
     """
     # 5e-05 may be a product with Euler's number, and 100,200 two numbers: another reading counts where there is one.
     for scientific in (True, False):
@@ -132,10 +131,11 @@ def _same_quantity(reference: str, predicted: str) -> bool:
     return _same_formula(reference, predicted)
 
 
-_PURE: dict[tuple[tuple[str, int], ...], str] = {
-    (("percent", 1),): r"\frac{1}{100}",
-    (("degree", 1),): r"\frac{\pi}{180}",
-}
+_Powers = tuple[tuple[str, int], ...]
+_DEGREE: _Powers = (("degree", 1),)
+_RADIAN: _Powers = (("radian", 1),)
+_PERCENT: _Powers = (("percent", 1),)
+_PURE = {_PERCENT: r"\frac{1}{100}", _DEGREE: r"\frac{\pi}{180}"}  # what they are as numbers
 
 
 def _factor(reference: Unit, predicted: Unit) -> str | None:
@@ -167,8 +167,12 @@ def _same_formula(reference: str, predicted: str) -> bool:
     # abc is a word beside bac, and a product beside a formula.
     if len(texts) == 2 or (texts and not re.fullmatch("[A-Za-z]{3,4}", texts[0])):
         return answers.words(reference) == answers.words(predicted) != ""
-    pairs = [(a, b) for a in _parse(reference) for b in _parse(predicted)]
-    return any(_same_expression(a, b) for a, b in pairs)
+    try:
+        return any(_same_expression(a, b) for a in _parse(reference) for b in _parse(predicted))
+    except MemoryError:
+        raise
+    except Exception:  # math-verify and sympy raise anything at all on what they cannot read or evaluate
+        return False
 
 
 def _rational(text: str) -> Fraction | None:

@@ -33,7 +33,22 @@ _SYMBOLS = str.maketrans(
         "⟨": "(",
         "⟩": ")",
     }
-    | {"。": ".", "’": "'", "‘": "'", "“": '"', "”": '"', "µ": "μ", "⁄": "/", "∣": "|", "\x00": " "}
+    | {
+        "。": ".",
+        "’": "'",
+        "‘": "'",
+        "“": '"',
+        "”": '"',
+        "µ": "μ",
+        "′": "'",
+        "″": '"',
+        "∠": r"\angle ",
+        "△": r"\triangle ",
+        "≈": r"\approx ",
+        "⁄": "/",
+        "∣": "|",
+        "\x00": " ",
+    }
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -48,7 +63,7 @@ _SPELLINGS = [
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?(?=[()\[\]{}|\\/])", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|!)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:quad|qquad|thinspace|enspace|space)(?![A-Za-z])|\\[,;: ]|~", " "),
+        (r"\\(?:quad|qquad|thinspace|enspace|space)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
         (r"\\(?:mathrm|mathbf|mathit|mathsf|mathbb|boldsymbol|bm|mbox|hbox|textbf|textit|textrm|textsf|texttt|textnormal|emph)"
          r"\s*\{", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
@@ -62,6 +77,7 @@ _SPELLINGS = [
         (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
         (r"\\(?:varnothing|O)(?![A-Za-z])", r"\\emptyset "),
         (r"\\text\{\s*(?:and|or)\s*\}", " and "),
+        (r"\\text\{\s*\^\\circ\s*\}", r"^\\circ "),
         (r"(?:\{\s*\})?\s*\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?", r"^\\circ "),
         (r"\\(?:degree|textdegree)(?![A-Za-z])(?:\{\})?", r"^\\circ "),
         (r"(?<=\d)\s*\\circ(?![A-Za-z])|(?<=\d)\s*\^\s*\{?o\}?(?![A-Za-z])", r"^\\circ "),
@@ -159,7 +175,7 @@ def _math_delimiters(text: str) -> str:
 
 def _strip(text: str) -> str:
     """Without one layer of what may stand around an answer: space, stops, quotes, braces, a text command."""
-    text = _ANSWER_IS.sub("", text.strip().strip("\"'`"))
+    text = _ANSWER_IS.sub("", re.sub(r"^([\"'`]+)(.*)\1$", r"\2", text.strip(), flags=re.DOTALL))
     text = re.sub(r"(?<=[^\s\\])(?:[.,;:\s]|\\\\)+$", "", text)
     for opening in (r"\text", r"\boxed", ""):
         if text.startswith(opening + "{") and closing_brace(text, len(opening)) == len(text) - 1:

@@ -33,8 +33,8 @@ _TABLE: dict[str, dict[str, str]] = {
         "dm decimeter decimetre": "1/10",
         "m meter metre": "1",
         "km kilometer kilometre": "1000",
-        "in inch": "0.0254",
-        "ft foot feet": "0.3048",
+        'in inch "': "0.0254",
+        "ft foot feet '": "0.3048",
         "yd yard": "0.9144",
         "mi mile": "1609.344",
     },
@@ -107,7 +107,7 @@ _UNITS |= {name: Unit(1000 * _HOUR, (("m", 1), ("s", -1))) for name in ("kmh", "
 _NOT_A_UNIT = re.compile("(?:and|or|more|less|than|not|about|at|least|most|over|from|are)$")
 _PREFIXES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SUFFIXES = {"squared": 2, "cubed": 3}
-_TOKEN = re.compile(r"\s*(°\s*[CF](?![A-Za-z])|[A-Za-zμΩ°%$€£¥₹₩₽¢]+|\^\{?-?\d\}?|/|\*|\.)")
+_TOKEN = re.compile(r"\s*(°\s*[CF](?![A-Za-z])|[A-Za-zμΩ°%$€£¥₹₩₽¢]+|[\"']|\^\{?-?\d\}?|/|\*|\.)")
 
 
 def parse_unit(text: str) -> Unit | None:
