@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vppo.grading.pool import LONGEST_ANSWER, SECONDS_PER_ANSWER, VerifierPool
@@ -111,7 +111,7 @@ def _text(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     messages = [completion] if isinstance(completion, Mapping) else completion
-    if not isinstance(messages, Sequence):
+    if not isinstance(messages, Iterable):
         return ""
     spoken = [m for m in messages if isinstance(m, Mapping) and m.get("role", "assistant") == "assistant"]
     return "\n".join(_content(message.get("content")) for message in spoken)
@@ -120,13 +120,16 @@ def _text(completion: Any) -> str:
 def _content(content: Any) -> str:
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, Sequence) else []
+    parts = content if isinstance(content, Iterable) else []
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     return "".join(text for text in texts if isinstance(text, str))
 
 
 def _reference(value: Any, row: int) -> str:
     """A reference answer as text."""
+    given = value
+    if hasattr(value, "tolist"):  # of numpy, torch or a column of a table
+        value = value.tolist()
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     text = str(value).strip()
@@ -136,5 +139,5 @@ def _reference(value: Any, row: int) -> str:
     boxed = last_boxed(text)
     text = text if boxed is None else boxed
     if not number_or_text or not clean(text):
-        raise ValueError(f"answer: got {value!r} in row {row}, takes text or a number that a completion can give")
+        raise ValueError(f"answer: got {given!r} in row {row}, takes text or a number that a completion can give")
     return text

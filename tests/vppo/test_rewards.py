@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 from vppo import rewards
 from vppo.rewards import accuracy_reward, last_boxed
@@ -164,7 +165,23 @@ def test_long_equal_answers_are_equal() -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [{"a": 1}, ["a", "b"], [], float("nan"), None, "", "  ", r"\boxed{}", "$$", b"5", {5}, [None], object()],
+    [
+        {"a": 1},
+        ["a", "b"],
+        [],
+        float("nan"),
+        None,
+        "",
+        "  ",
+        r"\boxed{}",
+        "$$",
+        b"5",
+        {5},
+        [None],
+        object(),
+        np.array(["a", "b"]),
+        np.float32("nan"),
+    ],
     ids=repr,
 )
 def test_an_answer_that_nothing_can_meet_is_an_error(answer: object) -> None:
@@ -183,6 +200,9 @@ def test_an_answer_that_nothing_can_meet_is_an_error(answer: object) -> None:
         (np.int64(7), "7"),
         (Fraction(1, 3), r"\frac{1}{3}"),
         (Decimal("0.10"), "0.1"),
+        (np.array(5), "5"),
+        (np.array(["B"]), "(B)"),
+        (torch.tensor(5), "5"),
         (True, "true"),
         (float("inf"), r"\infty"),
         (-float("inf"), r"-\infty"),

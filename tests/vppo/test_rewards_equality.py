@@ -8,6 +8,14 @@ from vppo.grading.units import parse_unit
 from vppo.rewards import equal_answers
 
 EQUAL = [
+    ("25 degrees Celsius", "25 °C"),
+    ("5 years old", "5 years"),
+    ("5 cm long", "5"),
+    ("three", "3"),
+    ("Three", "3.0"),
+    ("D. None of the above", "D"),
+    ("(A) and (B)", "(B) and (A)"),
+    ("(D) all", "D"),
     ("60°", "60"),
     (r"60^\circ", "60"),
     (r"60^{\circ}", "60"),
@@ -385,6 +393,17 @@ EQUAL = [
 ]
 
 DIFFERENT = [
+    ("(A) and (B)", "A"),
+    ("A) or B)", "A"),
+    ("(A), (B)", "A"),
+    ("B) 30 or C) 40", "B"),
+    ("A: and B", "A"),
+    ("(A) or B", "A"),
+    ("3 quarters", "3"),
+    ("2 dozen", "2"),
+    ("90 deg/s", "1.5707963267949 radian"),
+    ("three", "4"),
+    ("1.23456e-7", "1.23468e-7"),
     ("east", "seat"),
     ("0.0000001", "0.0000002"),
     ("12 kg", "12 s"),

@@ -12,6 +12,9 @@ _OPTION = re.compile(
     r"(?i)^(?:option|choice|answer)?\s*(?:\(\s*([a-j])\s*\)|\[\s*([a-j])\s*\]|([a-j])\s*[).:])(?:\s*(.*))?$", re.DOTALL
 )
 _BARE_OPTION = re.compile(r"(?i)^(?:(?:option|choice|answer)\s+)?([a-j])$")
+_SECOND_OPTION = re.compile(
+    r"(?i)^(?:and|or|[,;&/])(?![a-z])|(?<![a-z\\])[a-j]\s*[).:](?!\w)|[,;/&]\s*[a-j]$|(?:and|or)\s+[a-j]$"
+)
 _NAME = re.compile(
     r"^(?:\\(?:text|overline|angle|triangle|vec|hat|bar)(?![A-Za-z])|\\[a-z]+(?![A-Za-z])|[A-Za-z0-9_{}(),\s'])+$"
 )
@@ -31,6 +34,8 @@ def option(text: str) -> Option | None:
     if match := _BARE_OPTION.match(plain):
         return Option(match[1].lower(), "")
     if match := _OPTION.match(plain):
+        if _SECOND_OPTION.search(match[4] or ""):
+            return None  # whoever names two choices has not chosen
         letter = match[1] or match[2] or match[3]
         return Option(letter.lower(), (match[4] or "").strip())
     return None

@@ -22,6 +22,21 @@ from vppo.grading.units import Unit
 DECIMALS = 6  # math-verify's own default
 _SIXTH_DECIMAL, _FIVE_DIGITS = Fraction(1, 2 * 10**DECIMALS), Fraction(1, 2 * 10**4)
 _DOUBLE, _EVALUATION = Fraction(1, 10**15), Fraction(1, 10**40)  # what rounding leaves of a value
+_NUMBER_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 _NESTED = 4  # how deep lists in lists are followed
 
 
@@ -176,7 +191,9 @@ def _same_formula(reference: str, predicted: str) -> bool:
 
 
 def _rational(text: str) -> Fraction | None:
-    r"""Of an integer, a decimal or a fraction of integers the value, which needs no parser; of anything else None."""
+    r"""Of an integer, in digits or as a word, a decimal or a fraction of integers the value; of anything else None."""
+    if (word := text.casefold()) in _NUMBER_WORDS:
+        return Fraction(_NUMBER_WORDS.index(word))
     if match := re.fullmatch(
         r"([+-]?)\s*(?:(\d+(?:\.\d*)?|\.\d+)|(\d+)\s*/\s*(\d+)|\\frac\{(\d+)\}\{(\d+)\})", text, re.ASCII
     ):

@@ -103,8 +103,13 @@ _HOUR = Fraction(1, 3600)
 _UNITS |= {name: Unit(Fraction("1609.344") * _HOUR, (("m", 1), ("s", -1))) for name in ("mph",)}
 _UNITS |= {name: Unit(1000 * _HOUR, (("m", 1), ("s", -1))) for name in ("kmh", "kph", "kmph")}
 
-# Words that make a sentence of what follows a number: "3 or more" is not 3 of a unit.
-_NOT_A_UNIT = re.compile("(?:and|or|more|less|than|not|about|at|least|most|over|from|are)$")
+# Words after a number that make it another one, or no number: "3 or more", "3 quarters".
+_NOT_A_UNIT = re.compile(
+    "(?:and|or|more|less|fewer|than|not|about|at|least|most|over|from|are|dozens?|pairs?|hal(?:f|ves)|quarters?"
+    "|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)$"
+)
+_SAID_BESIDE = re.compile("(?:old|long|tall|high|wide|deep|away|apart|total|units?)$")  # "5 years old"
+_TEMPERATURE = re.compile(r"(?i)(?:°|(?<![a-z])deg(?:ree)?s?)\s*([cf])(?:elsius|ahrenheit)?(?![a-z])")
 _PREFIXES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SUFFIXES = {"squared": 2, "cubed": 3}
 _TOKEN = re.compile(r"\s*(°\s*[CF](?![A-Za-z])|[A-Za-zμΩ°%$€£¥₹₩₽¢]+|[\"']|\^\{?-?\d\}?|/|\*|\.)")
@@ -118,6 +123,7 @@ def parse_unit(text: str) -> Unit | None:
             its own, in the singular; `units` is the number 1.
     """
     text = text.replace(r"^\circ", "°").replace(r"\cdot", "*").replace(r"\Omega", "Ω").replace(r"\mu", "μ").strip()
+    text = _TEMPERATURE.sub(lambda m: "°" + m[1].upper(), text)
     factors: list[tuple[Unit, int]] = []  # units and their exponents
     sign, prefix, position = 1, 1, 0
     while position < len(text):
@@ -152,7 +158,7 @@ def parse_unit(text: str) -> Unit | None:
 
 def _lookup(word: str) -> Unit | None:
     lower = word.lower()
-    if lower in ("unit", "units"):
+    if _SAID_BESIDE.match(lower):
         return Unit(1, ())
     singular = {"feet": "foot", "inches": "inch"}.get(lower) or re.sub(r"(?<=[a-z]{2})s$", "", lower)
     for name in (word, lower, singular):
