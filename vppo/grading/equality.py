@@ -23,20 +23,8 @@ DECIMALS = 6  # math-verify's own default
 _SIXTH_DECIMAL, _FIVE_DIGITS = Fraction(1, 2 * 10**DECIMALS), Fraction(1, 2 * 10**4)
 _DOUBLE, _EVALUATION = Fraction(1, 10**15), Fraction(1, 10**40)  # what rounding leaves of a value
 _NUMBER_WORDS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-)
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+)  # fmt: skip
 _NESTED = 4  # how deep lists in lists are followed
 
 
@@ -73,12 +61,12 @@ def _equal(reference: str, predicted: str, depth: int) -> bool:
             return _same_formula(reference, predicted)  # x = y is y = x
         # A name that only one of them gives is left out: x = 5 is 5; 3 + 2 = 5 is no name.
         if (name and predicted_name) or "=" not in (predicted if name else reference):
-            return depth > 0 and _equal(clean(value), clean(predicted_value), depth - 1)
+            return _equal_part(value, predicted_value, depth)
     else:
         reference, predicted = value, predicted_value
     first, second = map(answers.parts, (reference, predicted))
-    if (len(first.elements) > 1 or len(second.elements) > 1 or first.opening == second.opening == r"\{") and depth > 0:
-        verdict = _same_parts(first, second, lambda a, b: _equal(clean(a), clean(b), depth - 1))
+    if len(first.elements) > 1 or len(second.elements) > 1 or first.opening == second.opening == r"\{":
+        verdict = _same_parts(first, second, lambda a, b: _equal_part(a, b, depth))
         if verdict is not None:
             return verdict
     return _same_quantity(reference, predicted)
@@ -90,16 +78,16 @@ def _same_option(reference: str, predicted: str, depth: int) -> bool | None:
     if first and second:
         if first.letter != second.letter:
             return False
-        return not (first.text and second.text) or (depth > 0 and _equal_text(first.text, second.text, depth))
-    if first and first.text and depth > 0 and _equal_text(first.text, predicted, depth):
+        return not (first.text and second.text) or _equal_part(first.text, second.text, depth)
+    if first and first.text and _equal_part(first.text, predicted, depth):
         return True  # the text of the choice without its letter
-    if second and second.text and depth > 0 and _equal_text(reference, second.text, depth):
+    if second and second.text and _equal_part(reference, second.text, depth):
         return True
     return None
 
 
-def _equal_text(reference: str, predicted: str, depth: int) -> bool:
-    return _equal(clean(reference), clean(predicted), depth - 1)
+def _equal_part(reference: str, predicted: str, depth: int) -> bool:
+    return depth > 0 and _equal(clean(reference), clean(predicted), depth - 1)
 
 
 def _same_parts(reference: Parts, predicted: Parts, same: Callable[[str, str], bool]) -> bool | None:

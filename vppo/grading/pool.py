@@ -89,6 +89,7 @@ class VerifierPool:
                                 raise RuntimeError(
                                     f"math-verify did not start in {sys.executable}: see its error above"
                                 )
+                            self.close()  # whoever ended it may have ended those that wait, too
                             if pair is not None and pair not in tried_again:
                                 tried_again.add(pair)
                                 waiting.append(pair)
