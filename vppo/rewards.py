@@ -51,7 +51,7 @@ def equal_answers(pairs: Sequence[tuple[str, str]]) -> list[bool]:
 
     Judged in parallel, in child processes; equal pairs once, and what was judged is remembered. A pair that takes
     longer than five seconds counts as different; so do all that are left when no verdict came for ten seconds, or when
-    the call has taken ten seconds plus 0.1 s a pair. Those are not remembered, and a warning says how many they were.
+    the call has taken ten seconds plus 0.5 s a pair. Those are not remembered, and a warning says how many they were.
     May be called from any thread.
 
     Args:

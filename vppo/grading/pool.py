@@ -21,7 +21,7 @@ from pathlib import Path
 
 SECONDS_PER_ANSWER = 5.0
 SECONDS_TO_START = 120.0  # importing sympy, on a machine that is busy with something else
-SECONDS_PER_ORDINARY_ANSWER = 0.1  # ten times what a formula takes on two quiet cores
+SECONDS_PER_ORDINARY_ANSWER = 0.5  # a formula takes 30 ms on a quiet machine; a busy one must not make it wrong
 MEMORY_PER_PROCESS = 2 << 30  # address space, in bytes; sympy and math-verify take 0.2 GiB of it
 LONGEST_ANSWER = 2000  # characters; two of them fit into a pipe's buffer, so that no write can block
 
@@ -49,7 +49,7 @@ class VerifierPool:
         """Whether the answers of each pair are equal; None for those that could not be judged in time.
 
         A pair gets five seconds. All of them together get ten seconds after the last verdict, and at most ten seconds
-        plus 0.1 s each; the time that the first child takes to start does not count.
+        plus 0.5 s each; the time that the first child takes to start does not count.
 
         Args:
             pairs: Reference and predicted answer; none longer than `LONGEST_ANSWER`.
