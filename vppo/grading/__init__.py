@@ -1,0 +1,1 @@
+"""Comparing final answers: spelling, units, parts, equality, and the processes that compare."""

@@ -1,0 +1,45 @@
+"""The other side of `vppo.grading.pool`: reads pairs of answers, one a line, and answers one byte for each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+
+from vppo.grading.pool import _DIFFERENT, _EQUAL, _READY, _TOO_LARGE
+
+
+def serve() -> None:
+    """Answer until the input ends; arguments of the process: search path, seconds per answer, bytes of memory."""
+    seconds, memory = float(sys.argv[2]), int(sys.argv[3])
+    answers = os.dup(1)
+    os.dup2(2, 1)  # whatever a parser prints is no answer
+    import math_verify  # noqa: F401 - the slow import, before the parent starts its clock
+
+    from vppo.grading.equality import equal
+
+    logging.disable(logging.WARNING)
+    _limit_memory(memory)
+    equal("x^2+1/2", r"\frac{2x^2+1}{2}")  # the parser builds its tables at the first formula
+    os.write(answers, _READY)
+    for line in sys.stdin.buffer:
+        # The parent ends a slow process itself; this is for when the parent is gone. One second more, so that it wins.
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+        reference, predicted = json.loads(line)
+        try:
+            verdict = _EQUAL if equal(reference, predicted) else _DIFFERENT
+        except MemoryError:
+            verdict = _TOO_LARGE
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(answers, verdict)
+
+
+def _limit_memory(limit: int) -> None:
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
