@@ -103,7 +103,8 @@ def train(
     """Train a model as a YAML config says. `--key value` after it overrides a key; `--key` alone means true.
 
     Keys are the fields of VPPOConfig (which are TRL's GRPOConfig's too), of TRL's ModelConfig (LoRA, dtype, attention),
-    and: model, dataset, dataset_split, system_prompt, instruction, min_pixels, max_pixels, reward, resume.
+    and: model, dataset, dataset_split, problem_key, answer_key, image_key, image_dir, trust_image_paths,
+    image_pixel_limit, bad_rows, system_prompt, instruction, min_pixels, max_pixels, reward, resume.
 
     On several GPUs: accelerate launch -m vppo train CONFIG.yaml
     """
@@ -153,6 +154,22 @@ def analyze(
         typer.Option(help="GiB that sampling and scoring may use for caches and activations, beside the weights."),
     ] = 4.0,
     split: Annotated[str, typer.Option(help="Which split of a dataset on the hub.")] = "train",
+    problem_key: Annotated[
+        str | None, typer.Option(help="Column of the problem, if not prompt, problem or question.")
+    ] = None,
+    answer_key: Annotated[
+        str | None, typer.Option(help="Column of the answer, if not answer, ground_truth or solution.")
+    ] = None,
+    image_key: Annotated[str | None, typer.Option(help="Column of the images, if not images or image.")] = None,
+    image_dir: Annotated[
+        str | None, typer.Option(help="Folder that image paths are relative to; that of the data if not given.")
+    ] = None,
+    trust_image_paths: Annotated[
+        bool, typer.Option("--trust-image-paths", help="Let image paths lead out of that folder.")
+    ] = False,
+    image_pixel_limit: Annotated[
+        int | None, typer.Option(min=1, help="The largest image in pixels; Pillow's bound, 179 million, if not given.")
+    ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(help="First message of every prompt, empty for none; training's if not given.")
     ] = None,

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vppo.checkpoints import last_complete_checkpoint, saved_step
-from vppo.data import INSTRUCTION, SYSTEM_PROMPT, load_training_data
+from vppo.data import INSTRUCTION, SYSTEM_PROMPT, BadRowError, DataOptions, load_training_data
+from vppo.data.bad_rows import read_bad_rows, write_bad_rows
 from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.loading import load_processor
@@ -41,9 +42,10 @@ class ScriptArguments:
         model: A model on the hub, or a folder as `save_pretrained` writes it.
         dataset: See `vppo.data.load_training_data`.
         output_dir: Where metrics, config, checkpoints and the trained model go.
-        dataset_split: Which split of the dataset.
-        system_prompt: First message of every prompt; empty for none.
-        instruction: What follows every problem; may be empty.
+        dataset_split, system_prompt, instruction, problem_key, answer_key, image_key, image_dir, trust_image_paths,
+            image_pixel_limit: How the dataset is read, see `vppo.data.DataOptions`.
+        bad_rows: "error" refuses a dataset with rows that cannot be used; "skip" goes on without them and lists them in
+            `skipped_rows.jsonl`.
         min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
         max_pixels: Larger images are reduced to this many pixels; None keeps the processor's own limit.
         reward: "accuracy" (`vppo.rewards.accuracy_reward`) or `module:function`, called as TRL calls rewards.
@@ -57,6 +59,13 @@ class ScriptArguments:
     dataset_split: str = "train"
     system_prompt: str = SYSTEM_PROMPT
     instruction: str = INSTRUCTION
+    problem_key: str | None = None
+    answer_key: str | None = None
+    image_key: str | None = None
+    image_dir: str | None = None
+    trust_image_paths: bool = False
+    image_pixel_limit: int | None = None
+    bad_rows: typing.Literal["error", "skip"] = "error"
     min_pixels: int | None = None
     max_pixels: int | None = None
     reward: str = "accuracy"
@@ -67,17 +76,36 @@ class ScriptArguments:
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels: got {self.min_pixels}, takes at most max_pixels, which is {self.max_pixels}")
 
+    @property
+    def data(self) -> DataOptions:
+        """How the dataset is read."""
+        shared = {field.name: getattr(self, field.name) for field in fields(DataOptions) if field.name != "split"}
+        return DataOptions(split=self.dataset_split, **shared)
+
 
 # -- configs -----------------------------------------------------------------------------------------------------------
 
 
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number too."""
+    """YAML with numbers as people write them: `1e-6` is one, `010` is ten, `1:30` is not ninety."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag not in (INT, FLOAT)]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_NUMBER_STARTS = list("-+.0123456789")
+_Loader.add_implicit_resolver(INT, re.compile(r"[-+]?\d[\d_]*$"), _NUMBER_STARTS)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    FLOAT,
+    re.compile(r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.inf$|\.nan$"),
+    _NUMBER_STARTS,
 )
+_Loader.add_constructor(INT, lambda loader, node: int(node.value.replace("_", "")))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -85,8 +113,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: A YAML file. Its keys are the fields of `VPPOConfig`, of TRL's `ModelConfig` and of `ScriptArguments`.
-        overrides: Command-line words: `--key value`, `--key=value`, or `--key` alone for true. Values are YAML; dashes
-            and underscores in keys are the same.
+        overrides: Command-line words: `--key value`, `--key=value`, or `--key` alone for true. Where a key takes text,
+            the word is that text; numbers, true and false, lists and mappings are YAML. Dashes and underscores in keys
+            are the same.
 
     Returns:
         Keys and values, ready for `train`.
@@ -111,7 +140,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_overrides(words: Sequence[str]) -> Config:
-    """`--key value`, `--key=value` and `--key` as a dict; see `load_config`."""
+    """`--key value`, `--key=value` and `--key` as a dict; see `load_config`. A key that does not exist takes YAML."""
     changes: Config = {}
     remaining = list(words)
     while remaining:
@@ -119,13 +148,42 @@ def parse_overrides(words: Sequence[str]) -> Config:
         if not word.startswith("--") or word == "--":
             raise InputError(f"command line: expected --key value, got {word!r}")
         key, equals, text = word[2:].partition("=")
-        if not equals:
-            text = "true" if not remaining or remaining[0].startswith("--") else remaining.pop(0)
+        name = key.replace("-", "_")
+        if not equals and (not remaining or remaining[0].startswith("--")):
+            changes[name] = True
+            continue
+        text = text if equals else remaining.pop(0)
         try:
-            changes[key.replace("-", "_")] = yaml.load(text, _Loader) if text else ""
+            changes[name] = _parse(text, _hints()[name]) if name in _hints() else _yaml(text)
         except yaml.YAMLError as error:
             raise InputError(f"command line: --{key} takes a YAML value, got {text!r}: {error}") from error
     return changes
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """A word of the command line as a value of its key's type, or as it is where it is none."""
+    kinds = _kinds(hint)
+    if text == "null" and type(None) in kinds:
+        return None
+    if text in ("true", "false") and bool in kinds:
+        return text == "true"
+    if text[:1] in ("[", "{") and any(kind in kinds for kind in (list, dict)):
+        return _yaml(text)
+    if str in kinds:
+        return int(text) if int in kinds and re.fullmatch(r"[-+]?\d+", text) else text
+    return text if len(text.split()) > 1 else _yaml(text)  # YAML would take `3 #4` for 3
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a hint allows, of lists and mappings the outermost."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return {kind for argument in arguments for kind in _kinds(argument)}
+    return {type(choice) for choice in arguments} if origin is typing.Literal else {origin or hint}
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader) if text else ""
 
 
 @cache
@@ -205,7 +263,8 @@ def train(config: Config) -> Path:
     """Trains a model as a config says.
 
     Writes under `output_dir`: `metrics.jsonl` (a line a logged step), `config.yaml` (what was asked for, with what the
-    recipe filled in; `vppo train` takes it again), `checkpoint-N/` and, at the end, `model/`.
+    recipe filled in; `vppo train` takes it again), `checkpoint-N/` and, at the end, `model/`. With `bad_rows: skip` also
+    `skipped_rows.jsonl`; a run that goes on leaves out what it lists.
 
     Args:
         config: What `load_config` returns, or the same keys and values from Python.
@@ -229,16 +288,27 @@ def train(config: Config) -> Path:
         min_pixels=script.min_pixels,
         max_pixels=script.max_pixels,
     )
+    skipped: list[BadRowError] = []
+    skipped_path = output_dir / "skipped_rows.jsonl"
     with args.main_process_first(desc="loading the dataset"):  # the others then find the rows in the cache
         dataset = load_training_data(
             script.dataset,
-            split=script.dataset_split,
-            system_prompt=script.system_prompt,
-            instruction=script.instruction,
+            options=script.data,
+            bad_rows=script.bad_rows,
+            processor=processor,
+            skipped=skipped,
+            skipped_before=read_bad_rows(skipped_path) if checkpoint and skipped_path.exists() else None,
         )
+    _check_length(len(dataset), args)
     trainer = _make_trainer(script, model_args, args, reward, dataset, processor)
     if trainer.is_world_process_zero():
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
+        if script.bad_rows == "skip":
+            write_bad_rows(skipped_path, skipped)
+    if skipped:
+        trainer.accelerator.print(
+            f"Skipped {len(skipped)} of {len(skipped) + len(dataset)} rows, listed in {skipped_path}; the first: {skipped[0]}"
+        )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output_dir / "model"))
     trainer.accelerator.print(f"Done: {output_dir / 'model'}")
@@ -324,6 +394,20 @@ def _find_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
     if (output_dir / "metrics.jsonl").exists() or any(output_dir.glob("checkpoint-*")):
         raise InputError(f"output_dir: {output_dir} already holds a run: go on with resume: true, or choose another")
     return None
+
+
+def _check_length(rows: int, args: VPPOConfig) -> None:
+    """TRL makes no step where the rows do not fill one generation batch, and none in no epoch."""
+    assert args.generation_batch_size and args.num_generations
+    prompts = args.generation_batch_size // args.num_generations
+    if rows < prompts:
+        raise InputError(
+            f"dataset: {rows} rows, takes {prompts}: a step needs generation_batch_size / num_generations = "
+            f"{args.generation_batch_size} / {args.num_generations} prompts; give it more rows, or lower "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise InputError(f"num_train_epochs: got {args.num_train_epochs}, takes a number above 0")
 
 
 def _make_trainer(

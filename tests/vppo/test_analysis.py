@@ -315,7 +315,7 @@ def test_no_room_for_a_response(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('{"question": "?", "image": "0.png"}', r"no column 'problem', it has \['image', 'question'\]"),
+        ('{"query": "?", "image": "0.png"}', r"no column 'problem', it has \['image', 'query'\]"),
         ('{"problem": "?", "picture": "0.png"}', r"no column 'images', it has \['picture', 'problem'\]"),
         ("", "not valid JSON"),
     ],

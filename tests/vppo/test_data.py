@@ -267,7 +267,8 @@ def test_problems_are_those_of_training(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     jsonl(tmp_path / "data/train-1.jsonl", {"problem": "1+1?", "answer": 2, "images": ["../a.png"]})
     jsonl(tmp_path / "data/train-2.jsonl", {"problem": "See <image>!", "answer": " x ", "images": ["../a.png"]})
-    for options in ({}, {"system_prompt": "", "instruction": ""}):
+    for more in ({}, {"system_prompt": "", "instruction": ""}):
+        options: dict[str, Any] = {"trust_image_paths": True, **more}
         rows, problems = load_training_data(tmp_path / "data", **options), Problems(tmp_path / "data", **options)
         assert len(problems) == len(rows) == 2
         for problem, row in zip(problems, rows, strict=True):

@@ -120,7 +120,8 @@ def test_a_bad_key_or_value_is_named(config_file: Callable[..., Path], line: str
     path = config_file()
     assert load_error(config_file(line)).startswith(f"{path}: {expected}")
     key, value = line.split(": ")
-    assert load_error(config_file(), f"--{key}={value}").startswith(f"command line: {expected}")
+    if "takes text" not in expected:  # on the command line every word is a text
+        assert load_error(config_file(), f"--{key}={value}").startswith(f"command line: {expected}")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from vppo.analysis.token_scores import DIVERGENCES
-from vppo.data import INSTRUCTION, SYSTEM_PROMPT
+from vppo.data import INSTRUCTION, SYSTEM_PROMPT, DataOptions
 from vppo.errors import InputError
 from vppo.perturbations import Perturbation
 
@@ -32,9 +32,8 @@ class AnalysisOptions:
             and scores at 1.
         seed: Of sampling and perturbation.
         memory: GiB that sampling and scoring may use for caches and activations, beside the weights.
-        split: Which split of a dataset on the hub.
-        system_prompt: First message of every prompt; empty for none.
-        instruction: What follows every problem; may be empty.
+        split, system_prompt, instruction, problem_key, answer_key, image_key, image_dir, trust_image_paths,
+            image_pixel_limit: How the data is read, see `vppo.data.DataOptions`.
         min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
         max_pixels: Larger images are reduced to this many pixels; None keeps the processor's own limit.
         device: "cpu", "cuda", ..., "auto" to spread the model over all GPUs; None for a GPU where there is one.
@@ -65,6 +64,12 @@ class AnalysisOptions:
     split: str = "train"
     system_prompt: str = SYSTEM_PROMPT
     instruction: str = INSTRUCTION
+    problem_key: str | None = None
+    answer_key: str | None = None
+    image_key: str | None = None
+    image_dir: str | None = None
+    trust_image_paths: bool = False
+    image_pixel_limit: int | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
     device: str | None = None
@@ -98,6 +103,11 @@ class AnalysisOptions:
             self.make_perturbation(14)  # validates its own fields
         except ValueError as error:
             raise InputError(str(error)) from error
+
+    @property
+    def data(self) -> DataOptions:
+        """How the data is read."""
+        return DataOptions(**{field.name: getattr(self, field.name) for field in fields(DataOptions)})
 
     def make_perturbation(self, model_patch_size: int) -> Perturbation:
         """The perturbation; blackened patches default to the model's own."""

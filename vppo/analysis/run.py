@@ -40,7 +40,7 @@ from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.passes import GIB
 from vppo.perturbations import PixelLayout
-from vppo.progress import columns
+from vppo.progress import columns, say
 from vppo.prompts import Prompts
 from vppo.rewards import accuracy_reward
 
@@ -118,9 +118,7 @@ class _Run:
     ) -> None:
         self.options, self.out, self.given, self.pages = options, out, given, pages
         self.subject = Subject(model, options)
-        self.problems = Problems(
-            data, split=options.split, system_prompt=options.system_prompt, instruction=options.instruction
-        )
+        self.problems = Problems(data, options.data)
         self.count = min(len(self.problems), options.limit or len(self.problems))
         self.identity = self._identity(data)
         self.console = Console()
@@ -178,14 +176,15 @@ class _Run:
 
     def _show(self, summary: dict[str, Any], page: Path) -> None:
         counts = f"{summary['scored']} responses, {summary['tokens']:,} tokens"
-        self.console.print(f"Scored {counts} of {summary['model']}.")
+        say(self.console, f"Scored {counts} of {summary['model']}.")
         if summary["skipped"]:
             first = summary["skipped"][0]
-            self.console.print(
+            say(
+                self.console,
                 f"Skipped {len(summary['skipped'])}, listed in {self.out / 'summary.json'}; the first is sample "
-                f"{first['sample']}: {first['reason']}."
+                f"{first['sample']}: {first['reason']}.",
             )
-        self.console.print(f"Report: {page}")
+        say(self.console, f"Report: {page}")
 
     # -- responses -----------------------------------------------------------------------------------------------------
 

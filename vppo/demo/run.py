@@ -309,6 +309,8 @@ def _peak_rss_mib() -> float:
 
 
 def _show(console: Console, summary: dict[str, Any], out: Path) -> None:
+    from vppo.progress import say
+
     table = Table(title=f"{summary['algorithm']} on handwritten digits, seed {summary['seed']}", title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
@@ -327,4 +329,4 @@ def _show(console: Console, summary: dict[str, Any], out: Path) -> None:
         f"{summary['steps']} steps of {PROMPTS} prompts x {ROLLOUTS} rollouts", "", f"{summary['seconds_train']:.0f} s"
     )
     console.print(table)
-    console.print(f"Report: {out / 'report.html'}")
+    say(console, f"Report: {out / 'report.html'}")

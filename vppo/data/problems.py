@@ -1,0 +1,163 @@
+"""Problems that are read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vppo.data.bad_rows import BadRowError, Where
+from vppo.data.columns import Columns, Names, value_at
+from vppo.data.conversations import IMAGE_MARK
+from vppo.data.files import read_sources
+from vppo.data.options import DataOptions
+from vppo.data.pictures import ImagePaths, decode
+from vppo.data.rows import RowReader, image_paths
+from vppo.errors import InputError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question about images.
+
+    Attributes:
+        prompt: Messages as TRL and chat templates take them.
+        images: Its pictures, RGB; none for a text-only problem.
+        answer: The reference answer, or None where the data has none.
+    """
+
+    prompt: list[dict[str, Any]]
+    images: list[Image.Image]
+    answer: str | None
+
+    @property
+    def question(self) -> str:
+        """The user's text, as a person reads it."""
+        texts = []
+        for message in self.prompt:
+            if message["role"] == "user":
+                content = message["content"]
+                texts += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+        return "\n".join(texts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one source, and who reads them."""
+
+    name: str
+    rows: Any
+    names: Names
+    reader: RowReader
+
+
+class Problems:
+    """Problems that are read when they are asked for, so that a broken one spares the others.
+
+    The rows are those of `load_training_data`, with two liberties: the answer may be missing, and a row may have no
+    image. Messages whose contents are texts are used as they are.
+
+    Args:
+        data: As `load_training_data` takes it, or rows in memory, whose images may be PIL images, anywhere.
+        options: How they are read.
+        **changes: Fields of `DataOptions` that are other than in `options`.
+
+    Raises:
+        InputError: A missing file, or one that lacks a column; the message names those it has.
+    """
+
+    def __init__(
+        self, data: str | Path | Sequence[dict[str, Any]], options: DataOptions | None = None, **changes: Any
+    ) -> None:
+        self.options = replace(options or DataOptions(), **changes)
+        self._parts: list[_Part] = []
+        if isinstance(data, str | Path):
+            for source in read_sources(data, self.options.split):
+                if isinstance(source.rows, list):
+                    names, kind = Names.of_rows(row for row in source.rows if isinstance(row, dict)), None
+                    rows: Any = source.rows
+                else:
+                    names, rows = Names.of_features(source.rows.features), source.rows.with_format("arrow")
+                    kind = source.rows.features
+                self._add(
+                    source.name,
+                    rows,
+                    names,
+                    image_paths(self.options, source.folder, from_hub=source.from_hub, kind=kind),
+                )
+        else:
+            if not len(data):
+                raise InputError("data: it has no rows")
+            paths = ImagePaths.of(self.options, Path())
+            anywhere = ImagePaths(paths.root, anywhere=True)  # whoever holds rows in memory chose their paths
+            self._add("data", data, Names.of_rows(data), anywhere)
+        self._ends = list(accumulate(len(part.rows) for part in self._parts))
+
+    def _add(self, name: str, rows: Any, names: Names, paths: ImagePaths) -> None:
+        names = Names(sorted(names.columns), names.inner, names.lists)
+        columns = Columns.find(names, self.options, name)
+        self._parts.append(_Part(name, rows, names, RowReader(columns, self.options, paths)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Problem:
+        """Reads one row.
+
+        Raises:
+            BadRowError: It has no question, or an image that cannot be read; the message names file, row and column.
+            IndexError: There is no such row.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = next(number for number, end in enumerate(self._ends) if index < end)
+        part = self._parts[number]
+        inside = index - self._ends[number] + len(part.rows)
+        where = Where(part.name, inside + 1)
+        row = part.rows[inside]
+        if isinstance(row, BadRowError):
+            raise row
+        if not isinstance(row, dict):
+            row = row.to_pylist()[0]
+        prompt, answer, stored = part.reader.read(row, where)
+        images = []
+        for item in stored:
+            try:
+                images.append(decode(item, self.options.image_pixel_limit))
+            except InputError as error:
+                raise where.bad(part.reader.columns.images, str(error)) from error
+        given = value_at(row, part.reader.columns.problem)
+        return Problem(given if _of_plain_texts(given) else prompt, images, answer)
+
+    @cached_property
+    def ids(self) -> dict[str, int] | None:
+        """The row of each value of the column `id`, as text; None where the data has no such column.
+
+        Raises:
+            InputError: Two rows have the same.
+        """
+        found: list[str] = []
+        for part in self._parts:
+            if "id" not in part.names.columns:
+                return None
+            if isinstance(part.rows, Sequence):
+                found += [str(row.get("id") if isinstance(row, dict) else None) for row in part.rows]
+            else:
+                found += map(str, part.rows.select_columns("id")[:]["id"].to_pylist())
+        rows = {value: row for row, value in reversed(list(enumerate(found)))}
+        if len(rows) < len(found):
+            twice = next(value for row, value in enumerate(found) if rows[value] != row)
+            raise InputError(f"{self._parts[0].name}: column 'id': {twice!r} is there twice, takes one row of each")
+        return rows
+
+
+def _of_plain_texts(value: Any) -> bool:
+    """Whether these are messages that TRL takes as they are: it puts images before the user's first text."""
+    return isinstance(value, list) and all(
+        isinstance(message["content"], str) and IMAGE_MARK not in message["content"] for message in value
+    )
