@@ -92,12 +92,11 @@ INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 class _Loader(yaml.SafeLoader):
     """YAML with numbers as people write them: `1e-6` is one, `010` is ten, `1:30` is not ninety."""
 
-    yaml_implicit_resolvers: typing.ClassVar = {
-        first: [(tag, pattern) for tag, pattern in pairs if tag not in (INT, FLOAT)]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in (INT, FLOAT)]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _NUMBER_STARTS = list("-+.0123456789")
 _Loader.add_implicit_resolver(INT, re.compile(r"[-+]?\d[\d_]*$"), _NUMBER_STARTS)
 _Loader.add_implicit_resolver(
@@ -263,8 +262,8 @@ def train(config: Config) -> Path:
     """Trains a model as a config says.
 
     Writes under `output_dir`: `metrics.jsonl` (a line a logged step), `config.yaml` (what was asked for, with what the
-    recipe filled in; `vppo train` takes it again), `checkpoint-N/` and, at the end, `model/`. With `bad_rows: skip` also
-    `skipped_rows.jsonl`; a run that goes on leaves out what it lists.
+    recipe filled in; `vppo train` takes it again), `checkpoint-N/` and, at the end, `model/`. With `bad_rows: skip`
+    also `skipped_rows.jsonl`; a run that goes on leaves out what it lists.
 
     Args:
         config: What `load_config` returns, or the same keys and values from Python.
@@ -306,9 +305,8 @@ def train(config: Config) -> Path:
         if script.bad_rows == "skip":
             write_bad_rows(skipped_path, skipped)
     if skipped:
-        trainer.accelerator.print(
-            f"Skipped {len(skipped)} of {len(skipped) + len(dataset)} rows, listed in {skipped_path}; the first: {skipped[0]}"
-        )
+        count = f"{len(skipped)} of {len(skipped) + len(dataset)} rows"
+        trainer.accelerator.print(f"Skipped {count}, listed in {skipped_path}; the first: {skipped[0]}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output_dir / "model"))
     trainer.accelerator.print(f"Done: {output_dir / 'model'}")

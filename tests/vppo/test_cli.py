@@ -168,7 +168,8 @@ def test_every_option_of_analyze_arrives(analyze_calls: list[dict[str, Any]]) ->
         "blur_radius": 2.0, "draws": 4, "divergence": "jsd", "keep_ratio": 0.2, "max_tokens": 5, "temperature": 0.5,
         "seed": 6, "memory": 2.5, "split": "test", "system_prompt": "", "instruction": "Think.", "min_pixels": 784,
         "max_pixels": 7840, "device": "cuda:1", "dtype": "bfloat16", "attn_implementation": "eager",
-        "revision": "v2", "sampler": "vllm",
+        "revision": "v2", "sampler": "vllm", "problem_key": "question", "answer_key": "key", "image_key": "picture",
+        "image_dir": "pictures", "image_pixel_limit": 1000,
     }  # fmt: skip
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     given = [
@@ -183,13 +184,14 @@ def test_every_option_of_analyze_arrives(analyze_calls: list[dict[str, Any]]) ->
         "--responses",
         "b.jsonl",
         "--trust-remote-code",
+        "--trust-image-paths",
     ]
     result = runner.invoke(main, ["analyze", *given, *words])
     assert result.exit_code == 0, result.output
     (asked,) = analyze_calls
     assert asked.pop("responses") == [Path("a.jsonl"), Path("b.jsonl")]
     assert [asked.pop(name) for name in ("model", "data", "out")] == ["m", "d", Path("o")]
-    assert vars(AnalysisOptions(**asked)) == {**values, "trust_remote_code": True}
+    assert vars(AnalysisOptions(**asked)) == {**values, "trust_remote_code": True, "trust_image_paths": True}
 
 
 def test_every_option_of_analyze_is_explained() -> None:

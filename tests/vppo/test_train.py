@@ -84,6 +84,87 @@ def test_parse_overrides(words: list[str], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "o #2",
+        "a\nb",
+        "&a b",
+        "*look*",
+        "Note: be brief",
+        "yes",
+        "2024",
+        "null",
+        "[a]",
+        "{a}",
+        "'quoted'",
+        " x ",
+        "~",
+        "",
+    ],
+)
+@pytest.mark.parametrize("key", ["output_dir", "instruction", "dataset_split"])
+def test_a_word_for_a_text_is_that_text(config_file: Callable[..., Path], key: str, text: str) -> None:
+    assert load_config(config_file(), [f"--{key}={text}"])[key] == text
+    assert load_config(config_file(), [f"--{key}", text])[key] == text
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--max_steps=010", 10),
+        ("--max_steps=1_000", 1000),
+        ("--learning_rate=1e-6", 1e-6),
+        ("--learning_rate=.5", 0.5),
+        ("--max_grad_norm=2", 2),
+        ("--use_vllm=true", True),
+        ("--use_vllm", True),
+        ("--bf16=null", None),
+        ("--run_name=null", None),
+        ("--run_name=2024", "2024"),
+        ("--image_key=no", "no"),
+        ("--resume=true", True),
+        ("--resume=false", False),
+        ("--resume=runs/a #2/checkpoint-3", "runs/a #2/checkpoint-3"),
+        ("--optim=adamw_torch", "adamw_torch"),
+        ("--report_to=[a, b]", ["a", "b"]),
+        ("--report_to=none", "none"),
+        ("--lora_target_modules=.*(q_proj|head)", ".*(q_proj|head)"),
+        ("--lora_target_modules=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("--pad_to_multiple_of=8", 8),
+        ("--generation_kwargs={top_k: 3}", {"top_k": 3}),
+        ("--deepspeed=configs/zero #2.json", "configs/zero #2.json"),
+        ("--dtype=bfloat16", "bfloat16"),
+        ("--bad_rows=skip", "skip"),
+    ],
+)
+def test_a_word_for_something_else_is_parsed(config_file: Callable[..., Path], word: str, expected: Any) -> None:
+    got = load_config(config_file(), [word])[word[2:].partition("=")[0]]
+    assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--max_steps=1:30", "max_steps: got '1:30' (str), takes a whole number"),
+        ("--max_steps=3 #4", "max_steps: got '3 #4' (str), takes a whole number"),
+        ("--max_steps=0x10", "max_steps: got '0x10' (str), takes a whole number"),
+        ("--learning_rate=1:30.5", "learning_rate: got '1:30.5' (str), takes a number"),
+        ("--use_vllm=true #", "use_vllm: got 'true #' (str), takes true or false"),
+        ("--bad_rows=ignore", "bad_rows: got 'ignore' (str), takes one of ['error', 'skip']"),
+        ("--output_dir", "output_dir: got True (bool), takes text"),
+    ],
+)
+def test_a_word_of_the_wrong_type_is_named(config_file: Callable[..., Path], word: str, expected: str) -> None:
+    assert load_error(config_file(), word) == f"command line: {expected}"
+
+
+def test_numbers_in_a_file_are_decimal(config_file: Callable[..., Path]) -> None:
+    config = load_config(config_file("max_steps: 010\nlearning_rate: 1_0.5e-1\n"))
+    assert (config["max_steps"], config["learning_rate"]) == (10, 1.05)
+    assert "max_steps: got '1:30' (str)" in load_error(config_file("max_steps: 1:30\n"))
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["a"], "command line: expected --key value, got 'a'"),
@@ -333,6 +414,81 @@ def test_an_extra_that_is_not_installed_is_named(
         pytest.skip(f"{package} is installed")
     with pytest.raises(InputError, match=named):
         run_tiny(tiny_run, monkeypatch, "--output_dir=refused", override)
+
+
+def mixed_data(folder: Path) -> Path:
+    """The sixteen problems between rows that cannot be used."""
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (4000, 10)).save(folder / "long.png")
+    bad = [
+        {"problem": "x?", "answer": "", "images": []},
+        {"problem": "x?", "answer": "1", "images": ["text.png"]},
+        {"problem": "x?", "answer": "1", "images": ["long.png"]},
+        {"problem": "<|image_pad|>?", "answer": "1", "images": []},
+    ]
+    good = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    path = folder / "mixed.jsonl"
+    path.write_text(
+        "".join(
+            good[:5]
+            + [json.dumps(row) + "\n" for row in bad[:2]]
+            + good[5:]
+            + [json.dumps(row) + "\n" for row in bad[2:]]
+        )
+    )
+    return path
+
+
+def test_bad_rows_are_left_out_and_listed(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = mixed_data(tiny_run)
+    words = [f"--dataset={path}", "--bad_rows=skip", "--max_steps=4"]
+    whole = run_tiny(tiny_run, monkeypatch, f"--output_dir={tmp_path / 'whole [/x] [red]'}", *words)
+    said = capsys.readouterr().out
+    assert (
+        f"Skipped 4 of 20 rows, listed in {whole}/skipped_rows.jsonl; the first: {path}, row 6, column 'answer'" in said
+    )
+    listed = [json.loads(line) for line in (whole / "skipped_rows.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["row"], row["column"]) for row in listed] == [
+        (str(path), 6, "answer"),
+        (str(path), 7, "images"),
+        (str(path), 19, "images"),
+        (str(path), 20, "problem"),
+    ]
+    plain = run_tiny(tiny_run, monkeypatch, f"--output_dir={tmp_path / 'plain'}", "--max_steps=4")
+    assert metrics(whole) == metrics(plain)  # what is left is trained on as if the rest had never been there
+    killed = tmp_path / "killed"
+    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("model", "checkpoint-4"))
+    Image.new("RGB", (56, 28)).save(tiny_run / "text.png")  # put right since
+    resumed = run_tiny(tiny_run, monkeypatch, f"--output_dir={killed}", "--resume", *words)
+    assert metrics(resumed) == metrics(whole)
+    assert (resumed / "skipped_rows.jsonl").read_text() == (whole / "skipped_rows.jsonl").read_text()
+
+
+def test_a_bad_row_is_an_error_before_the_first_step(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = mixed_data(tiny_run)
+    with pytest.raises(InputError, match=r"mixed.jsonl, row 6, column 'answer': it is empty"):
+        run_tiny(tiny_run, monkeypatch, f"--output_dir={tmp_path / 'run'}", f"--dataset={path}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--per_device_train_batch_size=68"], "dataset: 16 rows, takes 17: a step needs generation_batch_size / "),
+        (["--max_steps=-1", "--num_train_epochs=0"], "num_train_epochs: got 0, takes a number above 0"),
+    ],
+)
+def test_a_run_without_a_step_is_refused(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        run_tiny(tiny_run, monkeypatch, f"--output_dir={tmp_path / 'run'}", *words)
+    assert str(caught.value).startswith(expected)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_steps_end_to_end(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ class DataOptions:
         image_key: The column of the images; None finds it.
         image_dir: What image paths are relative to, and must not leave; None for the folder of the data file.
         trust_image_paths: Let image paths lead anywhere: by `..`, by links, or from the root.
-        image_pixel_limit: The largest image in pixels; None for Pillow's own bound, about 179 million.
+        image_pixel_limit: The largest image in pixels, for the whole process; None for Pillow's own bound, about 179
+            million.
 
     Raises:
         InputError: `image_dir` is not a folder, or `image_pixel_limit` not a positive number.

@@ -135,8 +135,8 @@ def _read(
     taken = [name for name in names.columns if name in RESERVED]
     if taken and reserved:
         raise InputError(
-            f"{source.name}: column {taken[0]!r}: rewards are given something else under this name; rename it, or leave "
-            "it out with bad_rows: skip"
+            f"{source.name}: column {taken[0]!r}: rewards are given something else under this name; rename it, or "
+            "leave it out with bad_rows: skip"
         )
     rows = rows.remove_columns(taken)
     bad = {index: row for index, row in bad.items() if (row.file, row.row) not in before}
@@ -178,7 +178,7 @@ def _to_conversations(rows: Dataset, name: str, reader: RowReader, *, lenient: b
     columns, features = reader.columns, _features(rows, reader.columns)
 
     def convert(table: pyarrow.Table, indices: list[int]) -> dict[str, list[Any]]:
-        found = []
+        found: list[tuple[list[Any], str, list[Any], str | None]] = []
         for index, row in zip(indices, table.to_pylist(), strict=True):
             where = Where(name, index + 1)
             try:
