@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from vppo.files import write_atomic
 from vppo.loading import load_processor
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import ModelConfig
 
     from vppo.config import VPPOConfig
@@ -289,15 +290,20 @@ def train(config: Config) -> Path:
     )
     skipped: list[BadRowError] = []
     skipped_path = output_dir / "skipped_rows.jsonl"
-    with args.main_process_first(desc="loading the dataset"):  # the others then find the rows in the cache
-        dataset = load_training_data(
-            script.dataset,
-            options=script.data,
+    skipped_before = read_bad_rows(skipped_path) if checkpoint and skipped_path.exists() else None
+
+    def load(name: str, split: str) -> Dataset:
+        return load_training_data(
+            name,
+            options=replace(script.data, split=split),
             bad_rows=script.bad_rows,
             processor=processor,
             skipped=skipped,
-            skipped_before=read_bad_rows(skipped_path) if checkpoint and skipped_path.exists() else None,
+            skipped_before=skipped_before,
         )
+
+    with args.main_process_first(desc="loading the dataset"):  # the others then find the rows in the cache
+        dataset = load(script.dataset, script.dataset_split)
     _check_length(len(dataset), args)
     trainer = _make_trainer(script, model_args, args, reward, dataset, processor)
     if trainer.is_world_process_zero():
@@ -305,7 +311,7 @@ def train(config: Config) -> Path:
         if script.bad_rows == "skip":
             write_bad_rows(skipped_path, skipped)
     if skipped:
-        count = f"{len(skipped)} of {len(skipped) + len(dataset)} rows"
+        count = f"{len(skipped)} row{'s' if len(skipped) > 1 else ''}"
         trainer.accelerator.print(f"Skipped {count}, listed in {skipped_path}; the first: {skipped[0]}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output_dir / "model"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vppo.progress import TrainingProgress, keep_lines, read_lines
+from vppo.progress import TrainingProgress, keep_lines, read_lines, say
 
 ARGS: Any = None
 CONTROL: Any = None
@@ -103,3 +103,10 @@ def test_the_bar_of_a_baseline_has_no_dependency(tmp_path: Path) -> None:
     shown = io.StringIO()
     run(tmp_path, range(1, 3), console=Console(file=shown, force_terminal=True, width=160))
     assert "reward 0.200" in shown.getvalue() and "nan" not in shown.getvalue()
+
+
+@pytest.mark.parametrize("name", ["runs/[/x]", "runs/[red]", "runs/:smile:", "runs/" + 100 * "long "])
+def test_a_folder_of_any_name_is_said_as_it_is(name: str) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    say(terminal, f"Report: {name}")
+    assert terminal.file.getvalue() == f"Report: {name}\n"

@@ -36,6 +36,7 @@ from vppo.analysis.subject import Subject
 from vppo.analysis.tables import TOKENS, TRAJECTORIES, join_tables, token_rows, token_texts, trajectory_row, write_table
 from vppo.analysis.token_scores import Scoring, TokenScores, score_tokens
 from vppo.data import Problem, Problems
+from vppo.data.checks import placeholder_in, placeholders
 from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.passes import GIB
@@ -118,6 +119,7 @@ class _Run:
     ) -> None:
         self.options, self.out, self.given, self.pages = options, out, given, pages
         self.subject = Subject(model, options)
+        self.placeholders = placeholders(self.subject.processor)
         self.problems = Problems(data, options.data)
         self.count = min(len(self.problems), options.limit or len(self.problems))
         self.identity = self._identity(data)
@@ -346,16 +348,19 @@ class _Run:
                 problem = self.problems[sample]
                 if not problem.images:
                     raise InputError("it has no image, so there is nothing that could be perturbed")
+                reason = placeholder_in(problem.prompt, self.placeholders)
+                if reason:
+                    raise InputError(reason)
                 problems[sample] = problem
             except InputError as error:
                 skipped.append(Skipped(sample, str(error)))
         try:
             prompts = Prompts(self.subject.processor, list(problems.values()))
-        except ValueError:  # of one of them
+        except Exception:  # of one of them; templates and processors raise many kinds
             for sample, problem in list(problems.items()):
                 try:
                     Prompts(self.subject.processor, [problem])
-                except ValueError as error:
+                except Exception as error:
                     skipped.append(Skipped(sample, f"the model's processor does not take it: {error}"))
                     del problems[sample]
             prompts = Prompts(self.subject.processor, list(problems.values()))

@@ -100,10 +100,9 @@ class ProcessorCheck:
 
     def of_text(self, prompt: list[Message]) -> str | None:
         """Why a conversation cannot be used, whatever its images are."""
-        for text in texts(prompt):
-            found = next((token for token in self._placeholders if token in text), None)
-            if found:
-                return f"it says {found}, which to this model stands for an image"
+        reason = placeholder_in(prompt, self._placeholders)
+        if reason:
+            return reason
         shape = tuple((message["role"], *(part["type"] for part in message["content"])) for message in prompt)
         if shape not in self._shapes:
             images = sum(kind == "image" for message in shape for kind in message[1:])
@@ -133,6 +132,12 @@ class ProcessorCheck:
         except Exception as error:  # templates and processors raise many kinds
             return f"the model's processor does not take it: {type(error).__name__}: {error}"
         return None
+
+
+def placeholder_in(prompt: list[Message], tokens: Sequence[str]) -> str | None:
+    """Why the texts of a conversation cannot be used: one has a token that would be taken for an image."""
+    found = next((token for text in texts(prompt) for token in tokens if token in text), None)
+    return found and f"it says {found}, which to this model stands for an image"
 
 
 def placeholders(processor: Any) -> list[str]:

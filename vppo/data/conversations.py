@@ -50,7 +50,11 @@ def conversation(value: Any, images: int, column: str, where: Where, options: Da
 
 def texts(messages: list[Message]) -> list[str]:
     """Every text of a conversation."""
-    return [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    found = []
+    for message in messages:
+        content = message["content"]
+        found += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+    return found
 
 
 def _message(message: Any, column: str, where: Where) -> Message:

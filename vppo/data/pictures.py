@@ -117,7 +117,8 @@ def decode(stored: Stored | Image.Image, pixel_limit: int | None = None) -> Imag
     if isinstance(stored, Image.Image):
         return _rgb(stored)
     if pixel_limit is not None:
-        PIL.Image.MAX_IMAGE_PIXELS = pixel_limit / 2  # Pillow refuses what is more than twice as large
+        # Pillow refuses what is more than twice as large; half a pixel is fine with it, though not with its types
+        PIL.Image.MAX_IMAGE_PIXELS = pixel_limit / 2  # type: ignore[assignment]
     try:
         if stored["bytes"] is None and not stat.S_ISREG(os.stat(stored["path"]).st_mode):
             raise OSError("not a regular file")  # reading a pipe or a device may never end

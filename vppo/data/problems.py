@@ -13,7 +13,7 @@ from PIL import Image
 
 from vppo.data.bad_rows import BadRowError, Where
 from vppo.data.columns import Columns, Names, value_at
-from vppo.data.conversations import IMAGE_MARK
+from vppo.data.conversations import IMAGE_MARK, texts
 from vppo.data.files import read_sources
 from vppo.data.options import DataOptions
 from vppo.data.pictures import ImagePaths, decode
@@ -38,12 +38,7 @@ class Problem:
     @property
     def question(self) -> str:
         """The user's text, as a person reads it."""
-        texts = []
-        for message in self.prompt:
-            if message["role"] == "user":
-                content = message["content"]
-                texts += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-        return "\n".join(texts)
+        return "\n".join(texts([message for message in self.prompt if message["role"] == "user"]))
 
 
 @dataclass(frozen=True)
