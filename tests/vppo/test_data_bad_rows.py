@@ -8,9 +8,10 @@ import families
 import pytest
 from datafiles import Row, broken_stream, jsonl, parquet, picture, png
 
+import vppo.prompts
 from vppo.data import BadRowError, Problems, load_training_data
 from vppo.data.bad_rows import read_bad_rows, write_bad_rows
-from vppo.data.checks import placeholders
+from vppo.data.checks import ENOUGH, placeholders
 from vppo.errors import InputError
 
 GOOD: Row = {"problem": "P", "answer": "A", "images": ["a.png"]}
@@ -184,6 +185,20 @@ def test_more_refused_sizes_than_are_tried(tmp_path: Path, processor: Any) -> No
             rows.append({**GOOD, "answer": kind, "images": [f"{kind}{number}.png"]})
     answers, skipped = skipping(jsonl(tmp_path / "x.jsonl", *rows), processor=processor)
     assert answers == ["good"] * 30 and [row for row, *_ in skipped] == list(range(1, 61, 2))
+
+
+def test_the_processor_meets_every_kind_of_row_once(
+    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = []
+    prompts = vppo.prompts.Prompts
+    monkeypatch.setattr(vppo.prompts, "Prompts", lambda *given: met.append(given) or prompts(*given))
+    rows = []
+    for number in range(100):
+        picture(tmp_path / f"{number}.png", size=(20 + number, 20))
+        rows.append({**GOOD, "problem": str(number), "images": [f"{number}.png"] * (1 + number % 2)})
+    assert len(load_training_data(jsonl(tmp_path / "x.jsonl", *rows), processor=processor)) == 100
+    assert len(met) == 2 + 2 * ENOUGH  # shapes, and the longest and the smallest of a hundred sizes
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])

@@ -205,6 +205,16 @@ def test_two_columns_that_could_be_meant(tmp_path: Path, more: Row, option: str)
     assert (got["answer"] == "B") == ("ground_truth" in more)
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_an_empty_column_is_not_meant(tmp_path: Path, form: str) -> None:
+    row = {"problem": "P", "question": None, "prompt": None, "answer": None, "ground_truth": "A", "image": None}
+    row["images"] = [{"bytes": base64.b64encode(png(2)).decode()}]
+    path = tmp_path / f"x.{form}"
+    parquet(path, [row]) if form == "parquet" else jsonl(path, row)
+    (got,) = loaded(path, instruction="")
+    assert (parts(got), got["answer"], shades(got)) == ([None, "P"], "A", [2])
+
+
 def test_an_answer_wins_over_a_worked_solution(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     row = {"problem": "P", "solution": "It follows that 3.", "answer": "3", "image": "a.png"}

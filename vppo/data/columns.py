@@ -23,29 +23,33 @@ class Names:
         columns: In their order.
         inner: Fields of columns that are objects, as `column.field`.
         lists: Columns that hold lists.
+        empty: Columns that hold nothing in any row.
     """
 
     columns: Sequence[str]
     inner: frozenset[str]
     lists: frozenset[str]
+    empty: frozenset[str]
 
     @classmethod
     def of_features(cls, features: Mapping[str, Any]) -> Names:
         """Of a `datasets.Dataset`."""
         inner = {f"{name}.{field}" for name, kind in features.items() if isinstance(kind, dict) for field in kind}
         lists = {name for name, kind in features.items() if isinstance(kind, list) or hasattr(kind, "feature")}
-        return cls(list(features), frozenset(inner), frozenset(lists))
+        empty = {name for name, kind in features.items() if getattr(kind, "dtype", None) == "null"}
+        return cls(list(features), frozenset(inner), frozenset(lists), frozenset(empty))
 
     @classmethod
     def of_rows(cls, rows: Iterable[Mapping[str, Any]]) -> Names:
         """Of rows in memory."""
         columns: dict[str, None] = {}
-        inner, lists = set(), set()
+        inner, lists, filled = set(), set(), set()
         for row in rows:
             columns |= dict.fromkeys(row)
             inner |= {f"{name}.{field}" for name, value in row.items() if isinstance(value, dict) for field in value}
             lists |= {name for name, value in row.items() if isinstance(value, list)}
-        return cls(list(columns), frozenset(inner), frozenset(lists))
+            filled |= {name for name, value in row.items() if value is not None}
+        return cls(list(columns), frozenset(inner), frozenset(lists), frozenset(columns.keys() - filled))
 
     def __contains__(self, name: str) -> bool:
         return name in self.columns or name in self.inner
@@ -103,7 +107,8 @@ def _missing(name: str, names: Names, source: str) -> InputError:
 
 
 def _only(names: Names, candidates: Sequence[str], option: str, source: str) -> str | None:
-    found = [name for name in candidates if name in names]
+    there = [name for name in candidates if name in names]
+    found = [name for name in there if name not in names.empty] or there[:1]
     if len(found) > 1:
         raise InputError(f"{source}: {option}: it has columns {' and '.join(map(repr, found))}; say which one to take")
     return found[0] if found else None

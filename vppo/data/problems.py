@@ -94,7 +94,7 @@ class Problems:
         self._ends = list(accumulate(len(part.rows) for part in self._parts))
 
     def _add(self, name: str, rows: Any, names: Names, paths: ImagePaths) -> None:
-        names = Names(sorted(names.columns), names.inner, names.lists)
+        names = replace(names, columns=sorted(names.columns))
         columns = Columns.find(names, self.options, name)
         self._parts.append(_Part(name, rows, names, RowReader(columns, self.options, paths)))
 

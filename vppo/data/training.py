@@ -73,7 +73,8 @@ def load_training_data(
         parts.append(_read(source, chosen, lenient=lenient, before=before or set(), reserved=bad_rows == "error"))
     bad = {(row.file, row.row): row for part in parts for row in part.bad}
     if before is not None:
-        bad |= {(row.file, row.row): row for row in skipped_before or ()}
+        known = {part.name for part in parts}
+        bad |= {(row.file, row.row): row for row in skipped_before or () if row.file in known}
     for row in _check(parts, bad, processor, chosen):
         if not lenient:
             raise row
