@@ -6,7 +6,6 @@ import difflib
 import enum
 import importlib
 import os
-import re
 import sys
 import types
 import typing
@@ -24,6 +23,7 @@ from vppo.data.bad_rows import read_bad_rows, write_bad_rows
 from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.loading import load_processor
+from vppo.words import load_yaml, parse_word
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,27 +87,6 @@ class ScriptArguments:
 # -- configs -----------------------------------------------------------------------------------------------------------
 
 
-INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with numbers as people write them: `1e-6` is one, `010` is ten, `1:30` is not ninety."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag not in (INT, FLOAT)]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_NUMBER_STARTS = list("-+.0123456789")
-_Loader.add_implicit_resolver(INT, re.compile(r"[-+]?\d[\d_]*$"), _NUMBER_STARTS)
-_Loader.add_implicit_resolver(
-    FLOAT,
-    re.compile(r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.inf$|\.nan$"),
-    _NUMBER_STARTS,
-)
-_Loader.add_constructor(INT, lambda loader, node: int(node.value.replace("_", "")))
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a training config and checks its keys and types.
 
@@ -124,10 +103,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         InputError: The file cannot be read, a key does not exist or is missing, or a value has the wrong type.
     """
     try:
-        config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        config = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: must be keys and values (model: ...), got {type(config).__name__}")
@@ -154,36 +133,10 @@ def parse_overrides(words: Sequence[str]) -> Config:
             continue
         text = text if equals else remaining.pop(0)
         try:
-            changes[name] = _parse(text, _hints()[name]) if name in _hints() else _yaml(text)
-        except yaml.YAMLError as error:
+            changes[name] = parse_word(text, _hints()[name]) if name in _hints() else load_yaml(text or "''")
+        except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"command line: --{key} takes a YAML value, got {text!r}: {error}") from error
     return changes
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """A word of the command line as a value of its key's type, or as it is where it is none."""
-    kinds = _kinds(hint)
-    if text == "null" and type(None) in kinds:
-        return None
-    if text in ("true", "false") and bool in kinds:
-        return text == "true"
-    if text[:1] in ("[", "{") and any(kind in kinds for kind in (list, dict)):
-        return _yaml(text)
-    if str in kinds:
-        return int(text) if int in kinds and re.fullmatch(r"[-+]?\d+", text) else text
-    return text if len(text.split()) > 1 else _yaml(text)  # YAML would take `3 #4` for 3
-
-
-def _kinds(hint: Any) -> set[Any]:
-    """The types that a hint allows, of lists and mappings the outermost."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return {kind for argument in arguments for kind in _kinds(argument)}
-    return {type(choice) for choice in arguments} if origin is typing.Literal else {origin or hint}
-
-
-def _yaml(text: str) -> Any:
-    return yaml.load(text, _Loader) if text else ""
 
 
 @cache
