@@ -304,6 +304,25 @@ def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
         load_training_data(path, image_dir="nowhere")
 
 
+def test_the_hub_s_own_cache_is_trusted_and_its_texts_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset, Features, Image, Value
+
+    path = str(picture(tmp_path / "cache" / "a.png", 3))
+    text = Value("string")
+    for kind in (Image(), text):
+        rows = {"problem": ["P"], "answer": ["A"], "image": [path]}
+        data = Dataset.from_dict(rows, features=Features({"problem": text, "answer": text, "image": kind}))
+        monkeypatch.setattr("datasets.load_dataset", lambda name, split, data=data: data)
+        if kind is text:
+            with pytest.raises(InputError, match=r"row 1, column 'image': .* is outside of"):
+                load_training_data("someone/problems")
+            with pytest.raises(InputError, match=r"row 1, column 'image': .* is outside of"):
+                Problems("someone/problems")[0]
+        else:
+            assert shades(load_training_data("someone/problems")[0]) == [3]
+            assert Problems("someone/problems")[0].images[0].size == (20, 10)
+
+
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     import os
 
@@ -350,6 +369,15 @@ def test_an_answer_is_one_text(tmp_path: Path, answer: Any, text: str) -> None:
     picture(tmp_path / "a.png")
     (got,) = loaded(jsonl(tmp_path / "x.jsonl", {"problem": "P", "answer": answer, "images": ["a.png"]}))
     assert got["answer"] == text
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_answers_of_fewer_bits(tmp_path: Path, kind: str) -> None:
+    from datasets import Features, Image, Value
+
+    features = Features({"problem": Value("string"), "answer": Value(kind), "image": Image()})
+    rows = [{"problem": "P", "answer": answer, "image": stored(1)} for answer in (0.1, 2.5, 0.001)]
+    assert [row["answer"] for row in loaded(parquet(tmp_path / "x.parquet", rows, features))] == ["0.1", "2.5", "0.001"]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

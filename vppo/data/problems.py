@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -14,10 +14,10 @@ from PIL import Image
 from vppo.data.bad_rows import BadRowError, Where
 from vppo.data.columns import Columns, Names, value_at
 from vppo.data.conversations import IMAGE_MARK, texts
-from vppo.data.files import read_sources
+from vppo.data.files import Source, read_sources
 from vppo.data.options import DataOptions
 from vppo.data.pictures import ImagePaths, decode
-from vppo.data.rows import RowReader, image_paths
+from vppo.data.rows import RowReader
 from vppo.errors import InputError
 
 
@@ -73,30 +73,27 @@ class Problems:
         self._parts: list[_Part] = []
         if isinstance(data, str | Path):
             for source in read_sources(data, self.options.split):
-                if isinstance(source.rows, list):
-                    names, kind = Names.of_rows(row for row in source.rows if isinstance(row, dict)), None
-                    rows: Any = source.rows
-                else:
-                    names, rows = Names.of_features(source.rows.features), source.rows.with_format("arrow")
-                    kind = source.rows.features
-                self._add(
-                    source.name,
-                    rows,
-                    names,
-                    image_paths(self.options, source.folder, from_hub=source.from_hub, kind=kind),
-                )
+                self._parts.append(self._of_source(source))
         else:
             if not len(data):
                 raise InputError("data: it has no rows")
+            names = _sorted(Names.of_rows(data))
+            columns = Columns.find(names, self.options, "data")
             paths = ImagePaths.of(self.options, Path())
             anywhere = ImagePaths(paths.root, anywhere=True)  # whoever holds rows in memory chose their paths
-            self._add("data", data, Names.of_rows(data), anywhere)
+            self._parts.append(_Part("data", data, names, RowReader(columns, self.options, anywhere)))
         self._ends = list(accumulate(len(part.rows) for part in self._parts))
 
-    def _add(self, name: str, rows: Any, names: Names, paths: ImagePaths) -> None:
-        names = replace(names, columns=sorted(names.columns))
-        columns = Columns.find(names, self.options, name)
-        self._parts.append(_Part(name, rows, names, RowReader(columns, self.options, paths)))
+    def _of_source(self, source: Source) -> _Part:
+        rows: Any = source.rows
+        features: Mapping[str, Any] = {}
+        if isinstance(rows, list):
+            names = _sorted(Names.of_rows(row for row in rows if isinstance(row, dict)))
+        else:
+            features, rows = rows.features, rows.with_format("arrow")  # pictures stay encoded
+            names = _sorted(Names.of_features(features))
+        columns = Columns.find(names, self.options, source.name)
+        return _Part(source.name, rows, names, RowReader.of(source, columns, self.options, features))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -149,6 +146,10 @@ class Problems:
             twice = next(value for row, value in enumerate(found) if rows[value] != row)
             raise InputError(f"{self._parts[0].name}: column 'id': {twice!r} is there twice, takes one row of each")
         return rows
+
+
+def _sorted(names: Names) -> Names:
+    return replace(names, columns=sorted(names.columns))
 
 
 def _of_plain_texts(value: Any) -> bool:

@@ -15,7 +15,7 @@ from vppo.data.columns import Columns, Names, value_at, with_value
 from vppo.data.files import Source, read_sources, table
 from vppo.data.options import DataOptions
 from vppo.data.pictures import decode
-from vppo.data.rows import RowReader, image_paths
+from vppo.data.rows import RowReader
 from vppo.errors import InputError
 
 if TYPE_CHECKING:
@@ -143,9 +143,7 @@ def _read(
     bad = {index: row for index, row in bad.items() if (row.file, row.row) not in before}
     if bad and not lenient:
         raise next(iter(bad.values()))
-    kind = rows.features.get(columns.images) if source.from_hub else None
-    paths = image_paths(options, source.folder, from_hub=source.from_hub, kind=kind)
-    reader = RowReader(columns, options, paths)
+    reader = RowReader.of(source, columns, options, rows.features)
     converted = _to_conversations(rows, source.name, reader, lenient=lenient, skip={*bad, *_indices(source, before)})
     faults = [json.loads(fault) if fault else None for fault in converted[FAULT]]
     bad |= {i: Where(source.name, i + 1).bad(*fault) for i, fault in enumerate(faults) if fault}
