@@ -67,6 +67,11 @@ def columns() -> list[ProgressColumn]:
     ]
 
 
+def say(console: Console, text: str) -> None:
+    """Prints text as it is: a folder may be called `[red]` or `:smile:`, and a path is one word to copy."""
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def quieten() -> None:
     """Hide what a user cannot act on: progress bars of loading and saving, advice on configuration."""
     import logging
