@@ -20,7 +20,7 @@ PROCESSOR = ("*config.json", "*token*.json", "vocab.*", "merges.txt", "*.model",
 
 
 def digest(value: Any) -> str:
-    """A fingerprint of rows: of numbers, texts, bytes, arrays and pictures, by what they hold; 16 hexadecimal digits."""
+    """A fingerprint of rows by what they hold, numbers, texts, bytes, arrays and pictures; 16 hexadecimal digits."""
     found = hashlib.sha256()
     _feed(found, value)
     return found.hexdigest()[:16]
@@ -41,8 +41,8 @@ def digest_file(path: str | Path) -> str:
 def digest_folder(folder: Path, patterns: Iterable[str]) -> str:
     """A fingerprint of the names and contents of the files of a folder that one of the patterns fits.
 
-    All bytes are read: a step of training in 16 bits moves few weights, and neither sizes nor a sample need show it. The
-    files are those that the model is loaded from next, so the disk reads them once.
+    All bytes are read: a step of training in 16 bits moves few weights, and neither sizes nor a sample need show it.
+    The files are those that the model is loaded from next, so the disk reads them once.
     """
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock

@@ -90,8 +90,8 @@ def analyze(
 ) -> Analysis:
     """Measures how much each token of a model's responses depends on the image (VPPO, Eq. 3), without any training.
 
-    A run in a folder that holds the beginning of the same run goes on with it: of the same weights and the same rows, not
-    only under the same names.
+    A run in a folder that holds the beginning of the same run goes on with it: of the same weights and the same rows,
+    not only under the same names.
 
     Args:
         model: A model on the hub, a folder as `save_pretrained` writes it, or a (model, processor) pair.
@@ -139,7 +139,7 @@ class _Run:
         )
         self.count = min(len(self.problems), options.limit or len(self.problems))
         self.identity = self._identity(data)
-        self.console = Console()
+        self.console = Console(force_jupyter=False)  # in a notebook a bar would need ipywidgets
         self._claim()
 
     # -- the folder ----------------------------------------------------------------------------------------------------
