@@ -139,7 +139,7 @@ class _Run:
         )
         self.count = min(len(self.problems), options.limit or len(self.problems))
         self.identity = self._identity(data)
-        self.console = Console(force_jupyter=False)  # in a notebook a bar would need ipywidgets
+        self.console = Console()
         self._claim()
 
     # -- the folder ----------------------------------------------------------------------------------------------------
@@ -418,7 +418,8 @@ class _Run:
         return part
 
     def _bar(self, title: str, total: int, done: int) -> Progress:
-        bar = Progress(*columns(), console=self.console)
+        # in a notebook a live bar needs ipywidgets, and a saved one is a hundred lines
+        bar = Progress(*columns(), console=self.console, disable=self.console.is_jupyter)
         bar.add_task(title, total=total, completed=done)
         return bar
 
