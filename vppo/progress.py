@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vppo.errors import InputError
 from vppo.files import write_atomic
 
 # what the bar shows: a title, and the first of these keys that was logged
@@ -43,17 +44,31 @@ def keep_lines(path: Path, last_step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+        if not line.endswith("\n") or _row(path, line)["step"] > last_step:
             break
         kept.append(line)
     write_atomic(path, "".join(kept))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file that `TrainingProgress` wrote; none if there is no file."""
+    """The JSON objects of a file that `TrainingProgress` wrote; none if there is no file.
+
+    Raises:
+        InputError: A line is no such object; the message names file and line.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [_row(path, line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _row(path: Path, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise InputError(f"{path}: has a line that is no step of a run: {line[:60]!r}; remove that line")
+    return row
 
 
 def columns() -> list[ProgressColumn]:

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from analyses import write_analysis
 
+from vppo.analysis.comparison import compare
 from vppo.analysis.folder import read_analysis
 from vppo.analysis.report import write_analysis_pages
 from vppo.errors import InputError
@@ -57,6 +58,22 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "summary.json").unlink(), "summary.json: does not exist"),
     (lambda f: (f / "summary.json").write_text("{"), "summary.json: is no JSON"),
     (lambda f: (f / "summary.json").write_text("[]"), "summary.json: got a list, takes an object"),
+    (lambda f: (f / "summary.json").write_text(""), "summary.json: is no JSON"),
+    (lambda f: (f / "summary.json").write_text("[" * 100_000), "summary.json: is no JSON of ours (nested too deeply)"),
+    (lambda f: (f / "summary.json").write_bytes(b"\xff\xfe"), "summary.json: is no JSON ('utf-8'"),
+    (lambda f: (f / "summary.json").write_text('{"draws": 1}'), "summary.json: has no keep_ratio; takes one that"),
+    (settings(keep_ratio=True), "summary.json: keep_ratio: got True, takes a number above 0 and at most 1"),
+    (settings(divergence=["kl"]), "summary.json: divergence: got ['kl'], takes one of kl"),
+    (settings(draws="four"), "summary.json: draws: got 'four', takes a whole number from 1"),
+    (settings(skipped=[1]), "summary.json: skipped: takes a list of objects"),
+    (lambda f: (f / TOKENS).write_bytes((f / TOKENS).read_bytes()[:-40]), "tokens.parquet: is no parquet file (Could"),
+    (lambda f: (f / TOKENS).write_bytes(b""), "tokens.parquet: is no parquet file ("),
+    (change(TOKENS, lambda t: t.assign(sample="0")), "tokens.parquet: column sample: got str, takes whole numbers"),
+    (change(TOKENS, lambda t: t.assign(kept=1.0)), "tokens.parquet: column kept: got float64, takes true and false"),
+    (
+        change(TRAJECTORIES, lambda t: t.assign(correct="yes")),
+        "trajectories.parquet: column correct: got str, takes true, false and nothing",
+    ),
     (settings(keep_ratio=0), "summary.json: keep_ratio: got 0, takes a number above 0 and at most 1"),
     (settings(divergence="tv"), "summary.json: divergence: got 'tv', takes one of kl, reverse_kl, jsd, k3"),
     (lambda f: (f / TOKENS).write_bytes(b"PAR1 no"), "tokens.parquet: is no parquet file"),
@@ -99,6 +116,63 @@ def test_a_broken_folder_is_named(folder: Path, break_it: Callable[[Path], Any],
     with pytest.raises(InputError, match=re.escape(message)):
         write_analysis_pages(folder)
     assert not (folder / "figures").exists()
+
+
+def holding(*names: str) -> Callable[[Path], None]:
+    """Makes a folder with these files and folders."""
+
+    def make(folder: Path) -> None:
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix:
+                path.write_text("{}")
+            else:
+                path.mkdir()
+
+    return make
+
+
+OTHERS: list[tuple[Callable[[Path], Any], str]] = [
+    (holding("options.json", "summary.json", "held_out.parquet", "warmup"), "this is a run of `vppo demo`: vppo"),
+    (holding("options.json", "parts"), "this is the beginning of an analysis: the command that began it goes on with"),
+    (holding("comparison.json", "report.html"), "this holds a comparison of analyses"),
+    (holding("checkpoint-5/trainer_state.json"), "this holds a training run"),
+    (holding("config.json", "model.safetensors"), "this holds a model"),
+    (holding("thesis.tex"), "this holds other files"),
+    (Path.mkdir, "this holds nothing"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), OTHERS, ids=[message[:40] for _, message in OTHERS])
+def test_a_folder_of_another_kind_is_named_with_what_it_lacks(
+    whole: Path, tmp_path: Path, make: Callable[[Path], Any], message: str
+) -> None:
+    other = tmp_path / "other"
+    make(other)
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        compare([whole, other], tmp_path / "comparison")
+    assert f"{other}: has no " in str(raised.value) and "tokens.parquet, trajectories.parquet" in str(raised.value)
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_any_truncated_or_damaged_table_is_an_input_error(whole: Path, tmp_path: Path) -> None:
+    content = (whole / TOKENS).read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [content[:end] for end in rng.integers(0, len(content), 20)]
+    for _ in range(60):
+        changed = bytearray(content)
+        for place in rng.integers(0, len(content), 8):
+            changed[place] = rng.integers(256)
+        damaged.append(bytes(changed))
+    folder, refused = Path(shutil.copytree(whole, tmp_path / "analysis")), 0
+    for broken in damaged:
+        (folder / TOKENS).write_bytes(broken)
+        try:
+            read_analysis(folder)
+        except InputError:
+            refused += 1
+    assert refused >= 40  # damage that only changes a number cannot be seen
 
 
 def test_a_whole_folder_is_read(whole: Path) -> None:

@@ -13,9 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from analyses import kept_by_definition, write_analysis
+from PIL import Image
 
+import vppo.pages
 from vppo.analysis.folder import read_analysis
 from vppo.analysis.perception import summarise_run
+from vppo.analysis.pictures import picture_path
 from vppo.analysis.report import _images, comparison_table, headline, write_analysis_pages
 
 SCRIPT = "<script>document.body.dataset.attacked = 1</script>"
@@ -59,7 +62,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def options(page: Any) -> list[list[int]]:
     """Sample and response of every entry of the list, in its order."""
     shown = page.locator("#responses li > span:nth-child(2)").all_text_contents()
-    return [[int(part) for part in text.split(".")] for text in shown]
+    return [[int(part) for part in re.fullmatch(r"sample (\d+), response (\d+)", text).groups()] for text in shown]
 
 
 def values_of(tokens: pd.DataFrame, model: str, sample: int, response: int) -> pd.DataFrame:
@@ -136,6 +139,57 @@ def test_slider_and_switch_select_as_the_library_does(page: Any, tokens: pd.Data
     held = f"{100 * values[chosen].sum() / values.sum():.1f} % of its k3"
     same = f"{100 * (chosen & reference).sum() / chosen.sum():.1f} % of them are kept by exact KL too"
     assert said == f"{chosen.sum()} of {len(rows)} tokens kept, which hold {held}; {same}"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_only_response_to_a_sample_has_no_number(tmp_path: Path, open_page: Callable[..., Any]) -> None:
+    write_analysis(tmp_path, samples=2, length=20)
+    page = open_page(write_analysis_pages(tmp_path))
+    page.wait_for_selector("#response .tokens li.kept")
+    assert page.locator("#responses li > span:nth-child(2)").all_text_contents() == ["sample 0", "sample 1"]
+    assert page.locator("#which").text_content() == "sample 0 (1 of 2)"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_all_images_of_a_sample_are_shown_in_both_views(tmp_path: Path, open_page: Callable[..., Any]) -> None:
+    write_analysis(tmp_path, samples=2, length=20)
+    for number in (1, 2):
+        for perturbed in (False, True):
+            path = tmp_path / picture_path(0, number, perturbed=perturbed)
+            Image.new("RGB", (140 + number, 70), "red").save(path)
+    (tmp_path / picture_path(0, 2, perturbed=True)).unlink()
+    page = open_page(write_analysis_pages(tmp_path))
+    page.wait_for_selector("#response .tokens li.kept")
+    captions = page.locator(".pictures figcaption").all_text_contents()
+    assert captions == [f"{view} {i} of 3" for i in (1, 2, 3) for view in ("image", "perturbed view")]
+    widths = page.locator(".pictures img").evaluate_all("all => all.map(image => image.naturalWidth)")
+    assert widths == [280, 280, 141, 141, 142] and page.locator(".pictures .none").count() == 1
+    assert "The image 2 of 3 of sample 0, perturbed" in page.locator(".pictures img").nth(3).get_attribute("alt")
+    page.locator("#next").click()
+    page.wait_for_function("document.querySelectorAll('.pictures figure').length === 2")
+    assert page.locator(".pictures figcaption").all_text_contents() == ["image", "perturbed view"]
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_numbers_fold_away_on_a_phone(tmp_path: Path, open_page: Callable[..., Any], width: int) -> None:
+    write_analysis(tmp_path, samples=2, length=20)
+    page = open_page(write_analysis_pages(tmp_path), viewport={"width": width, "height": 800})
+    facts, title = page.locator(".folds dt").first, page.locator(".folds summary")
+    phone = width == 420
+    assert (facts.is_visible(), title.is_visible()) == (not phone, phone)
+    if phone:
+        title.click()
+        assert facts.is_visible()
+
+
+def test_no_sentence_names_a_colour_that_only_one_appearance_has() -> None:
+    """On a dark page little is dark, and much is not."""
+    package = Path(vppo.pages.__file__).parents[1]
+    files = [*package.glob("analysis/*.py"), *package.glob("demo/*.py"), *package.glob("pages/templates/*.html")]
+    for file in files:
+        found = re.findall(r"\b(?:dark|light|deep|pale|bright)er\b", file.read_text(encoding="utf-8"))
+        assert not found, file
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -242,6 +242,22 @@ def test_the_page_works_in_a_browser(run: Path, open_page: Callable[..., Any]) -
     assert len(set(colours)) == 5  # of 0 and 1e-7 nats it is the same
 
 
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_facts_fold_away_on_a_phone(run: Path, open_page: Callable[..., Any], width: int) -> None:
+    page = open_page(run / "report.html", viewport={"width": width, "height": 800})
+    facts, title = page.locator(".folds dt").first, page.locator(".folds summary")
+    phone = width == 420
+    assert (facts.is_visible(), title.is_visible()) == (not phone, phone)
+    if phone:
+        title.click()
+        assert facts.is_visible()
+
+
+def test_the_page_says_why_tokens_that_do_not_look_are_kept(html: str) -> None:
+    text = " ".join("".join(Page(html).text).replace("\N{NO-BREAK SPACE}", " ").split())
+    assert "of every answer the same share, 40 %, rounded up" in text and "such as a “+” or the end" in text
+
+
 def test_no_script_but_the_pages_own_runs(run: Path, tmp_path: Path, browser: Any) -> None:
     attacked = tmp_path / "attacked.html"
     html = (run / "report.html").read_text(encoding="utf-8")

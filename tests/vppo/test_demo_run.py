@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,51 @@ def test_resuming_a_finished_run_gives_its_summary(finished: tuple[Path, dict[st
     before = (out / "metrics.jsonl").stat().st_mtime_ns
     assert run_demo(DemoOptions(out=out, steps=STEPS, resume=True)) == summary
     assert (out / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+BROKEN: list[tuple[str, str, str]] = [
+    ("options.json", "{", r"options.json: is no JSON .*; choose another --out, or remove that folder"),
+    ("options.json", "", r"options.json: is no JSON"),
+    ("options.json", "[1]", r"options.json: got a list, takes an object"),
+    ("options.json", "[" * 100_000, r"options.json: is no JSON of ours \(nested too deeply\)"),
+    ("options.json", '{"model": "m"}', r"--out: .* holds a run of `vppo demo`, no run of `vppo demo`"),
+    ("summary.json", "null", r"summary.json: got a NoneType, .*remove .*report.html, and the same command writes both"),
+    ("summary.json", '{"algorithm": "vppo"}', r"summary.json: has no divergence, seed, .*remove .*report.html"),
+    (
+        "warmup/warmup.json",
+        "",
+        r"warmup.json: is no JSON .*; remove .*warmup, and the same command with",
+    ),
+    ("warmup/warmup.json", '{"steps": 3}', r"warmup.json: has no number seconds, accuracy; remove .*warmup"),
+    ("model/model.safetensors", "no weights", r"model: cannot be loaded .*; remove .*model, and the same command"),
+    ("metrics.jsonl", '{"step": 1}\n{"st', r"metrics.jsonl: has a line that is no step of a run: '{\"st'; remove that"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN, ids=[f"{n} {c[:20]}" for n, c, _ in BROKEN])
+def test_a_broken_file_is_named_on_resuming(
+    finished: tuple[Path, dict[str, Any]], small: None, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    out = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    (out / name).write_text(content)
+    if name not in ("options.json", "summary.json"):
+        (out / "report.html").unlink()  # what is read again only where something is left to do
+    with pytest.raises(InputError, match=message):
+        run_demo(DemoOptions(out=out, steps=STEPS, resume=True))
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(InputError, match="holds other files"):
+        run_demo(DemoOptions(out=tmp_path / "run"))
+
+
+def test_a_folder_of_markup_is_printed_as_it_is(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(finished[0], tmp_path / "[red]" / "[/x]:smile:"))
+    run_demo(DemoOptions(out=out, steps=STEPS, resume=True))
+    assert f"Report: {out / 'report.html'}\n" in capsys.readouterr().out
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

@@ -374,10 +374,10 @@ def entropy_plot(runs: Sequence[Run]) -> Plot:
         return _plot("entropy", caption, runs, alts, draw_several)
     ratio = runs[0].keep_ratio
     caption = (
-        f"Every token by the entropy of its distribution and by its dependency; darker cells hold more tokens, and the "
-        f"outermost hold all beyond. The rank correlation is {_correlation(correlations[0])}; the {100 * ratio:.0f} % "
-        f"of highest entropy in each response hold {_share(held[0])} of all dependency, the kept ones "
-        f"{_share(_kept_share(runs[0]))}."
+        "Every token by the entropy of its distribution and by its dependency; the more orange a cell, the more tokens "
+        f"it holds, and the outermost hold all beyond. The rank correlation is {_correlation(correlations[0])}; the "
+        f"{100 * ratio:.0f} % of highest entropy in each response hold {_share(held[0])} of all dependency, the kept "
+        f"ones {_share(_kept_share(runs[0]))}."
     )
     return _plot("entropy", caption, runs, alts, draw_one)
 

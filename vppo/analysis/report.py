@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from vppo.analysis.figures import perception_plots
 from vppo.analysis.folder import AnalysisFolder, read_analysis
 from vppo.analysis.perception import ESTIMATORS, response_starts, summarise_run
+from vppo.analysis.pictures import picture_paths
 from vppo.demo.report import facts
 from vppo.files import write_atomic
 from vppo.pages.page import NBSP, embedded, render, ticks, write_figures
@@ -153,7 +154,9 @@ def _data(folder: AnalysisFolder) -> dict[str, Any]:
     scales = {name: DependencyScale.of(tokens[name].to_numpy(dtype=np.float64)) for name in ESTIMATORS}
     words, vocabulary = pd.factorize(tokens["text"])
     questions, texts = pd.factorize(rows["question"])
-    paths = sorted({*rows["image"], *rows["perturbed_image"]})
+    first = rows.drop_duplicates("sample")[["sample", "image", "perturbed_image"]].itertuples(index=False)
+    pictures = {int(s): picture_paths(folder.path, int(s), (clean, perturbed)) for s, clean, perturbed in first}
+    paths = sorted({path for pairs in pictures.values() for pair in pairs for path in pair})
     place = {path: index for index, path in enumerate(paths)}
     models = [run.label for run in folder.runs]
     packed = _packed(tokens, words)
@@ -183,12 +186,11 @@ def _data(folder: AnalysisFolder) -> dict[str, Any]:
                 "truncated": bool(row.truncated),
                 "mean": float(row.mean_dependency),
                 "overlap": float(row.kept_overlap_k3),
-                "image": place[row.image],
-                "perturbed": place[row.perturbed_image],
+                "pictures": [[place[path] for path in pair] for pair in pictures[int(row.sample)]],
                 "tokens": content,
             }
             for row, question, content in zip(
-                rows[[*columns, "kept_overlap_k3", "image", "perturbed_image"]].itertuples(),
+                rows[[*columns, "kept_overlap_k3"]].itertuples(),
                 questions,
                 packed,
                 strict=True,

@@ -7,7 +7,6 @@ the same.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -29,16 +28,28 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from vppo.analysis.identity import digest, digest_file, digest_problems
 from vppo.analysis.options import AnalysisOptions
+from vppo.analysis.pictures import picture_path
 from vppo.analysis.responses import Response, Skipped, read_responses
 from vppo.analysis.sampling import Sampler, Sampling, placeholder_tokens
 from vppo.analysis.subject import Subject
-from vppo.analysis.tables import TOKENS, TRAJECTORIES, join_tables, token_rows, token_texts, trajectory_row, write_table
+from vppo.analysis.tables import (
+    TOKENS,
+    TRAJECTORIES,
+    join_tables,
+    read_table,
+    token_rows,
+    token_texts,
+    trajectory_row,
+    write_table,
+)
 from vppo.analysis.token_scores import Scoring, TokenScores, score_tokens
 from vppo.data import Problem, Problems
 from vppo.data.checks import placeholder_in, placeholders
 from vppo.errors import InputError
 from vppo.files import write_atomic
+from vppo.folders import kind_of, read_object
 from vppo.passes import GIB
 from vppo.perturbations import PixelLayout
 from vppo.progress import columns, say
@@ -47,6 +58,10 @@ from vppo.rewards import accuracy_reward
 
 PART = 32  # responses between two writes
 PACKAGES = ("torch", "transformers", "vppo-kernels")
+_TABLES = (("tokens", TOKENS), ("trajectories", TRAJECTORIES))
+_CONTENTS = ("weights", "processor", "rows")  # in the identity: what names stand for
+_ELSEWHERE = "choose another --out, or remove that folder"
+_AGAIN = "remove that folder, and the same command makes it anew"
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,8 @@ def analyze(
 ) -> Analysis:
     """Measures how much each token of a model's responses depends on the image (VPPO, Eq. 3), without any training.
 
-    A run in a folder that holds the beginning of the same run goes on with it.
+    A run in a folder that holds the beginning of the same run goes on with it: of the same weights and the same rows,
+    not only under the same names.
 
     Args:
         model: A model on the hub, a folder as `save_pretrained` writes it, or a (model, processor) pair.
@@ -132,33 +148,55 @@ class _Run:
         """What a run has in common with the one that it goes on with; the memory only changes the rounding."""
         chosen = {name: value for name, value in asdict(self.options).items() if name != "memory"}
         chosen |= {"device": self.subject.device, "sampler": self.subject.sampler}
-        given = {str(source): _digest(source) for source in self.given if not isinstance(source, dict)}
+        given = {str(source): digest_file(source) for source in self.given if not isinstance(source, dict)}
         if self.given and not given:
-            given = {"in memory": _digest(self.given)}
+            given = {"in memory": digest(self.given)}
         return {
             "model": self.subject.name,
             "data": str(data) if isinstance(data, str | Path) else "in memory",
             "problems": len(self.problems),
             "responses": given,
             **chosen,
+            **self._contents(),
         }
+
+    def _contents(self) -> dict[str, str]:
+        """Fingerprints of what the names of model and data stand for; of what no run can go on with, there are none."""
+        if not self.pages:
+            return {}
+        return {**self.subject.contents(), "rows": digest_problems(self.problems, self.count)}
 
     def _claim(self) -> None:
         """Make the folder this run's, or find that it is another's."""
         marker = self.out / "options.json"
         if marker.exists():
-            before = json.loads(marker.read_text(encoding="utf-8"))
+            before = read_object(marker, remedy=_ELSEWHERE)
+            if not before.keys() >= {"model", "data", "problems", "responses"}:
+                raise InputError(f"--out: {self.out} holds {kind_of(self.out)}, no analysis; choose another --out")
             for name, value in self.identity.items():
                 if before.get(name) != value:
-                    raise InputError(
-                        f"--{name.replace('_', '-')}: got {value!r}, but the analysis in {self.out} was started with "
-                        f"{before.get(name)!r}; choose another --out, or remove that folder"
-                    )
+                    raise InputError(f"{self._difference(name, before)}; {_ELSEWHERE}")
         # hidden: what a crash leaves of the marker itself
-        elif self.out.exists() and any(not path.name.startswith(".") for path in self.out.iterdir()):
+        elif self.out.exists() and (not self.out.is_dir() or any(p.name[0] != "." for p in self.out.iterdir())):
             raise InputError(f"--out: {self.out} holds other files; takes a new or empty folder")
         else:
             write_atomic(marker, json.dumps(self.identity, indent=2) + "\n")
+
+    def _difference(self, name: str, before: dict[str, Any]) -> str:
+        """What is other than when the analysis in the folder was started."""
+        since = f"than when the analysis in {self.out} was started"
+        if name in _CONTENTS and name not in before:
+            return f"--out: the analysis in {self.out} did not note the contents of its model and data"
+        if name == "weights":
+            return f"--model: {self.subject.name} has other weights {since}"
+        if name == "processor":
+            return f"--model: {self.subject.name} has another configuration, tokenizer or processor {since}"
+        if name == "rows":
+            return f"--data: {self.identity['data']} has other problems, answers or images {since}"
+        return (
+            f"--{name.replace('_', '-')}: got {self.identity[name]!r}, but the analysis in {self.out} was started with "
+            f"{before.get(name)!r}"
+        )
 
     def finish(self) -> Analysis:
         """Do what is still to be done."""
@@ -166,8 +204,11 @@ class _Run:
             responses, skipped = self._responses()
             self._score(responses)
             self._write_tables(skipped)
-        tables = [pq.read_table(self.out / f"{name}.parquet").to_pandas() for name in ("tokens", "trajectories")]
-        summary = json.loads((self.out / "summary.json").read_text(encoding="utf-8"))
+        summary = read_object(self.out / "summary.json", remedy=_AGAIN)
+        missing = [name for name in ("model", "scored", "tokens", "skipped") if name not in summary]
+        if missing:
+            raise InputError(f"{self.out / 'summary.json'}: has no {', '.join(missing)}; {_AGAIN}")
+        tables = [read_table(self.out / f"{name}.parquet", schema, _AGAIN).to_pandas() for name, schema in _TABLES]
         if self.pages:
             from vppo.analysis.report import write_analysis_pages
 
@@ -203,7 +244,7 @@ class _Run:
                 for index in missing:
                     self._sample(sampler, names[index], parts[index])
                     bar.advance(bar.task_ids[0], len(parts[index]))
-        found = [json.loads(self._part(name).read_text(encoding="utf-8")) for name in names]
+        found = [self._read_part(name) for name in names]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for part in found for row in part["responses"]]
         write_atomic(self.out / "responses.jsonl", "".join(lines))
         skipped = [Skipped(**row) for part in found for row in part["skipped"]]
@@ -327,15 +368,13 @@ class _Run:
 
     def _write_pictures(self, sample: int, prompts: Prompts, row: int, scoring: Scoring) -> tuple[str, str]:
         """What the model saw in the clean and in the first perturbed view; returns where, relative to the folder."""
-        views = {"": prompts.pictures(row)}
-        views["-perturbed"] = prompts.pictures(row, prompts.perturbed(row, *scoring.draw(sample, 0)))
-        for suffix, pictures in views.items():
+        perturbed = prompts.perturbed(row, *scoring.draw(sample, 0))
+        for view, pictures in ((False, prompts.pictures(row)), (True, prompts.pictures(row, perturbed))):
             for number, picture in enumerate(pictures):
                 content = io.BytesIO()
                 picture.save(content, "PNG")
-                name = f"{sample}{f'-{number}' if number else ''}{suffix}.png"
-                write_atomic(self.out / "images" / name, content.getvalue())
-        return f"images/{sample}.png", f"images/{sample}-perturbed.png"
+                write_atomic(self.out / picture_path(sample, number, perturbed=view), content.getvalue())
+        return picture_path(sample, 0, perturbed=False), picture_path(sample, 0, perturbed=True)
 
     # -- problems and parts --------------------------------------------------------------------------------------------
 
@@ -373,8 +412,17 @@ class _Run:
         content |= {"skipped": [asdict(item) for item in skipped], "seconds": time.perf_counter() - started}
         write_atomic(self._part(name), json.dumps(content, ensure_ascii=False))
 
+    def _read_part(self, name: str) -> dict[str, Any]:
+        file = self._part(name)
+        part = read_object(file, remedy=_anew(file))
+        for key in ("skipped", "seconds", *(["responses"] if name.startswith("responses") else [])):
+            if key not in part:
+                raise InputError(f"{file}: has no {key}; {_anew(file)}")
+        return part
+
     def _bar(self, title: str, total: int, done: int) -> Progress:
-        bar = Progress(*columns(), console=self.console)
+        # in a notebook a live bar needs ipywidgets, and a saved one is a hundred lines
+        bar = Progress(*columns(), console=self.console, disable=self.console.is_jupyter)
         bar.add_task(title, total=total, completed=done)
         return bar
 
@@ -384,17 +432,13 @@ class _Run:
         """The parts as whole tables, and the summary, whose presence says that they are there."""
         names = sorted(path.stem for path in (self.out / "parts").glob("scores-*.json"))
         found = {
-            kind: [
-                json.loads(path.read_text(encoding="utf-8"))
-                for path in sorted((self.out / "parts").glob(f"{kind}-*.json"))
-            ]
+            kind: [self._read_part(path.stem) for path in sorted((self.out / "parts").glob(f"{kind}-*.json"))]
             for kind in ("responses", "scores")
         }
         left_out = [*skipped, *(Skipped(**row) for part in found["scores"] for row in part["skipped"])]
-        for table, schema in (("tokens", TOKENS), ("trajectories", TRAJECTORIES)):
-            join_tables(
-                self.out / f"{table}.parquet", [self._part(name, f"-{table}.parquet") for name in names], schema
-            )
+        for table, schema in _TABLES:
+            parts = [self._part(name, f"-{table}.parquet") for name in names]
+            join_tables(self.out / f"{table}.parquet", parts, schema, _anew)
         tokens, trajectories = (
             pq.read_table(self.out / f"{name}.parquet").to_pandas() for name in ("tokens", "trajectories")
         )
@@ -438,16 +482,10 @@ def _parts(responses: Sequence[Response]) -> Iterator[list[Response]]:
         yield part
 
 
-def _digest(source: Any) -> str:
-    """What tells a file, or rows, from another."""
-    if isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise InputError(f"responses: {path}: no such file")
-        content = path.read_bytes()
-    else:
-        content = repr(source).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+def _anew(part: Path) -> str:
+    """What to do about a broken file of a part: its JSON file is the one that says that the part is whole."""
+    name = part.stem.removesuffix("-tokens").removesuffix("-trajectories")
+    return f"remove {part.with_name(name + '.json')}, and the same command makes that part anew"
 
 
 def _device_name(device: str) -> str:

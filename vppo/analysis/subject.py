@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vppo.analysis.identity import PROCESSOR, WEIGHTS, digest, digest_folder, digest_model
 from vppo.analysis.options import AnalysisOptions
 from vppo.analysis.sampling import Sampler, end_tokens, with_transformers, with_vllm
 from vppo.errors import InputError
@@ -81,6 +82,21 @@ class Subject:
         except OSError:  # a model need not have one
             stored = None
         return end_tokens(stored, self.processor.tokenizer)
+
+    def contents(self) -> dict[str, str]:
+        """Fingerprints of the weights, and of what is loaded beside them: for a model on the hub, its commit."""
+        if self._loaded is not None:
+            parts = self._loaded.config, self.processor.image_processor
+            settings = [*(part.to_json_string() for part in parts), self.processor.tokenizer.get_vocab()]
+            return {"weights": digest_model(self._loaded), "processor": digest(settings)}
+        folder = Path(self.name)
+        if folder.is_dir():
+            return {"weights": digest_folder(folder, WEIGHTS), "processor": digest_folder(folder, PROCESSOR)}
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        file = cached_file(self.name, "config.json", revision=self._options.revision)
+        commit = str(extract_commit_hash(file, None))
+        return {"weights": commit, "processor": commit}
 
     @property
     def context(self) -> int | None:

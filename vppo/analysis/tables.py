@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from vppo.analysis.responses import Response
 from vppo.analysis.token_scores import TokenScores
 from vppo.data import Problem
+from vppo.errors import InputError
 from vppo.files import write_atomic
 
 FLOATS = [field.name for field in fields(TokenScores) if field.name != "kept"]
@@ -124,10 +125,33 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_atomic(path, content.getvalue())
 
 
-def join_tables(path: Path, parts: Sequence[Path], schema: pa.Schema) -> None:
-    """Writes the rows of several files as one, a row group each, without holding them all in memory."""
+def read_table(path: Path, schema: pa.Schema, remedy: str) -> pa.Table:
+    """The rows of one of our files.
+
+    Raises:
+        InputError: It is missing, broken, or of other columns; the message ends with what a user can do about it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist; {remedy}")
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: is no whole parquet file ({error}); {remedy}") from None
+    if not table.schema.equals(schema):
+        raise InputError(f"{path}: has other columns than an analysis writes; {remedy}")
+    return table
+
+
+def join_tables(
+    path: Path, parts: Sequence[Path], schema: pa.Schema, remedy: Callable[[Path], str] = lambda part: "remove it"
+) -> None:
+    """Writes the rows of several files as one, a row group each, without holding them all in memory.
+
+    Raises:
+        InputError: A part is missing or broken; the message ends with what `remedy` says about it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with pq.ParquetWriter(temporary, schema) as writer:
         for part in parts:
-            writer.write_table(pq.read_table(part))
+            writer.write_table(read_table(part, schema, remedy(part)))
     os.replace(temporary, path)

@@ -69,6 +69,11 @@ class Strip:
         """As TRL takes it; the image travels beside it."""
         return [{"role": "user", "content": QUESTION}]
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """A row of data, as `vppo.analyze` and TRL take it: "prompt", "images" and, for the reward, "answer"."""
+        return {"prompt": self.prompt, "images": [self.image], "answer": self.answer}
+
 
 @cache
 def _cells() -> tuple[np.ndarray, np.ndarray]:
@@ -113,5 +118,4 @@ def strips(split: str, count: int, seed: int) -> Iterator[Strip]:
 
 def as_dataset(items: list[Strip]) -> Dataset:
     """Strips as TRL takes them: "prompt", "images" and, for the reward, "answer"."""
-    rows: list[dict[str, Any]] = [{"prompt": s.prompt, "images": [s.image], "answer": s.answer} for s in items]
-    return Dataset.from_list(rows)
+    return Dataset.from_list([strip.row for strip in items])

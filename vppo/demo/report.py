@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vppo.demo.figures import run_plots
-from vppo.demo.scored import ScoredResponse, token_values
+from vppo.demo.scored import KEEP_RATIO, ScoredResponse, token_values
 from vppo.demo.token_picture import token_picture
 from vppo.files import write_atomic
 from vppo.pages.page import NBSP, duration, embedded, percentage, render, ticks, write_figures
@@ -81,6 +81,7 @@ def write_report(
         ticks=ticks(scale),
         examples=[_example(response, scale) for response in pick(responses, EXAMPLES)],
         chosen=_chosen(responses),
+        keep_ratio=f"{100 * KEEP_RATIO:g}{NBSP}%",
     )
     return write_atomic(out / "report.html", page)
 

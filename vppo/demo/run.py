@@ -19,10 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from vppo.checkpoints import last_complete_checkpoint
 from vppo.errors import InputError
 from vppo.files import write_atomic
+from vppo.folders import kind_of, read_object
 
 PROMPTS, ROLLOUTS = 16, 8
 HELD_OUT = 512
@@ -80,7 +82,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     check_device(options.device)
     _claim(options)
     if (out / "report.html").exists():  # the last thing that is written
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        summary = _finished(out)
         _show(console, summary, out)
         return summary
 
@@ -130,20 +132,39 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     return summary
 
 
+def _finished(out: Path) -> dict[str, Any]:
+    """The summary of a run that has its report."""
+    from vppo.demo.report import REQUIRED
+
+    again = f"remove {out / 'report.html'}, and the same command writes both anew"
+    summary = read_object(out / "summary.json", remedy=again)
+    kinds = {name: str if name in ("algorithm", "divergence") else int | float for name in REQUIRED}
+    missing = [name for name, kind in kinds.items() if not isinstance(summary.get(name), kind)]
+    if missing:
+        raise InputError(f"{out / 'summary.json'}: has no {', '.join(missing)}; {again}")
+    return summary
+
+
 def _claim(options: DemoOptions) -> None:
     """Make the folder this run's, or find that it is another's."""
     marker = options.out / "options.json"
     if not marker.exists():
         # hidden: what a crash leaves of the marker itself
-        if options.out.exists() and any(not path.name.startswith(".") for path in options.out.iterdir()):
+        if options.out.exists() and (
+            not options.out.is_dir() or any(not path.name.startswith(".") for path in options.out.iterdir())
+        ):
             raise InputError(f"--out: {options.out} holds other files; takes a new or empty folder")
         write_atomic(marker, json.dumps(options.identity(), indent=2) + "\n")
         return
+    before = read_object(marker, remedy="choose another --out, or remove that folder")
+    if not before.keys() >= {"algorithm", "steps", "seed"}:
+        raise InputError(
+            f"--out: {options.out} holds {kind_of(options.out)}, no run of `vppo demo`; choose another --out"
+        )
     if not options.resume:
         raise InputError(
             f"--out: {options.out} already holds a run: go on with --resume, remove it, or choose another folder"
         )
-    before = json.loads(marker.read_text(encoding="utf-8"))
     for name, value in options.identity().items():
         if before.get(name) != value:
             raise InputError(
@@ -163,12 +184,22 @@ def _save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] 
 
 
 def _load(folder: Path, device: str) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from vppo.loading import load_processor
 
-    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-    return model.to(device), load_processor(str(folder))
+    try:
+        model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+        processor = load_processor(str(folder))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be loaded ({error}); {_anew(folder)}") from error
+    return model.to(device), processor
+
+
+def _anew(folder: Path) -> str:
+    """What to do about a folder of ours that is broken."""
+    return f"remove {folder}, and the same command with --resume makes it anew"
 
 
 def _save_held_out(path: Path, held_out: Sequence[Any]) -> None:
@@ -208,7 +239,11 @@ def _warm_up(console: Console, options: DemoOptions, held_out: Sequence[Any]) ->
         verdicts = correct(processor, held_out, answer(model, processor, held_out))
         warm = {"steps": steps, "seconds": seconds, "accuracy": sum(verdicts) / len(held_out)}
         _save_whole(folder, model, processor, warm)
-    return json.loads((folder / "warmup.json").read_text(encoding="utf-8"))
+    warm = read_object(folder / "warmup.json", remedy=_anew(folder))
+    missing = [name for name in ("steps", "seconds", "accuracy") if not isinstance(warm.get(name), int | float)]
+    if missing:
+        raise InputError(f"{folder / 'warmup.json'}: has no number {', '.join(missing)}; {_anew(folder)}")
+    return warm
 
 
 def _train(console: Console, options: DemoOptions) -> tuple[Any, Any]:
@@ -276,17 +311,11 @@ def _score(
     from vppo.perturbations import Perturbation
 
     rows = [
-        {"prompt": s.prompt, "images": [s.image], "answer": s.answer, "response_ids": ids, "correct": verdict}
-        for s, ids, verdict in zip(held_out, responses, verdicts, strict=True)
+        {**strip.row, "response_ids": ids, "correct": verdict}
+        for strip, ids, verdict in zip(held_out, responses, verdicts, strict=True)
     ]
-    return score_responses(
-        model,
-        processor,
-        rows,
-        divergence="kl",
-        perturbation=Perturbation(options.perturbation, patch_size=PATCH),
-        seed=options.seed,
-    )
+    perturbation = Perturbation(options.perturbation, patch_size=PATCH)
+    return score_responses(model, processor, rows, divergence="kl", perturbation=perturbation, seed=options.seed)
 
 
 def _dependency_by_place(scored: Sequence[Any]) -> tuple[float, float]:
@@ -311,7 +340,8 @@ def _peak_rss_mib() -> float:
 def _show(console: Console, summary: dict[str, Any], out: Path) -> None:
     from vppo.progress import say
 
-    table = Table(title=f"{summary['algorithm']} on handwritten digits, seed {summary['seed']}", title_justify="left")
+    title = f"{summary['algorithm']} on handwritten digits, seed {summary['seed']}"
+    table = Table(title=Text(title, "table.title"), title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")

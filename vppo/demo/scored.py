@@ -16,6 +16,7 @@ from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout
 from vppo.prompts import Prompts
 
+KEEP_RATIO = 0.4  # as VPPO trains
 AT_ONCE = 128  # rows whose images are in memory together
 
 
@@ -60,7 +61,7 @@ def score_responses(
     *,
     divergence: str = "kl",
     perturbation: Perturbation | None = None,
-    keep_ratio: float = 0.4,
+    keep_ratio: float = KEEP_RATIO,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[ScoredResponse]:

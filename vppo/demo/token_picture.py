@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 from vppo.demo.scored import ScoredResponse
+from vppo.pages.fonts import drawable
 from vppo.pages.plot import Plot
 from vppo.pages.theme import DependencyScale, Theme, colour_map
 from vppo.pages.token_text import is_special, visible
@@ -28,6 +29,7 @@ _MARK_WIDTH = 0.3
 _TOKENS_WIDTH = _WIDTH - _MARGIN - _MARK_WIDTH - _TOKENS_X
 _SIZE, _SPECIAL_SIZE = 12.0, 7.5
 _ADVANCE = 0.602 / 72  # width of a character of DejaVu Sans Mono for each point of its size
+_EM = 1 / 0.602  # the width of a square character, in those
 _PAD, _SPACE, _CHIP_HEIGHT, _LINE = 0.045, 0.035, 0.25, 0.46
 _MAX_LINES, _MAX_CHARACTERS = 4, 32
 _HEAD, _ROW_GAP, _FOOT = 0.5, 0.26, 0.72
@@ -106,7 +108,7 @@ class _Row:
         x, line = 0.0, 0
         for token, dependency, kept in zip(response.tokens, response.dependency, response.kept, strict=True):
             text, special = _drawable(token), is_special(token)
-            width = len(text) * _ADVANCE * (_SPECIAL_SIZE if special else _SIZE) + 2 * _PAD
+            width = _columns(text) * _ADVANCE * (_SPECIAL_SIZE if special else _SIZE) + 2 * _PAD
             if x and x + width > _TOKENS_WIDTH:
                 x, line = 0.0, line + 1
             if line == _MAX_LINES:
@@ -149,14 +151,13 @@ def _below(ax: Axes, x: float, y: float, text: str, theme: Theme) -> None:
 
 
 def _drawable(token: str) -> str:
-    text = visible(token)
-    text = text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"
-    return "".join(c if ord(c) in _characters() else "□" for c in text)
+    text = drawable(visible(token))
+    return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"
 
 
-@functools.cache
-def _characters() -> frozenset[int]:
-    return frozenset(get_font(findfont(_MONO)).get_charmap())
+def _columns(text: str) -> float:
+    """The width of a text in characters of the fixed-width font; those of East Asia fill an em."""
+    return sum(_EM if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _draw_legend(ax: Axes, y: float, scale: DependencyScale, theme: Theme) -> None:

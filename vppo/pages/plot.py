@@ -15,7 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vppo.pages.theme import Theme
+from vppo.pages.fonts import cover
+from vppo.pages.theme import LIGHT, Theme
 
 FLOOR_DECADE = -8  # what lies below 1e-8 nats is rounding, which is all that the kernels promise there
 DASHED = (0, (2, 2))
@@ -45,10 +46,15 @@ class Plot:
             figure = Figure(figsize=self.size, dpi=200)
             canvas = FigureCanvasAgg(figure)
             self.draw(figure, theme)
+            cover(figure)
             file = io.BytesIO()
             # without the version of Matplotlib in the metadata, the same input gives the same bytes
             canvas.print_figure(file, format="png", metadata={"Software": None})
         return file.getvalue()
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """How a notebook shows it, at its size in CSS pixels."""
+        return self.png(LIGHT), {"width": round(100 * self.size[0])}
 
 
 def nats(value: float) -> str:

@@ -92,9 +92,26 @@ function picture(caption, image, alt) {
   return figure;
 }
 
+// The two views of one of a sample's images, side by side.
+function pair([clean, perturbed], place, { length }) {
+  const which = length > 1 ? ` ${place + 1} of ${length}` : "", of = data.responses[state.order[state.at]].sample;
+  const views = make("div", "", { className: "pair" });
+  views.append(
+    picture(`image${which}`, data.images[clean], `The image${which} of sample ${of}, as the model saw it`),
+    picture(`perturbed view${which}`, data.images[perturbed], `The image${which} of sample ${of}, perturbed`),
+  );
+  return views;
+}
+
+// As the tables number them; the response is left out where every sample has a single one.
+const several = data.responses.some(({ response }) => response > 0);
+
+function name(response) {
+  return `sample ${response.sample}` + (several ? `, response ${response.response}` : "");
+}
+
 function title(response) {
-  const model = data.models.length > 1 ? `${data.models[response.model]}, ` : "";
-  return `${model}sample ${response.sample}, response ${response.response}`;
+  return (data.models.length > 1 ? `${data.models[response.model]}, ` : "") + name(response);
 }
 
 async function showResponse(at) {
@@ -107,10 +124,8 @@ async function showResponse(at) {
   element("which").textContent = `${title(response)} (${at + 1} of ${state.order.length})`;
   element("previous").disabled = at === 0;
   element("next").disabled = at === state.order.length - 1;
-  document.querySelector("#response .pictures").replaceChildren(
-    picture("image", data.images[response.image], `The image of sample ${response.sample}, as the model saw it`),
-    picture("perturbed view", data.images[response.perturbed], `The image of sample ${response.sample}, perturbed`),
-  );
+  document.querySelector("#response .pictures").replaceChildren(...response.pictures.map(pair));
+  document.querySelector("#response .pictures").classList.toggle("several", response.pictures.length > 1);
   document.querySelector("#response .question").textContent = data.questions[response.question];
   const verdict = { true: ["✓ correct", "correct"], false: ["✗ wrong", "wrong"], null: ["not judged", ""] }[response.correct];
   element("verdict").replaceChildren(make("span", verdict[0], { className: verdict[1] }));
@@ -168,7 +183,7 @@ function arrange() {
     const sign = make("span", mark, { className });
     sign.setAttribute("aria-label", { true: "correct", false: "wrong", null: "not judged" }[response.correct]);
     const number = element("sort").value === "disagreement" ? percent(response.overlap) : nats(response.mean);
-    option.append(sign, make("span", `${response.sample}.${response.response}`), make("span", number));
+    option.append(sign, make("span", name(response)), make("span", number));
     const model = data.models.length > 1 && element("model").value === "" ? `${data.models[response.model]}: ` : "";
     option.append(make("span", model + data.questions[response.question].slice(0, 80), { className: "what" }));
     return option;

@@ -1,0 +1,60 @@
+"""What the folders hold that our commands write, and their JSON files, read so that an error says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vppo.errors import InputError
+
+# what only a folder of this kind has, the first match counts
+_KINDS = (
+    ("a comparison of analyses", ("comparison.json",)),
+    ("an analysis", ("trajectories.parquet",)),
+    ("a run of `vppo demo`", ("held_out.parquet",)),
+    ("a run of `vppo demo`", ("warmup",)),
+    ("the beginning of an analysis", ("parts",)),
+    ("the beginning of a run", ("options.json",)),
+    ("a checkpoint", ("trainer_state.json",)),
+    ("a model", ("config.json",)),
+)
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder holds, in words: "an analysis", "a run of `vppo demo`", "nothing", "other files", ..."""
+    if not folder.is_dir():
+        return "no folder"
+    for kind, names in _KINDS:
+        if all((folder / name).exists() for name in names):
+            return kind
+    if any(folder.glob("checkpoint-*")):
+        return "a training run"
+    return "other files" if any(folder.iterdir()) else "nothing"
+
+
+def read_object(file: Path, *, remedy: str = "") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        file: What to read.
+        remedy: What a user can do where it is broken, for the end of the message.
+
+    Raises:
+        InputError: The file is missing, unreadable, no JSON, or holds something else than an object; the message names
+            it and ends with the remedy.
+    """
+    after = f"; {remedy}" if remedy else ""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: does not exist{after}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}){after}") from None
+    except RecursionError:
+        raise InputError(f"{file}: is no JSON of ours (nested too deeply){after}") from None
+    except ValueError as error:
+        raise InputError(f"{file}: is no JSON ({error}){after}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: got a {type(found).__name__}, takes an object{after}")
+    return found
