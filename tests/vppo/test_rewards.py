@@ -78,7 +78,7 @@ def test_works_in_a_worker_thread() -> None:
 def test_an_endless_comparison_is_wrong_and_the_next_one_still_works() -> None:
     start = time.monotonic()
     assert reward(r"\boxed{9^{9^{9^{9}}}}", "5") == 0.0
-    assert time.monotonic() - start < 2 * rewards.SECONDS_PER_ANSWER + 5
+    assert time.monotonic() - start < 60  # it would take for ever without the bound
     assert reward(r"\boxed{\frac{10}{4}}", "2.5") == 1.0
 
 
@@ -155,7 +155,7 @@ def test_a_box_does_not_span_messages() -> None:
 def test_any_completion_gets_a_reward_in_bounded_time(completion: object) -> None:
     start = time.monotonic()
     assert reward(completion, "5") == 0.0
-    assert time.monotonic() - start < 2 * rewards.SECONDS_PER_ANSWER + 5
+    assert time.monotonic() - start < 60  # it would take for ever without the bound
 
 
 def test_long_equal_answers_are_equal() -> None:
@@ -178,7 +178,7 @@ def test_long_equal_answers_are_equal() -> None:
         b"5",
         {5},
         [None],
-        object(),
+        range(2),
         np.array(["a", "b"]),
         np.float32("nan"),
     ],

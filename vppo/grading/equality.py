@@ -25,6 +25,7 @@ _DOUBLE, _EVALUATION = Fraction(1, 10**15), Fraction(1, 10**40)  # what rounding
 _NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
 )  # fmt: skip
+_POWER_OF_TEN, _EULER = re.compile(r"\d[eE][+-]?\d"), re.compile(r"(?<![A-Za-z\\])e(?![A-Za-z])")
 _NESTED = 4  # how deep lists in lists are followed
 
 
@@ -37,10 +38,13 @@ def equal(reference: str, predicted: str) -> bool:
     Raises:
         MemoryError: An answer is too large for this process.
     """
-    # 5e-05 may be a product with Euler's number, and 100,200 two numbers: another reading counts where there is one.
+    # 2e+3 is a sum with Euler's number where the other answer has that number, and 100,200 may be two numbers: each
+    # further reading counts where there is one.
+    pairs = ((reference, predicted), (predicted, reference))
+    eulers = any(_POWER_OF_TEN.search(x) and not _POWER_OF_TEN.search(y) and _EULER.search(y) for x, y in pairs)
     for scientific in (True, False):
         for thousands in (True, False):
-            if not scientific and not any(re.search(r"\d[eE][+-]?\d", text) for text in (reference, predicted)):
+            if not scientific and not eulers:
                 continue
             if not thousands and not any(map(may_be_a_list, (reference, predicted))):
                 continue

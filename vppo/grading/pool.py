@@ -49,7 +49,7 @@ class VerifierPool:
         """Whether the answers of each pair are equal; None for those that could not be judged in time.
 
         A pair gets five seconds. All of them together get ten seconds after the last verdict, and at most ten seconds
-        plus 0.5 s each; the time that the first child takes to start does not count.
+        plus 0.5 s each; time in which every child is still starting does not count.
 
         Args:
             pairs: Reference and predicted answer; none longer than `LONGEST_ANSWER`.
@@ -62,27 +62,29 @@ class VerifierPool:
         waiting = deque(sorted(range(len(pairs)), key=lambda i: _effort(*pairs[i])))
         tried_again: set[int] = set()
         children: list[_Child] = []
-        finish, last = None, float("inf")  # when the whole call has to end, and when the newest verdict came
+        left = 2 * SECONDS_PER_ANSWER + SECONDS_PER_ORDINARY_ANSWER * len(pairs)  # seconds, of the whole call
+        left_without_verdict = 2 * SECONDS_PER_ANSWER
         try:
             with selectors.DefaultSelector() as selector:
                 while waiting or any(child.pair is not None for child in children):
                     while len(children) < min(self.size, len(waiting) + sum(c.pair is not None for c in children)):
                         children.append(self._take())
                         selector.register(children[-1].answers, selectors.EVENT_READ, children[-1])
-                    now = time.monotonic()
-                    if finish is None and any(child.ready for child in children):
-                        last = now
-                        finish = now + 2 * SECONDS_PER_ANSWER + SECONDS_PER_ORDINARY_ANSWER * len(pairs)
                     for child in children:
                         if child.ready and child.pair is None and waiting:
                             child.send(waiting.popleft(), pairs)
-                    end = min(finish or float("inf"), last + 2 * SECONDS_PER_ANSWER)
+                    now, started = time.monotonic(), any(child.ready for child in children)
+                    end = now + min(left, left_without_verdict) if started else float("inf")
                     until = min(end, *(child.deadline for child in children))
-                    for key, _ in selector.select(max(0.0, until - now)):
+                    events = selector.select(max(0.0, until - now))
+                    if started:
+                        elapsed = time.monotonic() - now
+                        left, left_without_verdict = left - elapsed, left_without_verdict - elapsed
+                    for key, _ in events:
                         child = key.data
                         pair, verdict = child.receive()
                         if verdict in (_EQUAL, _DIFFERENT):
-                            verdicts[pair], last = verdict == _EQUAL, time.monotonic()
+                            verdicts[pair], left_without_verdict = verdict == _EQUAL, 2 * SECONDS_PER_ANSWER
                         elif verdict == b"":  # it was ended: by a lack of memory, by somebody, or by its own alarm
                             self._end(child, children, selector)
                             if pair is None and not child.ready:
@@ -94,7 +96,7 @@ class VerifierPool:
                                 tried_again.add(pair)
                                 waiting.append(pair)
                     now = time.monotonic()
-                    if now >= min(finish or float("inf"), last + 2 * SECONDS_PER_ANSWER):
+                    if min(left, left_without_verdict) <= 0:
                         break
                     for child in [c for c in children if now >= c.deadline]:
                         if not child.ready:
