@@ -12,23 +12,35 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, takes a finite number above 0")
 
 
 def non_negative(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+    if not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise ValueError(f"{name}: got {value!r}, takes a finite number of at least 0")
 
 
 def finite(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value)):
+    if not (isinstance(value, int | float) and abs(value) < math.inf):  # torch.compile cannot trace isfinite
         raise ValueError(f"{name}: got {value!r}, takes a finite number")
 
 
 def fraction(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and 0 < value <= 1):
         raise ValueError(f"{name}: got {value!r}, takes a number above 0 and at most 1")
+
+
+def scales(scale_min: float, scale_max: float | None) -> None:
+    """Factors of the least and the most dependent trajectory, in this order; None makes their mean 1."""
+    positive("scale_min", scale_min)
+    if scale_max is None:
+        if scale_min > 1:  # the factors' mean of 1 would lie below the smallest
+            raise ValueError(f"scale_min: got {scale_min!r}, takes a number of at most 1 unless scale_max is given")
+        return
+    positive("scale_max", scale_max)
+    if scale_max < scale_min:
+        raise ValueError(f"scale_max: got {scale_max!r}, takes None or a number of at least scale_min ({scale_min!r})")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -116,7 +128,12 @@ def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> 
 
 
 def wanted(check: bool | None, value: Tensor) -> bool:
-    """Whether to look at values: as asked, else wherever looking costs no device synchronisation."""
+    """Whether to look at values: as asked, else wherever looking costs no device synchronisation.
+
+    Never while `torch.compile` traces: there are no values to look at.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return value.device.type == "cpu" if check is None else check
 
 

@@ -59,7 +59,8 @@ def linear_divergence(
             ranks. Results and gradients of hidden states are of the whole vocabulary. None for a whole weight; a
             weight that is a DTensor sharded on dimension 0 brings its own group.
         backend: "auto", "torch", "triton", or "triton_fused" (no logits in memory; see its module).
-        check: Look for NaN and inf in the inputs, and compare up to 16 rows with the float64 definition.
+        check: Look for NaN and inf in the inputs, and compare up to 16 rows with the float64 definition. Code that
+            `torch.compile` traces has no values to look at: there nothing is checked but types and shapes.
 
     Returns:
         `DivergenceOutput(divergence, entropy, entropy_perturbed, logprobs, logprobs_perturbed)`, each `[...]`, float32
@@ -89,7 +90,7 @@ def linear_divergence(
         views, weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), wants_gradient(*views, weight, bias),
     )  # fmt: skip
-    if check:
+    if checks.wanted(check, weight):
         with torch.no_grad():
             checks.finite_head(weight, bias, shard.columns)
             checks.all_finite("hidden", views[0])
@@ -144,14 +145,15 @@ def divergence(
     if targets is not None:
         checks.indices("targets", targets, leading, shard.total, logits.device, check)
         targets = targets.reshape(-1).long().contiguous()
-    if check:
+    look = checks.wanted(check, logits)
+    if look:
         checks.all_finite("logits", views[0][:, : shard.columns])
         checks.all_finite("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
         views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), wants_gradient(*views),
     )  # fmt: skip
-    if check and len(views[0]):
+    if look and len(views[0]):
         with torch.no_grad():
             rows = verify.sample_rows(len(views[0]), logits.device)
             z_p, z_q = (verify.exact_transform(z[rows, : shard.columns], transform, shard) for z in views)

@@ -18,6 +18,12 @@ from vppo_kernels import checks
 CHECKSUM_TOLERANCE = 1e-3  # relative: the same hidden states, whatever order their reductions had
 
 
+def check_group(name: str, value: Any) -> None:
+    """Raise TypeError where something else than a process group or None was given."""
+    if value is not None and not isinstance(value, dist.ProcessGroup):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a torch.distributed.ProcessGroup or None")
+
+
 class Shard(NamedTuple):
     """The part of a vocabulary that this process holds.
 
@@ -52,10 +58,13 @@ def shard_of(process_group: Any, views: list[Tensor], local: int, vocab_size: in
         ValueError: Ranks have different rows, or `vocab_size` exceeds what they hold together.
     """
     sizes, rank, name = [local], 0, ""
+    check_group("process_group", process_group)
     if process_group is not None:
-        if not isinstance(process_group, dist.ProcessGroup):
-            got = type(process_group).__name__
-            raise TypeError(f"process_group: got {got}, takes a torch.distributed.ProcessGroup or None")
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "process_group: got one where torch.compile traces, takes None there: ranks tell each other what they "
+                "hold before anything is computed (leave the operation out with torch.compiler.disable)"
+            )
         sizes = _sizes(process_group, views, local, of)
         rank, name = dist.get_rank(process_group), process_group.group_name
     checks.vocabulary(vocab_size, sum(sizes), f"the vocabulary that {of} holds")
