@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,6 +65,16 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None
         raise ValueError(f"{name}: got shape {list(value.shape)}, takes {list(expected)} ({why})")
 
 
+def reverse_mode(*values: Tensor | None) -> None:
+    """Raise where an input carries a forward-mode tangent: of these operations it would be lost without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in values):
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.func.jvp) is not there for this operation, takes reverse mode only"
+        )
+
+
 def same_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
     if value.device != device:
         raise ValueError(f"{name}: got device {value.device}, takes {device} (that of {other})")
@@ -118,6 +129,20 @@ def all_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None:
         index = bad.nonzero()[0].tolist()
         worst = "NaN" if bool(torch.isnan(value[tuple(index)])) else "inf"
         raise ValueError(f"{name}: got {worst} at row {index[0]} (index {index}), takes finite values")
+
+
+def summable(name: str, value: Tensor, mask: Tensor) -> None:
+    """Raise on finite values so large that a mean over as many, or the gap of two, overflows float32 (synchronises)."""
+    if value.dtype == torch.float64 or not value.numel():
+        return
+    most = torch.finfo(torch.float32).max / 4 / value.shape[-1]
+    bad = (value.abs() > most) & mask
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        got = float(value[tuple(index)])
+        raise ValueError(
+            f"{name}: got {got!r} at row {index[0]} (index {index}), takes values up to {most:.3g} in size"
+        )
 
 
 def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> None:

@@ -97,8 +97,10 @@ def linear_divergence(
             checks.all_finite("hidden_perturbed", views[1])
             if len(views[0]):
                 rows = verify.sample_rows(len(views[0]), weight.device)
-                z_p, z_q = (verify.exact_logits(h[rows], weight, bias, transform, shard) for h in views)
-                verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind)
+                sampled = [(h[rows], weight, bias, transform, shard) for h in views]
+                z_p, z_q = (verify.exact_logits(*each) for each in sampled)
+                terms = torch.maximum(*(verify.magnitude(*each) for each in sampled))
+                verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind, terms)
     return _output(values, leading)
 
 

@@ -80,6 +80,7 @@ def logprobs_of_rows(
             checks.all_finite("hidden", hidden)
             if len(hidden):
                 rows = verify.sample_rows(len(hidden), hidden.device)
-                z = verify.exact_logits(hidden[rows], weight, bias, transform, shard)
-                verify.check_single(output, z, targets, rows)
+                sampled = (hidden[rows], weight, bias, transform, shard)
+                z, terms = verify.exact_logits(*sampled), verify.magnitude(*sampled)
+                verify.check_single(output, z, targets, rows, terms)
     return output

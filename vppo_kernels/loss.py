@@ -134,7 +134,11 @@ def _shape(
     per_token = expand_advantages(advantages, mask, layout)
     if check:
         checks.all_finite("advantages", per_token, mask)
-    return Shaped(torch.where(mask, per_token, 0).detach(), mask, torch.ones(layout.count, device=mask.device))
+    return Shaped(
+        torch.where(mask, per_token, 0).detach(),
+        mask,
+        torch.ones(layout.count, dtype=torch.float32, device=mask.device),
+    )
 
 
 # Sums over a row's tokens that the losses return, in this order: of its response tokens ...
@@ -367,6 +371,8 @@ def vppo_loss(
     kernels = backends.token_kernels(
         backend, logprobs, old_logprobs, advantages, dependency, entropy, ref_logprobs, is_weights
     )
+    if kernels is not None:
+        checks.reverse_mode(logprobs, entropy)
     shaped = _shape(
         advantages, valid, dependency, options, layout, cu_seqlens, look, "torch" if kernels is None else backend
     )

@@ -51,6 +51,8 @@ def _select_packed(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Pac
 def _write(
     scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout, backend: str, in_place: bool
 ) -> Tensor:  # fmt: skip
+    if in_place:
+        scores[:0].zero_()  # a kernel writes behind autograd's back: this tells it, or raises where nothing may be written
     kernels = backends.token_kernels(backend, scores)
     if kernels is None:
         if isinstance(layout, Packed):
@@ -58,8 +60,8 @@ def _write(
         else:
             keep = _select(scores, valid, keep_ratio)
     else:
-        given = scores.detach().contiguous()
-        direct = in_place and scores.is_contiguous() and not layout.packed
+        given = scores.detach().resolve_neg().contiguous()
+        direct = in_place and scores.is_contiguous() and not (layout.packed or scores.is_neg())
         blank = torch.zeros_like if layout.packed else torch.empty_like  # unchecked offsets may leave gaps
         keep = given if direct else blank(given, dtype=torch.bool)
         kernels.topk(given, valid, keep_ratio, layout.offsets if isinstance(layout, Packed) else None, keep)

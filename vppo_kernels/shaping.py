@@ -143,6 +143,7 @@ def trajectory_scale(
     valid = layout.within(checks.token_mask(mask, scores))
     if checks.wanted(check, scores):
         checks.all_finite("scores", scores, valid)
+        checks.summable("scores", scores, valid)
     return _scale(scores, valid, layout, scale_min, scale_max, stats, stats_group, backend)
 
 
@@ -202,6 +203,7 @@ def shape_advantages(
             seen = valid & layout.spread(has_image != 0)
         if checks.wanted(check, dependency):
             checks.all_finite("dependency", dependency, seen)
+            checks.summable("dependency", dependency, seen)
             checks.all_finite("advantages", per_token, valid)
         kernels = backends.token_kernels(backend, dependency, advantages)
         backend = "torch" if kernels is None else backend

@@ -212,6 +212,8 @@ def _rank(rank: int, store: str) -> None:
             torch.testing.assert_close(tuple(stats), tuple(trajectory_stats(SCORES, MASK)))
             alpha = trajectory_scale(SCORES[part], MASK[part], stats_group=group)
             torch.testing.assert_close(alpha, whole.alpha[part])
+            with pytest.raises(ValueError, match="stats: given together with stats_group"):
+                vppo_advantages(advantages[part], SCORES[part], MASK[part], stats=stats, stats_group=group)
             folded = vppo_advantages(advantages[part], SCORES[part], MASK[part], stats_group=group)
             torch.testing.assert_close(folded, whole.advantages[part])
     finally:
