@@ -81,7 +81,10 @@ def linear_divergence(
     checks.head(hidden_perturbed, weight, bias, "hidden_perturbed", empty=process_group is not None)
     checks.shape("hidden_perturbed", hidden_perturbed, tuple(hidden.shape), "that of hidden")
     views = [hidden.reshape(-1, hidden.shape[-1]), hidden_perturbed.reshape(-1, hidden.shape[-1])]
-    shard = parallel.shard_of(process_group, views, len(weight), vocab_size, "weight")
+    same = transform.arguments() | dict(
+        targets=targets, kind=kind, backend=backend, workspace_limit=tiling.current_workspace()
+    )
+    shard = parallel.shard_of(process_group, views, len(weight), vocab_size, "weight", same)
     leading = hidden.shape[:-1]
     if targets is not None:
         checks.indices("targets", targets, leading, shard.total, weight.device, check)
@@ -143,7 +146,10 @@ def divergence(
     checks.same_device("logits_perturbed", logits_perturbed, logits.device, "logits")
     leading = logits.shape[:-1]
     views = [z.reshape(leading.numel(), z.shape[-1]) for z in (logits, logits_perturbed)]
-    shard = parallel.shard_of(process_group, views, logits.shape[-1], vocab_size, "logits")
+    same = transform.arguments() | dict(
+        targets=targets, kind=kind, backend=backend, workspace_limit=tiling.current_workspace()
+    )
+    shard = parallel.shard_of(process_group, views, logits.shape[-1], vocab_size, "logits", same)
     if targets is not None:
         checks.indices("targets", targets, leading, shard.total, logits.device, check)
         targets = targets.reshape(-1).long().contiguous()

@@ -47,6 +47,10 @@ class LogitTransform:
                 got = getattr(self, name)
                 raise ValueError(f"{name}: got {got!r}, takes a number for which {ratio} is at most {MOST_SCALE:g}")
 
+    def arguments(self) -> dict[str, float | None]:
+        """Its fields by the names that callers give them."""
+        return dict(temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap)
+
     def fields(self) -> list[float]:
         """What rebuilds it: `LogitTransform(*fields)`."""
         return [self.temperature, self.logit_scale, *(() if self.softcap is None else (self.softcap,))]

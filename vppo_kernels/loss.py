@@ -241,9 +241,19 @@ def _loss(
     if dependency is not None and options.has_image is not None:  # a row without an image may hold anything
         looked = mask & layout.spread(options.has_image != 0)
         dependency = torch.where(looked, dependency, 0)
-    tokens = (logprobs, entropy, old_logprobs, *shaped[:2], mask, ref_logprobs, is_weights, dependency)
+    entropy, ref_logprobs, is_weights, dependency = (
+        None if x is None else layout.as_rows(x) for x in (entropy, ref_logprobs, is_weights, dependency)
+    )
     values, sums = (_clipped_loss if kernels is None else kernels.clipped_loss)(
-        *(None if x is None else layout.as_rows(x) for x in tokens),
+        layout.as_rows(logprobs),
+        entropy,
+        layout.as_rows(old_logprobs),
+        layout.as_rows(shaped.advantages),
+        layout.as_rows(shaped.keep),
+        layout.as_rows(mask),
+        ref_logprobs,
+        is_weights,
+        dependency,
         low=1 - options.clip_low,
         high=1 + options.clip_high,
         dual=options.clip_dual,
@@ -505,8 +515,9 @@ def linear_vppo_loss(
     tracing = torch.compiler.is_compiling()
     rows = None if tracing else needed.nonzero(as_tuple=True)
     chosen = hidden.flatten(0, -2) if rows is None else hidden[rows]
-    shard = parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight")
     targets = torch.where(valid, targets, 0)
+    same = transform.arguments() | dict(targets=targets, backend=backend, workspace_limit=tiling.current_workspace())
+    shard = parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight", same)
     checks.indices("targets", targets, leading, shard.total, weight.device, look)
     chosen_targets = targets.flatten() if rows is None else targets[rows]
     if look:

@@ -15,6 +15,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+EXPORTED = (  # by the library of every device
+    "fold",
+    "fold_pair",
+    "fold_jsd",
+    "gradient",
+    "gradient_pair",
+    "topk_mask",
+    "clipped_loss",
+    "clipped_loss_gradient",
+)
+
 
 def folder() -> Path:
     """Where the libraries are looked for."""
@@ -55,11 +66,11 @@ def _not_trusted(path: Path) -> str:
 
 
 def _damage(path: Path) -> str:
-    """Why a file cannot be a shared library: to map one that ends too early would end the process, later on."""
+    """Why a file cannot be our library; "" if it can. To map one that ends too early may end the process, later."""
     data = path.read_bytes()
     header = struct.Struct("<4s2B10x2HI3QI6H")  # of ELF in 64 bits, little-endian
     if len(data) < header.size or data[:4] != b"\x7fELF":
-        return "it is not a shared library for Linux" if sys.platform == "linux" else ""
+        return "it is not a shared library" if sys.platform == "linux" else ""
     if data[4:6] != b"\x02\x01":
         return "it is not for a machine of 64 bits"
     fields = header.unpack_from(data)
@@ -71,11 +82,11 @@ def _damage(path: Path) -> str:
             return "it is cut off"
         offset, length = struct.unpack_from("<Q", data, at + 8)[0], struct.unpack_from("<Q", data, at + 32)[0]
         end = max(end, offset + length)
-    return "it is cut off" if end > len(data) else ""
-
-
-EXPORTED = ("fold", "fold_pair", "fold_jsd", "gradient", "gradient_pair", "topk_mask", "clipped_loss",
-            "clipped_loss_gradient")  # fmt: skip
+    if end > len(data):
+        return "it is cut off"
+    # to load somebody else's library, only to ask it what it has, would run it
+    lacking = [name for name in EXPORTED if f"\0__tvm_ffi_{name}\0".encode() not in data]
+    return f"it is another library, without {', '.join(lacking)}" if lacking else ""
 
 
 @cache
@@ -100,13 +111,9 @@ def _load(device_type: str) -> tuple[Any, str]:
     try:
         import tvm_ffi
 
-        loaded = tvm_ffi.load_module(path)
+        return tvm_ffi.load_module(path), ""
     except (ImportError, RuntimeError, OSError) as error:
         return None, f"the native library cannot be loaded: {error}"
-    lacking = [name for name in EXPORTED if not loaded.implements_function(name)]
-    if lacking:
-        return None, f"the native library cannot be loaded: {path} is another library, without {', '.join(lacking)}"
-    return loaded, ""
 
 
 def missing(device_type: str) -> str:

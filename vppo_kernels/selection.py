@@ -52,7 +52,7 @@ def _write(
     scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout, backend: str, in_place: bool
 ) -> Tensor:  # fmt: skip
     if in_place:
-        scores[:0].zero_()  # a kernel writes behind autograd's back: this tells it, or raises where nothing may be written
+        scores[:0].zero_()  # tells autograd what kernels do behind its back, or raises where nothing may be written
     kernels = backends.token_kernels(backend, scores)
     if kernels is None:
         if isinstance(layout, Packed):

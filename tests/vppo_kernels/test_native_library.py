@@ -14,7 +14,9 @@ import pytest
 from vppo_kernels import native_library
 
 BUILT = native_library.folder()
-pytestmark = pytest.mark.skipif(bool(native_library.missing("cpu")), reason="no native library")
+pytestmark = pytest.mark.skipif(
+    bool(native_library.missing("cpu")) or not (BUILT / "build.json").exists(), reason="no native library of a build"
+)
 
 
 @pytest.fixture

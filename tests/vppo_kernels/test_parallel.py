@@ -115,9 +115,16 @@ def split_vocabulary(rank: int, sizes: list[int], backend: str) -> None:
 
     for change, words in (
         (dict(vocab_size=PADDED + 1), f"takes None or an integer from 1 to {PADDED}"),
-        (dict(hidden=part.hidden.detach() * (1 + rank)), "differs between ranks"),
+        (dict(hidden=part.hidden.detach() * (1 + rank)), "hidden: differs between ranks"),
+        (dict(targets=part.targets.flip(0) if rank else part.targets), "targets: differs between ranks 0 and 1"),
+        (dict(temperature=1.0 + rank), "temperature: differs between ranks 0 and 1"),
+        (dict(softcap=9.0 if rank else None), "softcap: differs between ranks 0 and 1"),
+        (dict(backend="auto" if rank else "torch"), "backend: differs between ranks 0 and 1"),
+        (dict(vocab_size=VOCAB - rank), "vocab_size: differs between ranks 0 and 1"),
+        ({}, "workspace_limit: differs between ranks 0 and 1"),
     ):
-        with pytest.raises(ValueError, match=words):
+        memory = workspace_limit((3 if change else 3 + rank) << 20)
+        with memory, pytest.raises(ValueError, match=words):
             linear_logprob(
                 **{"hidden": part.hidden, "weight": weight, "targets": part.targets, "process_group": group, **change}  # type: ignore[arg-type]
             )

@@ -159,3 +159,12 @@ def test_forward_mode_of_the_loss_from_log_probabilities(backend_tokens: str) ->
     else:
         with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
             torch.func.jvp(loss, (logprobs,), (torch.ones_like(logprobs),))
+
+
+def test_which_rows_the_native_product_takes_as_they_are() -> None:
+    """Entries beside each other, rows one after the other; on any machine, also one that cannot multiply them."""
+    from vppo_kernels.backends.native import _rows_apart
+
+    x = draw(6, 8)
+    assert _rows_apart(x) and _rows_apart(x[::2]) and _rows_apart(x[:, 2:5]) and _rows_apart(x[:1].expand(1, 8))
+    assert not (_rows_apart(x[:1].expand(6, 8)) or _rows_apart(x.T) or _rows_apart(x.as_strided((4, 8), (4, 1))))
