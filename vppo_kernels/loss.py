@@ -241,19 +241,20 @@ def _loss(
     if dependency is not None and options.has_image is not None:  # a row without an image may hold anything
         looked = mask & layout.spread(options.has_image != 0)
         dependency = torch.where(looked, dependency, 0)
-    entropy, ref_logprobs, is_weights, dependency = (
-        None if x is None else layout.as_rows(x) for x in (entropy, ref_logprobs, is_weights, dependency)
-    )
+
+    def as_rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else layout.as_rows(values)
+
     values, sums = (_clipped_loss if kernels is None else kernels.clipped_loss)(
         layout.as_rows(logprobs),
-        entropy,
+        as_rows(entropy),
         layout.as_rows(old_logprobs),
         layout.as_rows(shaped.advantages),
         layout.as_rows(shaped.keep),
         layout.as_rows(mask),
-        ref_logprobs,
-        is_weights,
-        dependency,
+        as_rows(ref_logprobs),
+        as_rows(is_weights),
+        as_rows(dependency),
         low=1 - options.clip_low,
         high=1 + options.clip_high,
         dual=options.clip_dual,
