@@ -68,34 +68,52 @@ inline void check_kind(const char* name, const TensorView& tensor, DLDataType dt
   }
 }
 
-// Data of a tensor of this shape, contiguous in all dimensions but the first, whose stride goes to `stride`.
+// Bytes that a tensor may reach over: more than any memory holds, and little enough that no sum of such numbers overflows.
+constexpr int64_t kReach = int64_t{1} << 56;
+
+// `a * b`, neither of them negative, unless the tensor would be larger than any memory.
+inline int64_t times(const char* name, const TensorView& tensor, int64_t a, int64_t b) {
+  int64_t product = 0;
+  if (__builtin_mul_overflow(a, b, &product) || product > kReach) {
+    TVM_FFI_THROW(ValueError) << name << ": got strides " << text_of(tensor.strides()) << " of shape "
+                              << shape_of(tensor) << ", takes a tensor that fits into memory";
+  }
+  return product;
+}
+
+// Data of a tensor of this shape, contiguous in all dimensions but the first, whose stride goes to `stride`: 0 where the
+// tensor is empty, as its sizes may be anything then.
 template <typename T>
 T* check_rows(const char* name, const TensorView& tensor, std::initializer_list<int64_t> shape, DLDevice device,
               int64_t& stride) {
   check_kind(name, tensor, dtype_of<T>(), static_cast<int>(shape.size()), device);
-  int64_t count = 1;
+  bool empty = false;
   int dimension = 0;
   for (const int64_t size : shape) {
-    if (tensor.size(dimension++) != size) {
+    if (tensor.size(dimension++) != size || size < 0) {
       TVM_FFI_THROW(ValueError) << name << ": got shape " << shape_of(tensor) << ", takes " << text_of(shape);
     }
-    count *= size;
+    empty |= size == 0;
+  }
+  if (empty) {
+    stride = 0;
+    return reinterpret_cast<T*>(tensor.data_ptr());
   }
   int64_t packed = 1;
   for (int i = dimension - 1; i > 0; --i) {
-    if (count && tensor.size(i) != 1 && tensor.stride(i) != packed) {
+    if (tensor.size(i) != 1 && tensor.stride(i) != packed) {
       TVM_FFI_THROW(ValueError) << name << ": got strides " << text_of(tensor.strides()) << " of shape "
                                 << shape_of(tensor) << ", takes consecutive entries in all dimensions but the first";
     }
-    packed *= tensor.size(i);
+    packed = times(name, tensor, packed, tensor.size(i));
   }
-  const bool strided = count && dimension && tensor.size(0) != 1;
-  stride = strided ? tensor.stride(0) : packed;
+  stride = dimension && tensor.size(0) != 1 ? tensor.stride(0) : packed;
   if (stride < packed) {
     TVM_FFI_THROW(ValueError) << name << ": got strides " << text_of(tensor.strides()) << " of shape "
                               << shape_of(tensor) << ", takes rows that lie one after the other";
   }
-  if (count && tensor.data_ptr() == nullptr) {
+  times(name, tensor, times(name, tensor, stride, dimension ? tensor.size(0) : 1), sizeof(T));
+  if (tensor.data_ptr() == nullptr) {
     TVM_FFI_THROW(ValueError) << name << ": got a tensor without data, takes one with data";
   }
   return reinterpret_cast<T*>(static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset());
@@ -107,8 +125,8 @@ T* check_contiguous(const char* name, const TensorView& tensor, std::initializer
                     DLDevice device) {
   int64_t stride = 0;
   T* const data = check_rows<T>(name, tensor, shape, device, stride);
-  int64_t packed = 1;
-  for (const int64_t* size = shape.begin() + (shape.size() > 0); size != shape.end(); ++size) packed *= *size;
+  int64_t packed = stride > 0;  // of an empty tensor 0; of others no product of sizes can overflow any more
+  for (const int64_t* size = shape.begin() + (shape.size() > 0); size != shape.end() && packed; ++size) packed *= *size;
   if (stride != packed) {
     TVM_FFI_THROW(ValueError) << name << ": got strides " << text_of(tensor.strides()) << " of shape "
                               << shape_of(tensor) << ", takes a contiguous tensor";

@@ -98,7 +98,7 @@ void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional
   Scores given{};
   given.rows = scores.size(0);
   given.columns = scores.size(-1);
-  given.total = scores.numel();
+  given.total = given.rows;  // of packed scores; of others only once their sizes are checked
   if (packed) {
     const TensorView places = *offsets;
     const int64_t count = places.ndim() == 1 ? places.size(0) : 0;
@@ -112,6 +112,7 @@ void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional
                   : check_contiguous<T>(name, tensor, {given.rows, given.columns}, device);
   };
   given.data = like_scores(float{}, "scores", scores);
+  if (!packed) given.total = given.rows && given.columns ? given.rows * given.columns : 0;
   given.valid = like_scores(bool{}, "valid", valid);
   const auto write = [&](auto* keep) {
     if (given.rows > 0 && given.total > 0) topk_mask(device, given, keep_ratio, keep);

@@ -137,7 +137,7 @@ class VPPOTrainer(GRPOTrainer):
                 hidden_clean=hidden_clean,
                 check=self.args.check_kernels,
             )
-        stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), process_group=self._process_group())
+        stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), stats_group=self._process_group())
         folded_later = self.args.tas_statistics == "micro-batch"
         output["prompt"] = torch.tensor(self._prompts(batch), device=batch.prompt_ids.device)
         shaped = shape_advantages(

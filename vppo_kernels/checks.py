@@ -7,28 +7,41 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, takes a finite number above 0")
 
 
 def non_negative(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+    if not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise ValueError(f"{name}: got {value!r}, takes a finite number of at least 0")
 
 
 def finite(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value)):
+    if not (isinstance(value, int | float) and abs(value) < math.inf):  # torch.compile cannot trace isfinite
         raise ValueError(f"{name}: got {value!r}, takes a finite number")
 
 
 def fraction(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and 0 < value <= 1):
         raise ValueError(f"{name}: got {value!r}, takes a number above 0 and at most 1")
+
+
+def scales(scale_min: float, scale_max: float | None) -> None:
+    """Factors of the least and the most dependent trajectory, in this order; None makes their mean 1."""
+    positive("scale_min", scale_min)
+    if scale_max is None:
+        if scale_min > 1:  # the factors' mean of 1 would lie below the smallest
+            raise ValueError(f"scale_min: got {scale_min!r}, takes a number of at most 1 unless scale_max is given")
+        return
+    positive("scale_max", scale_max)
+    if scale_max < scale_min:
+        raise ValueError(f"scale_max: got {scale_max!r}, takes None or a number of at least scale_min ({scale_min!r})")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -50,6 +63,16 @@ def floating(name: str, value: Any) -> None:
 def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name}: got shape {list(value.shape)}, takes {list(expected)} ({why})")
+
+
+def reverse_mode(*values: Tensor | None) -> None:
+    """Raise where an input carries a forward-mode tangent: of these operations it would be lost without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in values):
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.func.jvp) is not there for this operation, takes reverse mode only"
+        )
 
 
 def same_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
@@ -108,6 +131,20 @@ def all_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None:
         raise ValueError(f"{name}: got {worst} at row {index[0]} (index {index}), takes finite values")
 
 
+def summable(name: str, value: Tensor, mask: Tensor) -> None:
+    """Raise on finite values so large that a mean over as many, or the gap of two, overflows float32 (synchronises)."""
+    if value.dtype == torch.float64 or not value.numel():
+        return
+    most = torch.finfo(torch.float32).max / 4 / value.shape[-1]
+    bad = (value.abs() > most) & mask
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        got = float(value[tuple(index)])
+        raise ValueError(
+            f"{name}: got {got!r} at row {index[0]} (index {index}), takes values up to {most:.3g} in size"
+        )
+
+
 def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> None:
     """Raise on NaN or inf in the vocabulary's part of a head."""
     all_finite("weight", weight[:vocab_size])
@@ -116,7 +153,12 @@ def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> 
 
 
 def wanted(check: bool | None, value: Tensor) -> bool:
-    """Whether to look at values: as asked, else wherever looking costs no device synchronisation."""
+    """Whether to look at values: as asked, else wherever looking costs no device synchronisation.
+
+    Never while `torch.compile` traces: there are no values to look at.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return value.device.type == "cpu" if check is None else check
 
 

@@ -59,7 +59,8 @@ def linear_divergence(
             ranks. Results and gradients of hidden states are of the whole vocabulary. None for a whole weight; a
             weight that is a DTensor sharded on dimension 0 brings its own group.
         backend: "auto", "torch", "triton", or "triton_fused" (no logits in memory; see its module).
-        check: Look for NaN and inf in the inputs, and compare up to 16 rows with the float64 definition.
+        check: Look for NaN and inf in the inputs, and compare up to 16 rows with the float64 definition. Code that
+            `torch.compile` traces has no values to look at: there nothing is checked but types and shapes.
 
     Returns:
         `DivergenceOutput(divergence, entropy, entropy_perturbed, logprobs, logprobs_perturbed)`, each `[...]`, float32
@@ -80,7 +81,10 @@ def linear_divergence(
     checks.head(hidden_perturbed, weight, bias, "hidden_perturbed", empty=process_group is not None)
     checks.shape("hidden_perturbed", hidden_perturbed, tuple(hidden.shape), "that of hidden")
     views = [hidden.reshape(-1, hidden.shape[-1]), hidden_perturbed.reshape(-1, hidden.shape[-1])]
-    shard = parallel.shard_of(process_group, views, len(weight), vocab_size, "weight")
+    same = transform.arguments() | dict(
+        targets=targets, kind=kind, backend=backend, workspace_limit=tiling.current_workspace()
+    )
+    shard = parallel.shard_of(process_group, views, len(weight), vocab_size, "weight", same)
     leading = hidden.shape[:-1]
     if targets is not None:
         checks.indices("targets", targets, leading, shard.total, weight.device, check)
@@ -89,15 +93,17 @@ def linear_divergence(
         views, weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), wants_gradient(*views, weight, bias),
     )  # fmt: skip
-    if check:
+    if checks.wanted(check, weight):
         with torch.no_grad():
             checks.finite_head(weight, bias, shard.columns)
             checks.all_finite("hidden", views[0])
             checks.all_finite("hidden_perturbed", views[1])
             if len(views[0]):
                 rows = verify.sample_rows(len(views[0]), weight.device)
-                z_p, z_q = (verify.exact_logits(h[rows], weight, bias, transform, shard) for h in views)
-                verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind)
+                sampled = [(h[rows], weight, bias, transform, shard) for h in views]
+                z_p, z_q = (verify.exact_logits(*each) for each in sampled)
+                terms = torch.maximum(*(verify.magnitude(*each) for each in sampled))
+                verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind, terms)
     return _output(values, leading)
 
 
@@ -140,18 +146,22 @@ def divergence(
     checks.same_device("logits_perturbed", logits_perturbed, logits.device, "logits")
     leading = logits.shape[:-1]
     views = [z.reshape(leading.numel(), z.shape[-1]) for z in (logits, logits_perturbed)]
-    shard = parallel.shard_of(process_group, views, logits.shape[-1], vocab_size, "logits")
+    same = transform.arguments() | dict(
+        targets=targets, kind=kind, backend=backend, workspace_limit=tiling.current_workspace()
+    )
+    shard = parallel.shard_of(process_group, views, logits.shape[-1], vocab_size, "logits", same)
     if targets is not None:
         checks.indices("targets", targets, leading, shard.total, logits.device, check)
         targets = targets.reshape(-1).long().contiguous()
-    if check:
+    look = checks.wanted(check, logits)
+    if look:
         checks.all_finite("logits", views[0][:, : shard.columns])
         checks.all_finite("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
         views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), wants_gradient(*views),
     )  # fmt: skip
-    if check and len(views[0]):
+    if look and len(views[0]):
         with torch.no_grad():
             rows = verify.sample_rows(len(views[0]), logits.device)
             z_p, z_q = (verify.exact_transform(z[rows, : shard.columns], transform, shard) for z in views)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from vppo_kernels import checks
 from vppo_kernels.parallel import Shard, sum_ranks
+from vppo_kernels.precision import exact_float32
+
+MOST_SCALE = 1e30  # of logits: what they are multiplied by must leave them, and their gradient, within float32
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,22 @@ class LogitTransform:
         checks.finite("logit_scale", self.logit_scale)
         if self.softcap is not None:
             checks.positive("softcap", self.softcap)
+        ratios = [("temperature", "logit_scale / temperature", abs(self.logit_scale) / self.temperature)]
+        if self.softcap is not None:
+            ratios = [
+                ("softcap", "logit_scale / softcap", abs(self.logit_scale) / self.softcap),
+                ("temperature", "softcap / temperature", self.softcap / self.temperature),
+                ("softcap", "temperature / softcap", self.temperature / self.softcap),
+                *ratios,
+            ]
+        for name, ratio, value in ratios:
+            if value > MOST_SCALE:
+                got = getattr(self, name)
+                raise ValueError(f"{name}: got {got!r}, takes a number for which {ratio} is at most {MOST_SCALE:g}")
+
+    def arguments(self) -> dict[str, float | None]:
+        """Its fields by the names that callers give them."""
+        return dict(temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap)
 
     def fields(self) -> list[float]:
         """What rebuilds it: `LogitTransform(*fields)`."""
@@ -96,14 +115,9 @@ def logit_dtype(*tensors: Tensor) -> torch.dtype:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 products in float32 (no TF32, no bfloat16, no autocast), and kernels started on this device."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with torch.autocast(device.type, enabled=False), on_device:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with exact_float32.held(), torch.autocast(device.type, enabled=False), on_device:
+        yield
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,7 +181,9 @@ class LinearHead:
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
         product: NarrowProduct | None = None,
     ) -> None:
-        self.hidden, self.weight, self.bias, self.transform, self.active = hidden, weight, bias, transform, active
+        # kernels read memory, where a view that torch negates when it reads it has the other sign
+        self.hidden, self.weight = [h.resolve_neg() for h in hidden], weight.resolve_neg()
+        self.bias, self.transform, self.active = bias, transform, active
         self.first, self.columns, self.widest, _, self.group = shard
         self.views, self.rows, self.depth = len(hidden), len(hidden[0] if active is None else active), weight.shape[1]
         self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)

@@ -51,20 +51,37 @@ def linear_logprob(
     hidden = parallel.local_hidden("hidden", hidden)
     checks.head(hidden, weight, bias, empty=process_group is not None)
     leading, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
-    shard = parallel.shard_of(process_group, [flat], len(weight), vocab_size, "weight")
+    same = transform.arguments() | dict(targets=targets, backend=backend, workspace_limit=tiling.current_workspace())
+    shard = parallel.shard_of(process_group, [flat], len(weight), vocab_size, "weight", same)
     checks.indices("targets", targets, leading, shard.total, weight.device, check)
-    flat_targets = targets.reshape(-1).long().contiguous()
+    logprobs, entropy = logprobs_of_rows(flat, weight, bias, targets.reshape(-1), transform, shard, backend, check)
+    return LogprobOutput(logprobs.view(leading), entropy.view(leading))
+
+
+def logprobs_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    shard: parallel.Shard,
+    backend: str,
+    check: bool,
+) -> LogprobOutput:
+    """`linear_logprob` of `[rows, D]` hidden states and `[rows]` targets, from arguments that are checked."""
+    targets = targets.long().contiguous()
     values, _ = sweep(
-        [flat], weight, bias, flat_targets, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
-        tiling.current_workspace(), wants_gradient(flat, weight, bias),
+        [hidden], weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
+        tiling.current_workspace(), wants_gradient(hidden, weight, bias),
     )  # fmt: skip
-    logprobs, entropy = values.unbind(0)
-    if check:
+    output = LogprobOutput(*values.unbind(0))
+    if checks.wanted(check, hidden):
         with torch.no_grad():
             checks.finite_head(weight, bias, shard.columns)
-            checks.all_finite("hidden", flat)
-            if len(flat):
-                rows = verify.sample_rows(len(flat), flat.device)
-                z = verify.exact_logits(flat[rows], weight, bias, transform, shard)
-                verify.check_single(LogprobOutput(logprobs, entropy), z, flat_targets, rows)
-    return LogprobOutput(logprobs.view(leading), entropy.view(leading))
+            checks.all_finite("hidden", hidden)
+            if len(hidden):
+                rows = verify.sample_rows(len(hidden), hidden.device)
+                sampled = (hidden[rows], weight, bias, transform, shard)
+                z, terms = verify.exact_logits(*sampled), verify.magnitude(*sampled)
+                verify.check_single(output, z, targets, rows, terms)
+    return output

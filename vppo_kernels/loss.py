@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vppo_kernels import backends, checks, parallel, tiling
 from vppo_kernels.head import LogitTransform
+from vppo_kernels.layout import Layout, layout_of
 from vppo_kernels.linear_loss import LinearLoss
-from vppo_kernels.logprob import linear_logprob
+from vppo_kernels.logprob import logprobs_of_rows
 from vppo_kernels.ops import wants_gradient
 from vppo_kernels.shaping import Shaped, TrajectoryStats, expand_advantages, shape_advantages
 
@@ -29,14 +30,16 @@ LOG_RATIO_LIMIT = 20.0
 Metrics = dict[str, Tensor]
 
 
-def _reduce(rows: Tensor, lengths: Tensor, width: int, loss_agg: str, denominator: Tensor | float | None) -> Tensor:
+def _reduce(
+    rows: Tensor, lengths: Tensor, width: int | Tensor, loss_agg: str, denominator: Tensor | float | None
+) -> Tensor:
     """The loss from each row's sum and number of tokens, under verl's names; `vppo_loss` says what they divide by."""
     if loss_agg in ("none", "token-sum"):
         return rows if loss_agg == "none" else rows.sum()
     if loss_agg == "token-mean":
         return rows.sum() / (lengths.sum().clamp_min(1) if denominator is None else denominator)
     if loss_agg == "seq-mean-token-sum-norm":
-        return rows.sum() / (max(width, 1) if denominator is None else denominator)
+        return rows.sum() / (width if denominator is None else denominator)
     if loss_agg == "seq-mean-token-mean":
         rows = rows / lengths.clamp_min(1)
     return rows.sum() / ((lengths > 0).sum().clamp_min(1) if denominator is None else denominator)
@@ -51,7 +54,7 @@ class LossOptions:
     scale_max: float | None
     has_image: Tensor | None
     stats: TrajectoryStats | None
-    process_group: Any
+    stats_group: Any
     clip_low: float
     clip_high: float
     clip_dual: float | None
@@ -62,6 +65,9 @@ class LossOptions:
     kl_coef: float
 
     def __post_init__(self) -> None:
+        checks.fraction("keep_ratio", self.keep_ratio)
+        checks.scales(self.scale_min, self.scale_max)
+        parallel.check_group("stats_group", self.stats_group)
         checks.one_of("loss_agg", self.loss_agg, AGGREGATIONS)
         checks.non_negative("clip_low", self.clip_low)
         checks.non_negative("clip_high", self.clip_high)
@@ -85,7 +91,7 @@ class LossOptions:
 def _per_token(
     name: str, value: Tensor | None, like: Tensor, mask: Tensor, check: bool, zero: bool = True
 ) -> Tensor | None:  # fmt: skip
-    """A `[B, T]` argument with its padding replaced by 0, so that nothing there can reach a sum or a gradient."""
+    """An argument of tokens with its padding replaced by 0, so that nothing there can reach a sum or a gradient."""
     if value is None:
         return None
     checks.floating(name, value)
@@ -97,8 +103,15 @@ def _per_token(
 
 
 def _shape(
-    advantages: Tensor, mask: Tensor, dependency: Tensor | None, options: LossOptions, check: bool, backend: str
-) -> Shaped:  # fmt: skip
+    advantages: Tensor,
+    mask: Tensor,
+    dependency: Tensor | None,
+    options: LossOptions,
+    layout: Layout,
+    cu_seqlens: Tensor | None,
+    check: bool,
+    backend: str,
+) -> Shaped:
     """Shaped advantages; without a dependency every response token is kept and every factor is 1."""
     if dependency is not None:
         checks.tensor("dependency", dependency)
@@ -108,19 +121,24 @@ def _shape(
             advantages,
             dependency,
             mask,
+            cu_seqlens=cu_seqlens,
             keep_ratio=options.keep_ratio,
             scale_min=options.scale_min,
             scale_max=options.scale_max,
             has_image=options.has_image,
             stats=options.stats,
-            process_group=options.process_group,
+            stats_group=options.stats_group,
             backend=backend,
             check=check,
         )
-    per_token = expand_advantages(advantages, mask)
+    per_token = expand_advantages(advantages, mask, layout)
     if check:
         checks.all_finite("advantages", per_token, mask)
-    return Shaped(torch.where(mask, per_token, 0).detach(), mask, torch.ones(len(mask), device=mask.device))
+    return Shaped(
+        torch.where(mask, per_token, 0).detach(),
+        mask,
+        torch.ones(layout.count, dtype=torch.float32, device=mask.device),
+    )
 
 
 # Sums over a row's tokens that the losses return, in this order: of its response tokens ...
@@ -215,19 +233,28 @@ def _loss(
     ref_logprobs: Tensor | None,
     is_weights: Tensor | None,
     options: LossOptions,
+    layout: Layout,
     kernels: ModuleType | None,
 ) -> tuple[Tensor, Metrics]:
-    """Everything after shaping; all `[B, T]` arguments are clean of padding, or `kernels` leave it out."""
-    rows, sums = (_clipped_loss if kernels is None else kernels.clipped_loss)(
-        logprobs,
-        entropy,
-        old_logprobs,
-        shaped.advantages,
-        shaped.keep,
-        mask,
-        ref_logprobs,
-        is_weights,
-        dependency,
+    """Everything after shaping; all arguments of tokens are clean of padding, or `kernels` leave it out."""
+    looked = mask
+    if dependency is not None and options.has_image is not None:  # a row without an image may hold anything
+        looked = mask & layout.spread(options.has_image != 0)
+        dependency = torch.where(looked, dependency, 0)
+
+    def as_rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else layout.as_rows(values)
+
+    values, sums = (_clipped_loss if kernels is None else kernels.clipped_loss)(
+        layout.as_rows(logprobs),
+        as_rows(entropy),
+        layout.as_rows(old_logprobs),
+        layout.as_rows(shaped.advantages),
+        layout.as_rows(shaped.keep),
+        layout.as_rows(mask),
+        as_rows(ref_logprobs),
+        as_rows(is_weights),
+        as_rows(dependency),
         low=1 - options.clip_low,
         high=1 + options.clip_high,
         dual=options.clip_dual,
@@ -235,16 +262,20 @@ def _loss(
         nll_coef=options.nll_coef,
         entropy_coef=options.entropy_coef,
         kl_coef=options.kl_coef,
-        per_token=options.loss_agg == "none",
+        per_token=options.loss_agg == "none" or layout.packed,
         ref_of_all=options.every_token,
     )
-    loss = _reduce(rows, sums[0], mask.shape[1], options.loss_agg, options.denominator)
+    lengths = sums[0]
+    if layout.packed:  # all of it was one row
+        values, lengths = values.squeeze(0), layout.sum(mask, sums.dtype)
+        values = values if options.loss_agg == "none" else layout.sum(values, values.dtype)
+    loss = _reduce(values, lengths, layout.width, options.loss_agg, options.denominator)
 
     totals = sums.sum(1)
-    by_row = dict(zip(SUMS, sums, strict=True))
-    tokens, active = totals[0].clamp_min(1), totals[2].clamp_min(1)
+    total_of = dict(zip(SUMS, totals, strict=True))
+    count, active = totals[0].clamp_min(1), totals[2].clamp_min(1)
     split = len(PER_TOKEN)
-    metrics = dict(zip(PER_TOKEN, totals[:split] / tokens, strict=True))
+    metrics = dict(zip(PER_TOKEN, totals[:split] / count, strict=True))
     metrics |= zip(PER_ACTIVE, totals[split : split + len(PER_ACTIVE)] / active, strict=True)
     del metrics["tokens"]
     if options.clip_dual is None:
@@ -252,12 +283,9 @@ def _loss(
     if entropy is None:
         del metrics["entropy_mean"]
     if ref_logprobs is not None:
-        metrics["ref_kl"] = by_row["ref_kl"].sum() / (tokens if options.every_token else active)
+        metrics["ref_kl"] = total_of["ref_kl"] / (count if options.every_token else active)
     if dependency is not None:
-        looked, lengths = by_row["dependency"], by_row["tokens"]
-        if options.has_image is not None:  # a row without an image may hold anything
-            looked, lengths = (torch.where(options.has_image != 0, x, 0) for x in (looked, lengths))
-        metrics["dependency_mean"] = looked.sum() / lengths.sum().clamp_min(1)
+        metrics["dependency_mean"] = total_of["dependency"] / looked.sum().clamp_min(1)
         alpha = shaped.alpha if len(shaped.alpha) else shaped.alpha.new_ones(1)
         metrics |= {"alpha_min": alpha.amin(), "alpha_mean": alpha.mean(), "alpha_max": alpha.amax()}
     return loss, metrics
@@ -276,6 +304,7 @@ def vppo_loss(
     mask: Tensor,
     dependency: Tensor | None = None,
     *,
+    cu_seqlens: Tensor | None = None,
     keep_ratio: float = 0.4,
     scale_min: float = 0.9,
     scale_max: float | None = None,
@@ -292,7 +321,7 @@ def vppo_loss(
     is_weights: Tensor | None = None,
     has_image: Tensor | None = None,
     stats: TrajectoryStats | None = None,
-    process_group: Any = None,
+    stats_group: Any = None,
     backend: str = "auto",
     check: bool | None = None,
 ) -> tuple[Tensor, Metrics]:
@@ -304,18 +333,20 @@ def vppo_loss(
     `d = ref_logprobs - logprobs`, held within +-20. All terms are then reduced together.
 
     Args:
-        logprobs: `[B, T]` log-probabilities under the policy being trained, in nats. The only argument, with `entropy`,
-            through which gradient flows.
+        logprobs: `[B, T]` log-probabilities under the policy being trained, in nats; `[total]` with `cu_seqlens`, as
+            are then all arguments of tokens. The only argument, with `entropy`, through which gradient flows.
         old_logprobs: `[B, T]` under the policy that sampled; `logprobs.detach()` where it is the same.
         advantages: `[B]` or `[B, T]`.
         mask: `[B, T]` bool or 0/1, the response tokens. Whatever stands at other positions, NaN included, is not read.
         dependency: `[B, T]` dependency of each token on the image; None leaves the advantages as they are (DAPO).
-        keep_ratio, scale_min, scale_max, has_image, stats, process_group: As in `vppo_advantages`.
+        cu_seqlens: As in `topk_mask`, for packed trajectories. The loss is that of the same trajectories padded.
+        keep_ratio, scale_min, scale_max, has_image, stats, stats_group: As in `vppo_advantages`.
         clip_low, clip_high: The ratio is clipped to `[1 - clip_low, 1 + clip_high]`.
         clip_dual: Bound on the ratio for negative advantages, above 1; None for no bound.
         loss_agg: "token-mean" divides the sum over response tokens by their number; "seq-mean-token-mean" and
             "seq-mean-token-sum" average each trajectory's mean or sum over the trajectories that have tokens;
-            "seq-mean-token-sum-norm" divides the sum by T; "token-sum" divides by nothing; "none" returns `[B, T]`.
+            "seq-mean-token-sum-norm" divides the sum by T, packed by the length of the longest trajectory, whatever its
+            mask; "token-sum" divides by nothing; "none" returns `[B, T]` or `[total]`.
         denominator: What a mean divides by instead: the tokens ("token-mean"), the trajectories ("seq-mean-*") or the
             horizon ("-norm") of the whole batch when this call sees a micro-batch or one rank's share of it.
         nll_coef: Weight of the mean negative log-probability of the response tokens (0.06 in the released code).
@@ -324,11 +355,12 @@ def vppo_loss(
         ref_logprobs: `[B, T]` under the reference policy.
         kl_coef: Weight of the divergence from the reference policy.
         is_weights: `[B, T]` factors on the surrogate, such as truncated importance weights of the sampler.
-        backend: As in `topk_mask`; "auto" takes plain torch where any argument is float64.
+        backend: As in `topk_mask`; "auto" takes plain torch where any argument is float64. Sums of packed trajectories
+            are plain torch.
         check: As in `topk_mask`, for all arguments.
 
     Returns:
-        The loss, float32 (or float64 where an argument is), a scalar, `[B, T]` for "none"; detached scalar metrics. Of
+        The loss, float32 (or float64 where an argument is), a scalar, of tokens for "none"; detached scalar metrics. Of
         response tokens: kept_fraction, active_fraction (shaped advantage not 0). Of the active ones: ratio_mean,
         clip_fraction_low, clip_fraction_high, clip_fraction_dual, approx_kl. With a dependency: dependency_mean (of the
         rows with an image), alpha_min, alpha_mean, alpha_max. Where given: entropy_mean, ref_kl.
@@ -337,20 +369,24 @@ def vppo_loss(
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
     """
     options = LossOptions(
-        keep_ratio, scale_min, scale_max, has_image, stats, process_group,
+        keep_ratio, scale_min, scale_max, has_image, stats, stats_group,
         clip_low, clip_high, clip_dual, loss_agg, denominator, nll_coef, entropy_coef, kl_coef,
     )  # fmt: skip
-    checks.matrix("logprobs", logprobs)
+    layout = layout_of("logprobs", logprobs, cu_seqlens, check)
     if kl_coef and ref_logprobs is None:
         raise ValueError("ref_logprobs: got None, takes [B, T] log-probabilities where kl_coef is not 0")
     if entropy_coef and entropy is None:
         raise ValueError("entropy: got None, takes [B, T] entropies where entropy_coef is not 0")
-    valid = checks.token_mask(mask, logprobs)
+    valid = layout.within(checks.token_mask(mask, logprobs))
     look = checks.wanted(check, logprobs)
     kernels = backends.token_kernels(
         backend, logprobs, old_logprobs, advantages, dependency, entropy, ref_logprobs, is_weights
     )
-    shaped = _shape(advantages, valid, dependency, options, look, "torch" if kernels is None else backend)
+    if kernels is not None:
+        checks.reverse_mode(logprobs, entropy)
+    shaped = _shape(
+        advantages, valid, dependency, options, layout, cu_seqlens, look, "torch" if kernels is None else backend
+    )
 
     def clean(name: str, value: Tensor | None) -> Tensor | None:
         return _per_token(name, value, logprobs, valid, look, zero=kernels is None)
@@ -371,6 +407,7 @@ def vppo_loss(
         constant("ref_logprobs", ref_logprobs),
         constant("is_weights", is_weights),
         options,
+        layout,
         kernels,
     )
 
@@ -385,6 +422,7 @@ def linear_vppo_loss(
     dependency: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    cu_seqlens: Tensor | None = None,
     keep_ratio: float = 0.4,
     scale_min: float = 0.9,
     scale_max: float | None = None,
@@ -405,6 +443,7 @@ def linear_vppo_loss(
     softcap: float | None = None,
     vocab_size: int | None = None,
     process_group: Any = None,
+    stats_group: Any = None,
     backend: str = "auto",
     check: bool | None = None,
 ) -> tuple[Tensor, Metrics]:
@@ -415,14 +454,20 @@ def linear_vppo_loss(
     while the logits are there (with `check=True` and with loss_agg "none" in the backward, from recomputed ones), and
     handed out once: a second backward raises.
 
+    Which tokens are dropped depends on values, and `torch.compile` knows none: in code that it traces all rows meet the
+    weight once, in the forward, and only those that carry gradient again, in the backward. Loss, gradients and metrics
+    are the same.
+
     Args:
-        hidden: `[B, T, D]` hidden states that predict the response tokens; not read where they are dropped.
+        hidden: `[B, T, D]` hidden states that predict the response tokens, or `[total, D]` with `cu_seqlens`; not read
+            where they are dropped.
         weight: `[V, D]`.
-        targets: `[B, T]` response tokens; any value where `mask` is 0.
-        old_logprobs, advantages, mask, dependency: As in `vppo_loss`.
+        targets: `[B, T]` or `[total]` response tokens; any value where `mask` is 0.
+        old_logprobs, advantages, mask, dependency, cu_seqlens: As in `vppo_loss`.
         bias: `[V]` or None.
-        temperature, logit_scale, softcap, vocab_size, backend: As in `linear_divergence`.
-        process_group: Statistics over all ranks, as in `vppo_advantages`.
+        temperature, logit_scale, softcap, vocab_size, process_group, backend: As in `linear_divergence`.
+        stats_group: Statistics over all ranks of this group, as in `vppo_advantages`. Ranks that share a vocabulary
+            (`process_group`) hold the same trajectories, so they belong to different groups of this kind.
         check: As in `topk_mask`; True also compares a sample of rows with the definition.
         (others): As in `vppo_loss`; the entropies are computed here.
 
@@ -433,29 +478,33 @@ def linear_vppo_loss(
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
     """
     options = LossOptions(
-        keep_ratio, scale_min, scale_max, has_image, stats, process_group,
+        keep_ratio, scale_min, scale_max, has_image, stats, stats_group,
         clip_low, clip_high, clip_dual, loss_agg, denominator, nll_coef, entropy_coef, kl_coef,
     )  # fmt: skip
-    checks.head(hidden, weight, bias)
-    checks.vocabulary(vocab_size, len(weight), "the rows of weight")
-    checks.matrix("old_logprobs", old_logprobs)
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    weight, bias, process_group = parallel.localize(weight, bias, process_group)
+    hidden = parallel.local_hidden("hidden", hidden)
+    parallel.check_group("process_group", process_group)
+    checks.head(hidden, weight, bias, empty=process_group is not None)
+    layout = layout_of("old_logprobs", old_logprobs, cu_seqlens, check)
     if kl_coef and ref_logprobs is None:
         raise ValueError("ref_logprobs: got None, takes [B, T] log-probabilities where kl_coef is not 0")
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden: got shape {list(hidden.shape)}, takes [B, T, D]")
-    checks.shape("old_logprobs", old_logprobs, tuple(hidden.shape[:2]), "the leading dimensions of hidden")
+    leading, takes = hidden.shape[:-1], "[total, D] with cu_seqlens" if layout.packed else "[B, T, D]"
+    if len(leading) != old_logprobs.dim():
+        raise ValueError(f"hidden: got shape {list(hidden.shape)}, takes {takes}")
+    checks.shape("old_logprobs", old_logprobs, tuple(leading), "the leading dimensions of hidden")
     checks.same_device("old_logprobs", old_logprobs, weight.device, "weight")
     checks.tensor("targets", targets)
-    checks.shape("targets", targets, tuple(hidden.shape[:2]), "the leading dimensions of hidden")
+    checks.shape("targets", targets, tuple(leading), "the leading dimensions of hidden")
     checks.same_device("targets", targets, weight.device, "weight")
-    valid = checks.token_mask(mask, old_logprobs)
+    valid = layout.within(checks.token_mask(mask, old_logprobs))
     look = checks.wanted(check, old_logprobs)
-    targets = torch.where(valid, targets, 0)
-    checks.indices("targets", targets, hidden.shape[:2], vocab_size or len(weight), weight.device, look)
     inputs = (hidden, weight, bias, old_logprobs, advantages, dependency, ref_logprobs, is_weights)
     double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs)
     kernels = None if double else backends.token_kernels(backend, old_logprobs)  # `backend` is first of all the head's
-    shaped = _shape(advantages, valid, dependency, options, look, "torch" if kernels is None else backend)
+    shaped = _shape(
+        advantages, valid, dependency, options, layout, cu_seqlens, look, "torch" if kernels is None else backend
+    )
 
     def clean(name: str, value: Tensor | None) -> Tensor | None:
         cleaned = _per_token(name, value, old_logprobs, valid, look)
@@ -464,37 +513,41 @@ def linear_vppo_loss(
     old = clean("old_logprobs", old_logprobs)
     assert old is not None
     needed = valid if options.every_token else valid & (shaped.advantages != 0)
-    rows = needed.nonzero(as_tuple=True)
+    tracing = torch.compiler.is_compiling()
+    rows = None if tracing else needed.nonzero(as_tuple=True)
+    chosen = hidden.flatten(0, -2) if rows is None else hidden[rows]
+    targets = torch.where(valid, targets, 0)
+    same = transform.arguments() | dict(targets=targets, backend=backend, workspace_limit=tiling.current_workspace())
+    shard = parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight", same)
+    checks.indices("targets", targets, leading, shard.total, weight.device, look)
+    chosen_targets = targets.flatten() if rows is None else targets[rows]
     if look:
         checks.all_finite("hidden", hidden, needed)
     ref, weights = clean("ref_logprobs", ref_logprobs), clean("is_weights", is_weights)
     metrics: Metrics = {}
 
+    def placed(values: Tensor, rest: Tensor) -> Tensor:
+        return torch.where(needed, values.view(leading), rest) if rows is None else rest.index_put(rows, values)
+
     def loss_of(row_logprobs: Tensor, row_entropy: Tensor) -> Tensor:
         # a dropped token has ratio 1 and advantage 0
-        logprobs = old.to(row_logprobs.dtype).index_put(rows, row_logprobs)
-        entropy = torch.zeros_like(logprobs).index_put(rows, row_entropy) if entropy_coef else None
-        loss, found = _loss(logprobs, old, shaped, valid, dependency, entropy, ref, weights, options, kernels)
+        logprobs = placed(row_logprobs, old.to(row_logprobs.dtype))
+        entropy = placed(row_entropy, torch.zeros_like(logprobs)) if entropy_coef else None
+        loss, found = _loss(logprobs, old, shaped, valid, dependency, entropy, ref, weights, options, layout, kernels)
         metrics.update(found)
         return loss
 
-    head: dict[str, Any] = dict(
-        temperature=temperature, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size, backend=backend
-    )
-    if check or loss_agg == "none" or not wants_gradient(hidden, weight, bias):
-        computed = linear_logprob(hidden[rows], weight, targets[rows], bias, check=bool(check), **head)
-        loss = loss_of(computed.logprobs, computed.entropy)
-        return loss, metrics
-    local_weight, local_bias, group = parallel.localize(weight, bias, None)
-    chosen = parallel.local_hidden("hidden", hidden)[rows]
-    shard = parallel.shard_of(group, [chosen], len(local_weight), vocab_size, "weight")
+    if tracing or check or loss_agg == "none" or not wants_gradient(hidden, weight, bias):
+        return loss_of(
+            *logprobs_of_rows(chosen, weight, bias, chosen_targets, transform, shard, backend, bool(check))
+        ), metrics
     loss = LinearLoss.apply(
         chosen,
-        local_weight,
-        local_bias,
-        targets[rows].long(),
+        weight,
+        bias,
+        chosen_targets.long(),
         loss_of,
-        LogitTransform(temperature, logit_scale, softcap),
+        transform,
         shard,
         backend,
         tiling.current_workspace(),

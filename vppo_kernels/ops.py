@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo_kernels import tiling
+from vppo_kernels import checks, tiling
 from vppo_kernels.backends import narrow_product, resolve
 from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
 from vppo_kernels.parallel import Shard
@@ -111,7 +111,7 @@ def run_sweep_backward(
         targets = None if targets is None else targets[active]
     if kind == "reverse_kl":
         grad = grad[[0, 2, 1, 4, 3][: len(grad)]]
-    grad, saved = grad.contiguous(), saved.contiguous()  # kernels take fields of consecutive rows
+    grad, saved = grad.resolve_neg().contiguous(), saved.contiguous()  # kernels take fields of consecutive rows
 
     swapped, options, part = _order(kind, views), LogitTransform(*transform), _shard(shard, group)
     want_views = tuple(_order(kind, wants[: len(views)]))
@@ -158,7 +158,12 @@ def _(grad, saved, views, weight, bias, targets, transform, shard, group, kind, 
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a backward."""
+    """Whether autograd will ask for a backward.
+
+    Raises:
+        NotImplementedError: It asks for forward mode.
+    """
+    checks.reverse_mode(*tensors)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

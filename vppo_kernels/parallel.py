@@ -6,6 +6,7 @@ few numbers per row of hidden states and nothing else.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,12 @@ from torch import Tensor
 from vppo_kernels import checks
 
 CHECKSUM_TOLERANCE = 1e-3  # relative: the same hidden states, whatever order their reductions had
+
+
+def check_group(name: str, value: Any) -> None:
+    """Raise TypeError where something else than a process group or None was given."""
+    if value is not None and not isinstance(value, dist.ProcessGroup):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a torch.distributed.ProcessGroup or None")
 
 
 class Shard(NamedTuple):
@@ -36,7 +43,9 @@ class Shard(NamedTuple):
     group: str = ""
 
 
-def shard_of(process_group: Any, views: list[Tensor], local: int, vocab_size: int | None, of: str) -> Shard:
+def shard_of(
+    process_group: Any, views: list[Tensor], local: int, vocab_size: int | None, of: str, same: dict[str, Any]
+) -> Shard:
     """Find this rank's place in the vocabulary; with a group collective, and the only step that waits for the device.
 
     Args:
@@ -46,17 +55,21 @@ def shard_of(process_group: Any, views: list[Tensor], local: int, vocab_size: in
         local: Columns on this rank, padding included.
         vocab_size: Size of the whole vocabulary without padding; None if there is no padding.
         of: "weight" or "logits": what holds the columns.
+        same: Other arguments that must be the same on every rank, by name: numbers, names, None, or tensors of tokens.
 
     Raises:
         TypeError: `process_group` is something else.
-        ValueError: Ranks have different rows, or `vocab_size` exceeds what they hold together.
+        ValueError: Ranks have different rows or other such arguments, or `vocab_size` exceeds what they hold together.
     """
     sizes, rank, name = [local], 0, ""
+    check_group("process_group", process_group)
     if process_group is not None:
-        if not isinstance(process_group, dist.ProcessGroup):
-            got = type(process_group).__name__
-            raise TypeError(f"process_group: got {got}, takes a torch.distributed.ProcessGroup or None")
-        sizes = _sizes(process_group, views, local, of)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "process_group: got one where torch.compile traces, takes None there: ranks tell each other what they "
+                "hold before anything is computed (leave the operation out with torch.compiler.disable)"
+            )
+        sizes = _sizes(process_group, views, local, of, {**same, "vocab_size": vocab_size})
         rank, name = dist.get_rank(process_group), process_group.group_name
     checks.vocabulary(vocab_size, sum(sizes), f"the vocabulary that {of} holds")
     total = sum(sizes) if vocab_size is None else vocab_size
@@ -65,12 +78,30 @@ def shard_of(process_group: Any, views: list[Tensor], local: int, vocab_size: in
     return Shard(firsts[rank], held[rank], max(held), total, name)
 
 
-def _sizes(process_group: Any, views: list[Tensor], local: int, of: str) -> list[int]:
+def _number(value: Any) -> float:
+    """A number that tells an argument from others; of tokens one that a change of order changes too."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            return -2.0  # a wrong dtype is refused later
+        places = torch.arange(value.numel(), device=value.device) % 65521 + 1
+        return float((value.flatten().long() * places).sum() % 2**31)
+    if isinstance(value, str):
+        return float(zlib.crc32(value.encode()))
+    return float(value) if isinstance(value, int | float) else -1.0
+
+
+def _sizes(process_group: Any, views: list[Tensor], local: int, of: str, same: dict[str, Any]) -> list[int]:
     """Columns of every rank; finds out whether all have the same rows, which a sharded weight alone does not show."""
     counts = torch.tensor([local, len(views[0])], dtype=torch.float64, device=views[0].device)
     contents = [v.detach().float().abs().sum().nan_to_num() / max(v.numel(), 1) for v in views if of == "weight"]
-    mine = torch.stack([*counts, *(mean.double() for mean in contents)])
+    others = torch.tensor([_number(value) for value in same.values()], dtype=torch.float64, device=counts.device)
+    mine = torch.stack([*others, *counts, *(mean.double() for mean in contents)])
     everyone = [theirs.tolist() for theirs in _gather(mine, process_group)]
+    for rank, theirs in enumerate(everyone):
+        for name, got, expected in zip(same, theirs, everyone[0], strict=False):
+            if got != expected:
+                raise ValueError(f"{name}: differs between ranks 0 and {rank} of process_group, takes the same on all")
+    everyone = [theirs[len(same) :] for theirs in everyone]
     for rank, theirs in enumerate(everyone):
         far = [abs(x - y) > CHECKSUM_TOLERANCE * max(x, y) for x, y in zip(theirs[2:], everyone[0][2:], strict=True)]
         if theirs[1] != everyone[0][1] or any(far):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vppo_kernels import backends, checks
+from vppo_kernels.layout import Layout, Packed, layout_of
 
 
 def keep_counts(lengths: Tensor, keep_ratio: float) -> Tensor:
@@ -18,21 +19,13 @@ def keep_counts(lengths: Tensor, keep_ratio: float) -> Tensor:
 
 def _checked(
     scores: Tensor, mask: Tensor, keep_ratio: float, cu_seqlens: Tensor | None, check: bool | None
-) -> Tensor:  # fmt: skip
-    if cu_seqlens is None:
-        checks.matrix("scores", scores)
-    else:
-        checks.floating("scores", scores)
-        if scores.dim() != 1:
-            raise ValueError(f"scores: got shape {list(scores.shape)}, takes [total] with cu_seqlens")
+) -> tuple[Tensor, Layout]:  # fmt: skip
+    layout = layout_of("scores", scores, cu_seqlens, check)
     checks.fraction("keep_ratio", keep_ratio)
-    valid = checks.token_mask(mask, scores)
-    look = checks.wanted(check, scores)
-    if cu_seqlens is not None:
-        checks.offsets("cu_seqlens", cu_seqlens, scores, "scores", look)
-    if look:
+    valid = layout.within(checks.token_mask(mask, scores))
+    if checks.wanted(check, scores):
         checks.all_finite("scores", scores, valid)
-    return valid
+    return valid, layout
 
 
 def _padding_last(scores: Tensor, valid: Tensor) -> Tensor:
@@ -46,32 +39,32 @@ def _select(scores: Tensor, valid: Tensor, keep_ratio: float) -> Tensor:
     return (rank < keep_counts(valid.sum(1), keep_ratio).unsqueeze(1)) & valid
 
 
-def _select_packed(scores: Tensor, valid: Tensor, keep_ratio: float, cu_seqlens: Tensor) -> Tensor:
-    places = torch.arange(len(scores), device=scores.device)
-    row = torch.bucketize(places, cu_seqlens[1:], right=True)
+def _select_packed(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Packed) -> Tensor:
     order = _padding_last(scores, valid).sort(descending=True, stable=True).indices
-    order = order[row[order].sort(stable=True).indices]  # by row, then by score, then by place
+    order = order[layout.row[order].sort(stable=True).indices]  # by row, then by score, then by place
+    first = layout.spread(layout.offsets[:-1] - layout.offsets[0])  # in this order; what is in no row comes last
     rank = torch.empty_like(order)
-    rank[order] = places - cu_seqlens[row]
-    before = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
-    return (rank < keep_counts(before[cu_seqlens].diff(), keep_ratio)[row]) & valid
+    rank[order] = torch.arange(scores.shape[0], device=scores.device) - first[order]
+    return (rank < layout.spread(keep_counts(layout.sum(valid, torch.int64), keep_ratio))) & valid
 
 
 def _write(
-    scores: Tensor, valid: Tensor, keep_ratio: float, cu_seqlens: Tensor | None, backend: str, in_place: bool
-) -> Tensor:
+    scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout, backend: str, in_place: bool
+) -> Tensor:  # fmt: skip
+    if in_place:
+        scores[:0].zero_()  # tells autograd what kernels do behind its back, or raises where nothing may be written
     kernels = backends.token_kernels(backend, scores)
     if kernels is None:
-        if cu_seqlens is None:
-            keep = _select(scores, valid, keep_ratio)
+        if isinstance(layout, Packed):
+            keep = _select_packed(scores, valid, keep_ratio, layout)
         else:
-            keep = _select_packed(scores, valid, keep_ratio, cu_seqlens)
+            keep = _select(scores, valid, keep_ratio)
     else:
-        given = scores.detach().contiguous()
-        direct = in_place and scores.is_contiguous()
-        blank = torch.empty_like if cu_seqlens is None else torch.zeros_like  # unchecked offsets may leave gaps
+        given = scores.detach().resolve_neg().contiguous()
+        direct = in_place and scores.is_contiguous() and not (layout.packed or scores.is_neg())
+        blank = torch.zeros_like if layout.packed else torch.empty_like  # unchecked offsets may leave gaps
         keep = given if direct else blank(given, dtype=torch.bool)
-        kernels.topk(given, valid, keep_ratio, cu_seqlens, keep)
+        kernels.topk(given, valid, keep_ratio, layout.offsets if isinstance(layout, Packed) else None, keep)
         if direct:
             return scores
     return scores.copy_(keep) if in_place else keep
@@ -96,9 +89,10 @@ def topk_mask(
         cu_seqlens: `[B + 1]` int32 or int64 for packed rows: row i is `scores[cu_seqlens[i]:cu_seqlens[i + 1]]`, the
             first begins at 0 and the last ends at `total`.
         backend: "auto", "torch" or one of Triton's, as in `linear_divergence`. "auto" takes the kernels on a GPU, plain
-            torch for float64. They agree exactly.
+            torch for float64. They agree exactly. Code that `torch.compile` traces is plain torch, whatever the name.
         check: Raise on NaN or inf among valid scores and on offsets out of order. None looks on the CPU, where looking
-            costs no synchronisation. Unchecked, a NaN ranks above every number.
+            costs no synchronisation. Unchecked, a NaN ranks above every number. Code that `torch.compile` traces has
+            no values to look at: there nothing is checked but types and shapes.
 
     Returns:
         Bool like `scores`, never True where `mask` is 0. A row without valid tokens keeps none. Not differentiable.
@@ -106,8 +100,8 @@ def topk_mask(
     Raises:
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
     """
-    valid = _checked(scores, mask, keep_ratio, cu_seqlens, check)
-    return _write(scores, valid, keep_ratio, cu_seqlens, backend, in_place=False)
+    valid, layout = _checked(scores, mask, keep_ratio, cu_seqlens, check)
+    return _write(scores, valid, keep_ratio, layout, backend, in_place=False)
 
 
 @torch.no_grad()
@@ -128,5 +122,5 @@ def topk_mask_(
     Returns:
         `scores`.
     """
-    valid = _checked(scores, mask, keep_ratio, cu_seqlens, check)
-    return _write(scores, valid, keep_ratio, cu_seqlens, backend, in_place=True)
+    valid, layout = _checked(scores, mask, keep_ratio, cu_seqlens, check)
+    return _write(scores, valid, keep_ratio, layout, backend, in_place=True)

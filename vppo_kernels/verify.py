@@ -15,7 +15,8 @@ SAMPLE = 16
 
 def sample_rows(total: int, device: torch.device) -> Tensor:
     """Up to `SAMPLE` rows, evenly spread, first and last among them."""
-    return torch.linspace(0, total - 1, min(SAMPLE, total), device=device).round().long().unique()
+    places = torch.linspace(0, total - 1, min(SAMPLE, total), dtype=torch.float64, device=device)
+    return places.round().long().unique()
 
 
 def exact_logits(
@@ -25,6 +26,16 @@ def exact_logits(
     bias = None if bias is None else bias.double()
     local = reference.logits(hidden.double(), weight.double(), bias, vocab_size=shard.columns, **vars(transform))
     return gather_columns(local, shard)
+
+
+def magnitude(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, shard: Shard
+) -> Tensor:  # fmt: skip
+    """`[rows]`: the most that the terms of one logit add up to, signs aside. Their sum is rounded by it."""
+    bias = None if bias is None else bias.double().abs()
+    local = reference.logits(hidden.double().abs(), weight.double().abs(), bias, vocab_size=shard.columns)
+    scale = abs(transform.logit_scale) / transform.temperature
+    return gather_columns(local * scale, shard).amax(-1)
 
 
 def exact_transform(logits: Tensor, transform: LogitTransform, shard: Shard) -> Tensor:
@@ -40,10 +51,10 @@ def bound(field: str, expected: Tensor) -> Tensor:
     return torch.full_like(expected, 2e-5)
 
 
-def rounding(*logits: Tensor) -> Tensor:
-    """What rounding the logits themselves to float32 can move a result by: it grows with their size."""
-    size = torch.stack([z.abs().amax(-1) for z in logits]).amax(0)
-    return size * torch.finfo(torch.float32).eps * 4
+def rounding(*logits: Tensor, terms: Tensor | None = None) -> Tensor:
+    """What rounding logits to float32 can move a result by: it grows with their size, and with their `terms`."""
+    size = torch.stack([z.abs().amax(-1) for z in logits]).amax(0) * 4
+    return (size if terms is None else torch.maximum(size, terms)) * torch.finfo(torch.float32).eps
 
 
 def compare(
@@ -64,13 +75,19 @@ def compare(
 
 
 def check_pair(
-    got: DivergenceOutput, z_p: Tensor, z_q: Tensor, targets: Tensor | None, rows: Tensor, kind: str
+    got: DivergenceOutput,
+    z_p: Tensor,
+    z_q: Tensor,
+    targets: Tensor | None,
+    rows: Tensor,
+    kind: str,
+    terms: Tensor | None = None,
 ) -> None:
-    """Compare with the reference on float64 logits of the sampled rows, `[rows, V]` each."""
+    """Compare with the reference on float64 logits of the sampled rows, `[rows, V]` each; `terms` as `magnitude`."""
     chosen = None if targets is None else targets[rows].long()
-    compare(got, reference.divergence(z_p, z_q, chosen, kind), rows, rounding(z_p, z_q))
+    compare(got, reference.divergence(z_p, z_q, chosen, kind), rows, rounding(z_p, z_q, terms=terms))
 
 
-def check_single(got: LogprobOutput, z: Tensor, targets: Tensor, rows: Tensor) -> None:
-    """Compare with the reference on float64 logits of the sampled rows, `[rows, V]`."""
-    compare(got, reference.logprob_output(z, targets[rows].long()), rows, rounding(z))
+def check_single(got: LogprobOutput, z: Tensor, targets: Tensor, rows: Tensor, terms: Tensor) -> None:
+    """Compare with the reference on float64 logits of the sampled rows, `[rows, V]`; `terms` as `magnitude`."""
+    compare(got, reference.logprob_output(z, targets[rows].long()), rows, rounding(z, terms=terms))

@@ -1,6 +1,8 @@
 // What Python calls of the product: checks its tensors.
 #include <tvm/ffi/tvm_ffi.h>
 
+#include <algorithm>
+
 #include "../arguments.h"
 #include "product.h"
 
@@ -8,6 +10,20 @@ namespace vppo {
 namespace {
 
 constexpr DLDevice kCpu{kDLCPU, 0};
+
+// More rows, or a greater depth, than any matrix in memory has next to others; products of two such numbers fit.
+constexpr int64_t kMost = int64_t{1} << 30;
+
+int64_t scratch_of(int64_t rows, int64_t depth) {
+  const auto check = [](const char* name, int64_t value) {
+    if (value < 0 || value > kMost) {
+      TVM_FFI_THROW(ValueError) << name << ": got " << value << ", takes a number from 0 to " << kMost;
+    }
+  };
+  check("rows", rows);
+  check("depth", depth);
+  return product_scratch(rows, depth);
+}
 
 // Data of a bfloat16 matrix of any number of rows.
 const uint16_t* check_matrix(const char* name, const TensorView& tensor, int64_t depth, int64_t& stride) {
@@ -24,13 +40,15 @@ void product_of(TensorView first, TensorView second, TensorView alike, TensorVie
   given.columns = weight.size(0);
   given.first = check_matrix("first", first, given.depth, given.first_stride);
   given.second = check_matrix("second", second, given.depth, given.second_stride);
-  given.rows = first.size(0) + second.size(0);
-  if (given.half() != first.size(0)) {
+  // the difference of two sizes cannot overflow, their sum can
+  if (first.size(0) - second.size(0) != 0 && first.size(0) - second.size(0) != 1) {
     TVM_FFI_THROW(ValueError) << "second: got shape " << shape_of(second) << ", takes as many rows as first, "
                               << first.size(0) << ", or one less";
   }
+  const int64_t scratch_size = scratch_of(std::min(first.size(0), kMost) + std::min(second.size(0), kMost), given.depth);
+  given.rows = first.size(0) + second.size(0);
   given.alike = check_contiguous<bool>("alike", alike, {given.half()}, kCpu);
-  given.scratch = check_contiguous<float>("scratch", scratch, {product_scratch(given.rows, given.depth)}, kCpu);
+  given.scratch = check_contiguous<float>("scratch", scratch, {scratch_size}, kCpu);
   given.out = check_contiguous<float>("out", out, {given.rows, given.columns}, kCpu);
   if (given.rows > 0 && given.columns > 0) product(given);
 }
@@ -39,5 +57,5 @@ void product_of(TensorView first, TensorView second, TensorView alike, TensorVie
 }  // namespace vppo
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_product, vppo::has_product)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(product_scratch, vppo::product_scratch)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(product_scratch, vppo::scratch_of)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(product, vppo::product_of)

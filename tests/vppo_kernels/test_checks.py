@@ -49,6 +49,7 @@ WITH_HIDDEN = (linear_divergence, linear_logprob)
 LOSSES = (vppo_loss, linear_vppo_loss)
 KEEPERS = (topk_mask, topk_mask_, vppo_advantages)
 SCALERS = (trajectory_scale, vppo_advantages)
+GROUPED = (trajectory_stats, *SCALERS, *LOSSES)
 SELECTORS = (topk_mask, topk_mask_)
 TOKENS = (topk_mask, topk_mask_, trajectory_stats, trajectory_scale, vppo_advantages, vppo_loss)
 PACKED = dict(scores=scores.flatten(), mask=mask.flatten())
@@ -154,7 +155,7 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
     ),
     ((*SCALERS, *LOSSES), dict(scale_min=0.0), ValueError, ("scale_min: got 0.0", "above 0")),
     ((*SCALERS, *LOSSES), dict(scale_max=-1.0), ValueError, ("scale_max: got -1.0", "above 0")),
-    ((*SCALERS,), dict(stats=TrajectoryStats(0, 1, 0.5), process_group=1), ValueError, ("stats: given together",)),
+    ((*SCALERS,), dict(stats=TrajectoryStats(0, 1, 0.5), stats_group=1), TypeError, ("stats_group: got int",)),
     (LOSSES, dict(clip_low=-0.1), ValueError, ("clip_low: got -0.1", "at least 0")),
     (LOSSES, dict(clip_low=1.5), ValueError, ("clip_low: got 1.5", "0 to 1")),
     (LOSSES, dict(clip_high=float("nan")), ValueError, ("clip_high: got nan",)),
@@ -168,7 +169,19 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
     (LOSSES, dict(entropy_coef="a"), ValueError, ("entropy_coef: got 'a'",)),
     (LOSSES, dict(kl_coef=0.1), ValueError, ("ref_logprobs: got None", "kl_coef")),
     ((vppo_loss,), dict(entropy_coef=0.1), ValueError, ("entropy: got None", "entropy_coef")),
-    ((linear_divergence, linear_logprob, divergence), dict(process_group=1), TypeError, ("process_group: got int",)),
+    # groups of ranks
+    ((*HEADS, divergence), dict(process_group=1), TypeError, ("process_group: got int", "ProcessGroup or None")),
+    ((*HEADS, divergence), dict(process_group="x"), TypeError, ("process_group: got str", "ProcessGroup or None")),
+    (GROUPED, dict(stats_group=1), TypeError, ("stats_group: got int", "ProcessGroup or None")),
+    (GROUPED, dict(stats_group="x"), TypeError, ("stats_group: got str", "ProcessGroup or None")),
+    # factors whose order is inverted, as VPPOConfig refuses them
+    ((*SCALERS, *LOSSES), dict(scale_min=1.5), ValueError, ("scale_min: got 1.5", "at most 1 unless scale_max")),
+    ((*SCALERS, *LOSSES), dict(scale_min=0.9, scale_max=0.5), ValueError, ("scale_max: got 0.5", "at least scale_min")),
+    ((*SCALERS, *LOSSES), dict(scale_max=float("nan")), ValueError, ("scale_max: got nan",)),
+    # packed trajectories
+    (LOSSES, dict(cu_seqlens=torch.tensor([0, 15])), ValueError, ("logprobs: got shape [3, 5]", "takes [total]")),
+    ((trajectory_stats, trajectory_scale), dict(PACKED, cu_seqlens=[0, 15]), TypeError, ("cu_seqlens: got list",)),
+    ((vppo_advantages,), dict(cu_seqlens=torch.tensor([0, 15])), ValueError, ("dependency: got shape [3, 5]",)),
 ]
 CASES = [
     pytest.param(function, change, error, parts, id=f"{function.__name__}-{parts[0]}")

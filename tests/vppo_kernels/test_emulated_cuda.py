@@ -32,6 +32,7 @@ CPU_ONLY = (  # what asks the CPU's library for more than the operations, or for
     "number_of_threads",
     "unaligned_and_strided_arguments",
     "evaluate",
+    "sizes_of_a_product",
     "good_arguments",
     "messages_name",
     "whatever_comes",

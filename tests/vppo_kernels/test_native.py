@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -338,8 +338,28 @@ def test_messages_name_the_argument() -> None:
         call("evaluate", ["sin", torch.ones(2), torch.ones(2)])
 
 
+HUGE = (2**61, 2**62, 2**62 - 1)
+
+
+def hostile(size: int, form: int) -> Any:
+    """Tensors without entries, or with one, whose sizes and strides overflow when they are multiplied."""
+    return (
+        lambda: torch.empty(size, 0),
+        lambda: torch.empty(2, size, 0),
+        lambda: torch.empty(size, 0, dtype=torch.bool),
+        lambda: torch.empty(size, 0, dtype=torch.int64),
+        lambda: torch.zeros(2).as_strided((1, 2), (size, 1)),
+        lambda: torch.zeros(1).expand(size),
+        lambda: torch.zeros(1, dtype=torch.bool).expand(size, 1),
+        lambda: np.lib.stride_tricks.as_strided(np.zeros(8, np.float32), (2, 3, 6), (size, 24, 4)),
+        lambda: np.lib.stride_tricks.as_strided(np.zeros(8, np.float32), (3, 6), (size, 4)),
+    )[form]()
+
+
 pieces = st.one_of(
     st.none(),
+    st.builds(hostile, st.sampled_from(HUGE), st.integers(0, 8)),
+    st.sampled_from([*HUGE, *(-x for x in HUGE)]),
     st.integers(-(2**63), 2**63 - 1),
     st.floats(),
     st.text(max_size=3),
@@ -365,6 +385,38 @@ def test_whatever_comes_is_taken_or_refused(name: str, where: list[int], what: l
         call(name, given)
     except (*REFUSALS, IndexError, OverflowError) as error:
         assert str(error)
+
+
+@pytest.mark.parametrize("size", HUGE)
+def test_hostile_sizes_are_taken_or_refused(size: int) -> None:
+    """In every place, and in all places of tensors at once."""
+    for form in range(9):
+        for name, index in TENSORS:
+            if not hasattr(LIBRARY, name.split()[0]):
+                continue  # an emulated library has the operations only
+            given = arguments()[name]
+            given[index] = hostile(size, form)
+            everywhere = [hostile(size, form) if isinstance(x, Tensor) else x for x in given]
+            for attempt in (given, everywhere):
+                with suppress(*REFUSALS):
+                    call(name, attempt)
+
+
+def test_a_tensor_larger_than_memory_is_refused() -> None:
+    far = np.lib.stride_tricks.as_strided(np.zeros(8, np.float32), (4, 3), (2**62, 4))
+    with pytest.raises(ValueError, match=r"stats: got strides .* takes a tensor that fits into memory"):
+        call("fold", [*arguments()["fold"][:3], far])
+
+
+@pytest.mark.parametrize("rows", [0, -1, 2**31, 2**61, 2**62, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("depth", [0, 5, -1, 2**31, 2**61, 2**63 - 1])
+def test_hostile_sizes_of_a_product_are_refused(rows: int, depth: int) -> None:
+    scratch = LIBRARY.product_scratch
+    if rows == 0 and depth in (0, 5):
+        assert scratch(rows, depth) == 0
+    else:
+        with pytest.raises(ValueError, match=r"(rows|depth): got -?\d+, takes a number from 0 to"):
+            scratch(rows, depth)
 
 
 @drawn(offsets=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 12), min_size=1, max_size=6))
@@ -411,7 +463,7 @@ def test_a_library_older_than_its_sources_is_not_loaded(tmp_path: Path, monkeypa
     package = tmp_path / "vppo_kernels"
     (package / "lib").mkdir(parents=True)
     (tmp_path / "csrc").mkdir()
-    source, built = tmp_path / "csrc" / "tile.cpp", package / "lib" / "build.json"
+    source, built = tmp_path / "csrc" / "bindings.cpp", package / "lib" / "build.json"
     (package / "lib" / "libvppo_cpu.so").touch()
     monkeypatch.delenv("VPPO_KERNELS_LIB", raising=False)
     monkeypatch.setattr(native_library, "__file__", str(package / "native_library.py"))

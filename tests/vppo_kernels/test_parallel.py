@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from views import Views, make_views, relative_error, tiles_of
 
-from vppo_kernels import divergence, linear_divergence, linear_logprob, workspace_limit
+from vppo_kernels import divergence, linear_divergence, linear_logprob, linear_vppo_loss, workspace_limit
 
 VOCAB, PADDED = 101, 110
 # columns of each rank, padding at the end; a rank may hold padding only, or nothing
@@ -50,6 +50,28 @@ def assert_same(got: Any, expected: Any, what: str) -> None:
     for a, b in zip(got, expected, strict=True):
         error, tolerance = relative_error(a, b), 1e-10 if b.dtype == torch.float64 else 1e-5
         assert a.shape == b.shape and error < tolerance, (what, error)
+
+
+def split_loss(rank: int, weight: Tensor, mine: slice, options: dict[str, Any]) -> None:
+    """`linear_vppo_loss` under a split head, with statistics over ranks that hold other trajectories: here none."""
+    alone = [dist.new_group([other]) for other in range(dist.get_world_size())][rank]
+    g = torch.Generator().manual_seed(0)
+    old, advantages = -torch.rand(3, 3, generator=g), torch.randn(3, generator=g)
+    tokens = (old, advantages, torch.rand(3, 3, generator=g) < 0.9, torch.rand(3, 3, generator=g))
+    for more in ({}, dict(entropy_coef=0.1), dict(loss_agg="none"), dict(check=True)):
+        whole, part = inputs(weight.dtype), inputs(weight.dtype)
+        mine_weight = weight.detach().clone().requires_grad_()
+        targets = whole.targets.view(3, 3)
+        one, _ = linear_vppo_loss(
+            whole.hidden.view(3, 3, -1), whole.weight, targets, *tokens, **options, **more
+        )  # fmt: skip
+        two, _ = linear_vppo_loss(
+            part.hidden.view(3, 3, -1), mine_weight, targets, *tokens, process_group=dist.group.WORLD,
+            stats_group=alone, **options, **more,
+        )  # fmt: skip
+        expected = torch.autograd.grad(one.sum(), [whole.hidden, whole.weight])
+        got = torch.autograd.grad(two.sum(), [part.hidden, mine_weight])
+        assert_same([two, *got], [one, expected[0], expected[1][mine]], f"loss {more}")
 
 
 def split_vocabulary(rank: int, sizes: list[int], backend: str) -> None:
@@ -89,12 +111,20 @@ def split_vocabulary(rank: int, sizes: list[int], backend: str) -> None:
     assert_same(both, single, "logprob")
     expected = gradients(single, [whole.hidden, whole.weight])
     assert_same(gradients(both, [part.hidden, weight]), [expected[0], expected[1][mine]], "logprob")
+    split_loss(rank, weight, mine, options)
 
     for change, words in (
         (dict(vocab_size=PADDED + 1), f"takes None or an integer from 1 to {PADDED}"),
-        (dict(hidden=part.hidden.detach() * (1 + rank)), "differs between ranks"),
+        (dict(hidden=part.hidden.detach() * (1 + rank)), "hidden: differs between ranks"),
+        (dict(targets=part.targets.flip(0) if rank else part.targets), "targets: differs between ranks 0 and 1"),
+        (dict(temperature=1.0 + rank), "temperature: differs between ranks 0 and 1"),
+        (dict(softcap=9.0 if rank else None), "softcap: differs between ranks 0 and 1"),
+        (dict(backend="auto" if rank else "torch"), "backend: differs between ranks 0 and 1"),
+        (dict(vocab_size=VOCAB - rank), "vocab_size: differs between ranks 0 and 1"),
+        ({}, "workspace_limit: differs between ranks 0 and 1"),
     ):
-        with pytest.raises(ValueError, match=words):
+        memory = workspace_limit((3 if change else 3 + rank) << 20)
+        with memory, pytest.raises(ValueError, match=words):
             linear_logprob(
                 **{"hidden": part.hidden, "weight": weight, "targets": part.targets, "process_group": group, **change}  # type: ignore[arg-type]
             )

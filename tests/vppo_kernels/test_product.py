@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -207,6 +208,8 @@ WRONG = {
     "null": ("weight", None),
     "device": ("weight", torch.empty(7, 12, dtype=torch.bfloat16, device="meta")),
     "text": ("out", "out"),
+    "rows whose sum overflows": ("first", torch.empty(2**62, 0, dtype=torch.bfloat16)),
+    "more rows than there is memory": ("weight", torch.empty(2**61, 0, dtype=torch.bfloat16)),
 }
 
 
@@ -216,3 +219,19 @@ def test_wrong_arguments_are_exceptions(name: str, value: Any) -> None:
     function(*arguments().values())
     with pytest.raises((TypeError, ValueError, RuntimeError, BufferError)):
         function(*(arguments() | {name: value}).values())
+
+
+@pytest.mark.parametrize("rows", [2**61, 2**62])
+def test_any_number_of_rows_without_depth_is_refused(rows: int) -> None:
+    """Nothing of such tensors is in memory, and twice their rows is no number any more."""
+    empty = torch.empty(rows, 0, dtype=torch.bfloat16)
+    given = arguments() | dict(first=empty, second=empty, weight=torch.empty(0, 0, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="rows: got"):
+        native_library.library("cpu").product(*given.values())
+
+
+def test_a_stride_beyond_memory_is_refused() -> None:
+    """numpy lets a tensor claim it; torch does not."""
+    far = np.lib.stride_tricks.as_strided(np.zeros(12, np.float32), (9, 7), (2**62, 4))
+    with pytest.raises(ValueError, match=r"out: got strides .* takes a tensor that fits into memory"):
+        native_library.library("cpu").product(*(arguments() | dict(out=far)).values())

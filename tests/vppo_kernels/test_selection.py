@@ -184,3 +184,26 @@ def test_not_differentiable_and_the_scores_stay(backend_tokens: str) -> None:
     strided = torch.rand(9, 4).T[::2]
     expected = topk_mask(strided, torch.ones(2, 9), 0.4)
     assert torch.equal(topk_mask_(strided, torch.ones(2, 9), 0.4, backend=backend_tokens), expected.float())
+
+
+def test_autograd_knows_that_scores_were_overwritten(backend_tokens: str) -> None:
+    """As by any operation in place: a backward that needs them raises, and nothing forbids leaves."""
+    leaf = torch.rand(2, 9, requires_grad=True)
+    scores = leaf * 1.0
+    squares, version = scores.square(), scores._version
+    topk_mask_(scores, torch.ones(2, 9), 0.4, backend=backend_tokens)
+    assert scores._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.sum().backward()
+    assert topk_mask_(leaf, torch.ones(2, 9), 0.4, backend=backend_tokens) is leaf and leaf.requires_grad
+
+
+def test_tensors_of_inference_mode_are_overwritten_in_it_only(backend_tokens: str) -> None:
+    mask = torch.ones(2, 9)
+    with torch.inference_mode():
+        scores = torch.rand(2, 9)
+        before = scores.clone()
+        topk_mask_(scores.clone(), mask, 0.4, backend=backend_tokens)
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        topk_mask_(scores, mask, 0.4, backend=backend_tokens)
+    assert torch.equal(scores, before)

@@ -22,7 +22,7 @@ from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
 
-from vppo_kernels import native_library
+from vppo_kernels import checks, native_library
 from vppo_kernels.head import NarrowProduct
 
 NAMES = ("torch", "native", "triton", "triton_fused")
@@ -64,6 +64,10 @@ def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]
     return [name for name in NAMES if not _missing(name, Device(device), dtype)]
 
 
+def _check_name(name: str) -> None:
+    checks.one_of("backend", name, ("auto", *NAMES))
+
+
 def _choose(name: str, device: Device, dtype: Dtype) -> str:
     """The backend that a name stands for; "auto" is the first that is there of Triton's (on a GPU), native, torch."""
     if name == "auto":
@@ -72,8 +76,7 @@ def _choose(name: str, device: Device, dtype: Dtype) -> str:
         if name == "torch" and dtype != float64 and device.type in ("cpu", "cuda"):
             kind, reason = "CPU" if device.type == "cpu" else "GPU", _missing("native", device, dtype)
             _say_once(f'backend "auto" takes plain torch on this {kind}, which is slower: {reason}')
-    if name not in NAMES:
-        raise ValueError(f"backend: got {name!r}, takes one of {['auto', *NAMES]}")
+    _check_name(name)
     reason = _missing(name, device, dtype)
     if reason:
         raise ValueError(f"backend: got {name!r}, takes one of {['auto', *available(device, dtype)]} here: {reason}")
@@ -98,14 +101,15 @@ def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
     """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
 
     Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty
-    input. Under "auto", code that `torch.compile` traces stays plain torch: the compiler fuses it.
+    input. Code that `torch.compile` traces stays plain torch, whatever the name: the compiler fuses it.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.
     """
-    given = [x for x in tensors if isinstance(x, Tensor)]
-    if name == "auto" and compiler.is_compiling():
+    if compiler.is_compiling():
+        _check_name(name)
         return None
+    given = [x for x in tensors if isinstance(x, Tensor)]
     dtype = float64 if any(x.dtype == float64 for x in given) else float32
     chosen = _choose(name, given[0].device, dtype)
     if chosen == "torch" or not given[0].numel():

@@ -6,7 +6,6 @@ on torch's threads, and every row's result is its own: it is bitwise the same fo
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vppo_kernels.head import LogitTransform
@@ -65,8 +64,13 @@ def has_product() -> bool:
     return not missing("cpu") and library("cpu").has_product()
 
 
+def _rows_apart(x: Tensor) -> bool:
+    """Whether entries of a row lie beside each other, and rows one after the other (expanded ones do not)."""
+    return x.stride(1) == 1 and (len(x) < 2 or x.stride(0) >= x.shape[1])
+
+
 def product(first: Tensor, second: Tensor, alike: Tensor, weight: Tensor, out: Tensor) -> None:
     """A `NarrowProduct` (see `head.py`), bitwise the same for any number of threads, and for a row in any company."""
-    first, second, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (first, second, weight))
-    scratch = torch.empty(library("cpu").product_scratch(len(out), weight.shape[1]))
+    first, second, weight = (x if _rows_apart(x) else x.contiguous() for x in (first, second, weight))
+    scratch = out.new_empty(library("cpu").product_scratch(len(out), weight.shape[1]))
     library("cpu").product(first, second, alike, weight, scratch, out)

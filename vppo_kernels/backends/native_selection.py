@@ -62,7 +62,7 @@ class _ClippedLoss(torch.autograd.Function):
         grad = torch.empty_like(logprobs)
         grad_entropy = torch.empty_like(logprobs) if ctx.needs_input_grad[1] else None
         library(mask.device.type).clipped_loss_gradient(
-            logprobs, old_logprobs, advantages, mask, ref_logprobs, is_weights, upstream.contiguous(),
+            logprobs, old_logprobs, advantages, mask, ref_logprobs, is_weights, upstream.resolve_neg().contiguous(),
             *ctx.numbers, grad, grad_entropy,
         )  # fmt: skip
         return grad, grad_entropy, *(None,) * 10
@@ -91,7 +91,7 @@ def clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """As `_clipped_loss` of loss.py, from arguments that may hold anything where `mask` is 0."""
     floats = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, dependency)
-    given = [None if x is None else x.float().contiguous() for x in floats]
+    given = [None if x is None else x.float().resolve_neg().contiguous() for x in floats]
     numbers = (low, high, math.inf if dual is None else dual, limit, nll_coef, entropy_coef, kl_coef)
     return _ClippedLoss.apply(
         *given[:4],

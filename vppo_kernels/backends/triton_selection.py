@@ -181,7 +181,15 @@ def row_means(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     means = scores.new_empty(rows, dtype=torch.float32)
     present = valid.new_empty(rows)
     _row_means_kernel[_grid(rows)](
-        scores.contiguous(), valid.contiguous(), means, present, rows, columns, ROWS, BLOCK, num_warps=WARPS
+        scores.resolve_neg().contiguous(),
+        valid.contiguous(),
+        means,
+        present,
+        rows,
+        columns,
+        ROWS,
+        BLOCK,
+        num_warps=WARPS,
     )
     return means, present
 
@@ -203,7 +211,7 @@ def shape(advantages: Tensor, alpha: Tensor, keep: Tensor) -> Tensor:
     rows, columns = keep.shape
     shaped = torch.empty_like(keep, dtype=advantages.dtype, memory_format=torch.contiguous_format)
     _shape_kernel[_grid(rows, columns)](
-        advantages.contiguous(), alpha, keep.contiguous(), shaped, rows, columns,
+        advantages.resolve_neg().contiguous(), alpha, keep.contiguous(), shaped, rows, columns,
         advantages.dim() == 2, ROWS, BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return shaped
@@ -358,7 +366,7 @@ class _ClippedLoss(torch.autograd.Function):
         grad = torch.empty_like(logprobs)
         grad_entropy = torch.empty_like(entropy) if ctx.needs_input_grad[1] else None
         _loss_gradient_kernel[_grid(rows, columns)](
-            logprobs, old_logprobs, advantages, mask, ref_logprobs, is_weights, upstream.contiguous(),
+            logprobs, old_logprobs, advantages, mask, ref_logprobs, is_weights, upstream.resolve_neg().contiguous(),
             grad, grad_entropy, rows, columns, *ctx.options, ROWS, BLOCK, num_warps=WARPS,
         )  # fmt: skip
         return grad, grad_entropy, *(None,) * 11
@@ -389,7 +397,7 @@ def clipped_loss(
     tensors = (logprobs, entropy, old_logprobs, advantages, keep, mask, ref_logprobs, is_weights, dependency)
     numbers = (low, high, 0.0 if dual is None else dual, limit, nll_coef, entropy_coef, kl_coef)
     return _ClippedLoss.apply(
-        *(None if x is None else x.contiguous() for x in tensors),
+        *(None if x is None else x.resolve_neg().contiguous() for x in tensors),
         tuple(float(x) for x in numbers),
         dual is not None,
         per_token,
