@@ -311,12 +311,12 @@ def make_arguments(config: Config) -> tuple[ScriptArguments, ModelConfig, VPPOCo
     def of(kind: type) -> Config:
         return {field.name: config[field.name] for field in fields(kind) if field.name in config}
 
-    defaults: Config = {"logging_steps": 1, "disable_tqdm": True}
+    defaults: Config = {"logging_steps": 1, "disable_tqdm": True, **evaluation_defaults(config)}
     if not config.get("fp16"):
         defaults["bf16"] = is_torch_bf16_gpu_available()
     try:
         script, model_args = ScriptArguments(**of(ScriptArguments)), ModelConfig(**of(ModelConfig))
-        args = VPPOConfig(**defaults | evaluation_defaults(config) | of(VPPOConfig))
+        args = VPPOConfig(**defaults | of(VPPOConfig))
     except (TypeError, ValueError) as error:
         raise InputError(f"config: {error}") from error
     model_args.lora_target_modules = config.get("lora_target_modules", "all-linear")

@@ -163,8 +163,8 @@ class VPPOTrainer(LoggedTrainer):
         if folded_later:
             # NaN marks what enters no statistic; so 0 / 0 is right for a row without response tokens
             output["trajectory_dependency"] = torch.where(scored, dependency.sum(1) / batch.mask.sum(1), math.nan)
-        measured = self._gather_measured(dependency, batch.mask & scored.unsqueeze(1), shaped.keep)
-        self._log_scoring(measured, scored, started)
+        measured = self._gather_measured(dependency, batch.mask, shaped.keep, scored)
+        self._log_scoring(measured, started)
         columns = measured.columns()
         log = self._metrics["train"]
         for name, value in measured.metrics().items():
@@ -190,9 +190,9 @@ class VPPOTrainer(LoggedTrainer):
         dependency = self._score(batch, batch.has_image, hidden_clean)
         filtered = self.args.algorithm in ("vppo", "tgf")
         keep = topk_mask(dependency, tokens, self.args.keep_ratio) if filtered else tokens
-        measured = self._gather_measured(dependency, tokens, keep)
+        measured = self._gather_measured(dependency, batch.mask, keep, batch.has_image)
         self._measured.append(measured)
-        self._log_scoring(measured, batch.has_image, started)
+        self._log_scoring(measured, started)
         return output, measured.columns()
 
     def _score(self, batch: Batch, scored: Tensor, hidden_clean: Tensor | None) -> Tensor:
@@ -265,18 +265,19 @@ class VPPOTrainer(LoggedTrainer):
     def _process_group(self) -> Any:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
-    def _gather_measured(self, dependency: Tensor, tokens: Tensor, keep: Tensor) -> Measured:
-        """What all processes have measured: the dependency of these tokens, and whether they are kept."""
+    def _gather_measured(self, dependency: Tensor, mask: Tensor, keep: Tensor, scored: Tensor) -> Measured:
+        """What all processes have measured: the dependency of the scored rows' tokens, and whether they are kept."""
+        tokens = mask & scored.unsqueeze(1)
         values, kept = self._gather_uneven(dependency[tokens]), self._gather_uneven(keep[tokens].float())
-        return Measured(values, kept, self.accelerator.gather(tokens.sum(1)).tolist())
+        counts, rows = self.accelerator.gather(torch.stack([tokens.sum(1), scored], 1)).T.tolist()
+        return Measured(values, kept, counts, [bool(row) for row in rows])
 
-    def _log_scoring(self, measured: Measured, scored: Tensor, started: float) -> None:
-        """The time it took and the rows that it was for; and a warning if the perturbed view changed nothing."""
+    def _log_scoring(self, measured: Measured, started: float) -> None:
+        """The time it took; and a warning if the perturbed view changed nothing."""
         if measured.values.is_cuda:
             torch.cuda.synchronize(measured.values.device)
         log = self._metrics["train" if self.model.training else "eval"]
         log["vppo/seconds_scoring"].append(time.perf_counter() - started)
-        log["vppo/scored_fraction"].append(self.accelerator.gather(scored.float()).mean().item())
         values = measured.values
         if len(values) and values.mean() < BLIND and not self._warned_blind:
             self._warned_blind = True

@@ -156,6 +156,7 @@ def test_metrics_are_over_all_rows(tmp_path: Path) -> None:
     texts = [prompt[-1]["content"][-1]["text"] for prompt in table["prompt"]]
     shown = [text in ("How much 0?", "How much 2?", "How much 4?") for text in texts]
     assert table["dependency"].notna().tolist() == shown and sum(shown) == 6
+    assert found["eval_vppo/scored_fraction"] == 3 / 5
     tokens = torch.cat([part.values for part in run._measured])
     assert found["eval_vppo/dependency_mean"] == pytest.approx(tokens.mean().item(), rel=1e-5)
     ordered = tokens.sort().values
