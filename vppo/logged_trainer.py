@@ -40,6 +40,8 @@ class LoggedTrainer(GRPOTrainer):
         }
         size = int(self.args.generation_batch_size)
         pictured = self.log_completions and self.log_multimodal and self.accelerator.is_main_process
+        # prompts hold their images; TRL would gather them once more, and wait for ever for a process that has none
+        self.log_multimodal = False
         images = size if pictured and set(loggers.WITH_IMAGES) & set(self.args.report_to) else 0
         names = self.reward_func_names
         self._completions = {
