@@ -169,7 +169,7 @@ class TrainingProgress(TrainerCallback):
         if not state.is_world_process_zero or self._task is None:
             return
         if self._evaluating is None:
-            batches = kwargs.get("eval_dataloader")
+            batches: Any = kwargs.get("eval_dataloader")
             total = len(batches) if hasattr(batches, "__len__") else None
             self._evaluating = self._progress.add_task("evaluating", total=total, numbers="")
         self._progress.advance(self._evaluating)
