@@ -29,6 +29,7 @@ class LoggedTrainer(GRPOTrainer):
 
     args: Any
     model: Any
+    num_generations: int
     num_generations_eval: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -260,7 +260,7 @@ class VPPOTrainer(LoggedTrainer):
     @property
     def _group_size(self) -> int:
         """Rollouts of a prompt in the batch at hand."""
-        return int(self.num_generations if self._problems is None else self.num_generations_eval)
+        return self.num_generations if self._problems is None else self.num_generations_eval
 
     def _process_group(self) -> Any:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None

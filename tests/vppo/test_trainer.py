@@ -408,8 +408,9 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert plain_logits(run.model, batch, batch["pixel_values"]).shape[-1] == len(families.VOCABULARY)
 
 
-def test_evaluation_is_trls(tmp_path: Path) -> None:
-    run = trainer(tmp_path, per_device_eval_batch_size=4)
+def test_a_baselines_later_evaluation_is_trls(tmp_path: Path) -> None:
+    """Made without an evaluation set, it has nothing to measure with."""
+    run = trainer(tmp_path, per_device_eval_batch_size=4, algorithm="dapo")
     fix_rollouts(run)
     run.eval_dataset = Dataset.from_list(rows(1))
     forwards = count_forwards(run)
