@@ -44,8 +44,8 @@ class ScriptArguments:
         model: A model on the hub, or a folder as `save_pretrained` writes it.
         dataset: See `vppo.data.load_training_data`.
         output_dir: Where metrics, config, checkpoints and the trained model go.
-        eval_dataset: What the model is evaluated on while it trains; None for no evaluation. Where `eval_strategy` is not
-            given, see `vppo.evaluation_options.evaluation_defaults`.
+        eval_dataset: What the model is evaluated on while it trains; None for no evaluation. Without `eval_strategy`,
+            see `vppo.evaluation_options.evaluation_defaults`.
         dataset_split, eval_dataset_split, system_prompt, instruction, problem_key, answer_key, image_key, image_dir,
             trust_image_paths, image_pixel_limit: How both are read, see `vppo.data.DataOptions`.
         bad_rows: "error" refuses data with rows that cannot be used; "skip" goes on without them and lists them in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,12 @@ def test_yaml_takes_no_for_false(config_file: Write, key: str) -> None:  # noqa:
 def folder(tiny_run: Path) -> Path:  # noqa: F811
     """The tiny run's, with a folder of evaluation data: three problems, one of them without picture."""
     (tiny_run / "held").mkdir(exist_ok=True)
+    for name in ("1.png", "6.png"):
+        shutil.copy(tiny_run / name, tiny_run / "held")
     rows = [
-        '{"problem": "1+1?", "answer": "2", "images": ["../1.png"]}',
+        '{"problem": "1+1?", "answer": "2", "images": ["1.png"]}',
         '{"problem": "4+1?", "answer": "5", "images": []}',
-        '{"problem": "6+1?", "answer": "7", "images": ["../6.png"]}',
+        '{"problem": "6+1?", "answer": "7", "images": ["6.png"]}',
     ]
     (tiny_run / "held" / "test-0.jsonl").write_text("\n".join(rows) + "\n")
     (tiny_run / "held" / "train-0.jsonl").write_text('{"problem": "", "answer": "", "images": []}\n')
