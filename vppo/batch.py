@@ -135,3 +135,14 @@ class Batch:
             else:
                 chosen[name] = values[rows]
         return unsplit_pixel_values_by_grid(chosen)
+
+
+def without_no_images(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook before a model's forward: images that are none at all are left out, as every model takes it.
+
+    TRL cuts batches in pieces, and a piece of text-only problems comes with a `pixel_values` of no rows.
+    """
+    pixels = kwargs.get("pixel_values")
+    if isinstance(pixels, Tensor) and not len(pixels):
+        kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
+    return args, kwargs

@@ -103,8 +103,9 @@ def train(
     """Train a model as a YAML config says. `--key value` after it overrides a key; `--key` alone means true.
 
     Keys are the fields of VPPOConfig (which are TRL's GRPOConfig's too), of TRL's ModelConfig (LoRA, dtype, attention),
-    and: model, dataset, dataset_split, problem_key, answer_key, image_key, image_dir, trust_image_paths,
-    image_pixel_limit, bad_rows, system_prompt, instruction, min_pixels, max_pixels, reward, resume.
+    and: model, dataset, dataset_split, eval_dataset, eval_dataset_split, problem_key, answer_key, image_key,
+    image_dir, trust_image_paths, image_pixel_limit, bad_rows, system_prompt, instruction, min_pixels, max_pixels,
+    reward, resume.
 
     On several GPUs: accelerate launch -m vppo train CONFIG.yaml
     """

@@ -35,7 +35,7 @@ SHOWN = {
 
 
 def _is_timing(key: str) -> bool:
-    return "seconds" in key or key.endswith("_time")
+    return "seconds" in key or "per_second" in key or key.endswith(("_time", "_runtime"))
 
 
 def keep_lines(path: Path, last_step: int) -> None:
@@ -107,7 +107,7 @@ class _Bar(Progress):
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
-        yield from (Text(task.fields["numbers"], style="cyan") for task in self.tasks)
+        yield from (Text(task.fields["numbers"], style="cyan") for task in self.tasks if task.fields["numbers"])
 
 
 class TrainingProgress(TrainerCallback):
@@ -126,6 +126,8 @@ class TrainingProgress(TrainerCallback):
         self.timings_path = metrics_path.with_name("timings.jsonl")
         self._progress = _Bar(*columns(), console=console or Console())
         self._task: TaskID | None = None
+        self._evaluating: TaskID | None = None
+        self._numbers = {"train": "", "eval": ""}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,7 +156,28 @@ class TrainingProgress(TrainerCallback):
         metrics = {key: value for key, value in values.items() if key not in timings}
         _append(self.metrics_path, {"step": state.global_step, **metrics})
         _append(self.timings_path, {"step": state.global_step, **timings})
-        self._progress.update(self._task, completed=state.global_step, numbers=_numbers(values))
+        evaluated = any(key.startswith("eval_") for key in values)
+        self._numbers["eval" if evaluated else "train"] = (
+            f"evaluated at step {state.global_step}: {_numbers(values, 'eval_')}" if evaluated else _numbers(values)
+        )
+        numbers = "\n".join(filter(None, self._numbers.values()))
+        self._progress.update(self._task, completed=state.global_step, numbers=numbers)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or self._task is None:
+            return
+        if self._evaluating is None:
+            batches: Any = kwargs.get("eval_dataloader")
+            total = len(batches) if hasattr(batches, "__len__") else None
+            self._evaluating = self._progress.add_task("evaluating", total=total, numbers="")
+        self._progress.advance(self._evaluating)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._evaluating is not None:
+            self._progress.remove_task(self._evaluating)
+            self._evaluating = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,10 +185,10 @@ class TrainingProgress(TrainerCallback):
         self._progress.stop()
 
 
-def _numbers(values: dict[str, Any]) -> str:
+def _numbers(values: dict[str, Any], prefix: str = "") -> str:
     parts = []
     for title, keys in SHOWN.items():
-        value = next((values[key] for key in keys if values.get(key) is not None), None)
+        value = next((values[prefix + key] for key in keys if values.get(prefix + key) is not None), None)
         parts.append(f"{title} {'-' if value is None else format(value, '.3f')}")
     return "  ".join(parts)
 

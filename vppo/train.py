@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 import enum
-import importlib
 import os
-import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -21,8 +19,10 @@ from vppo.checkpoints import last_complete_checkpoint, saved_step
 from vppo.data import INSTRUCTION, SYSTEM_PROMPT, BadRowError, DataOptions, load_training_data
 from vppo.data.bad_rows import read_bad_rows, write_bad_rows
 from vppo.errors import InputError
+from vppo.evaluation_options import evaluation_defaults
 from vppo.files import write_atomic
 from vppo.loading import load_processor
+from vppo.named_rewards import beside, load_rewards
 from vppo.words import load_yaml, parse_word
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vppo.config import VPPOConfig
 
 Config = dict[str, Any]
+STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")
 NOT_KEYS = {"model_name_or_path": "model", "resume_from_checkpoint": "resume"}  # two names for one thing
 
 
@@ -43,13 +44,17 @@ class ScriptArguments:
         model: A model on the hub, or a folder as `save_pretrained` writes it.
         dataset: See `vppo.data.load_training_data`.
         output_dir: Where metrics, config, checkpoints and the trained model go.
-        dataset_split, system_prompt, instruction, problem_key, answer_key, image_key, image_dir, trust_image_paths,
-            image_pixel_limit: How the dataset is read, see `vppo.data.DataOptions`.
-        bad_rows: "error" refuses a dataset with rows that cannot be used; "skip" goes on without them and lists them in
+        eval_dataset: What the model is evaluated on while it trains; None for no evaluation. Without `eval_strategy`,
+            see `vppo.evaluation_options.evaluation_defaults`.
+        dataset_split, eval_dataset_split, system_prompt, instruction, problem_key, answer_key, image_key, image_dir,
+            trust_image_paths, image_pixel_limit: How both are read, see `vppo.data.DataOptions`.
+        bad_rows: "error" refuses data with rows that cannot be used; "skip" goes on without them and lists them in
             `skipped_rows.jsonl`.
         min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
         max_pixels: Larger images are reduced to this many pixels; None keeps the processor's own limit.
-        reward: "accuracy" (`vppo.rewards.accuracy_reward`) or `module:function`, called as TRL calls rewards.
+        reward: "accuracy" (`vppo.rewards.accuracy_reward`), "format" (`vppo.format_reward.format_reward`),
+            `module:function` or `file.py:function`, called as TRL calls rewards; or a list of such, weighted by TRL's
+            `reward_weights`.
         resume: True goes on from the last complete checkpoint in `output_dir` (from the beginning if it has none); a
             path goes on from that checkpoint.
     """
@@ -58,6 +63,8 @@ class ScriptArguments:
     dataset: str
     output_dir: str
     dataset_split: str = "train"
+    eval_dataset: str | None = None
+    eval_dataset_split: str = "test"
     system_prompt: str = SYSTEM_PROMPT
     instruction: str = INSTRUCTION
     problem_key: str | None = None
@@ -69,7 +76,7 @@ class ScriptArguments:
     bad_rows: typing.Literal["error", "skip"] = "error"
     min_pixels: int | None = None
     max_pixels: int | None = None
-    reward: str = "accuracy"
+    reward: str | list[str] = "accuracy"
     resume: bool | str = False
 
     def __post_init__(self) -> None:
@@ -110,9 +117,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: must be keys and values (model: ...), got {type(config).__name__}")
-    _check(config, str(path))
     changes = parse_overrides(overrides)
-    _check(changes, "command line")
+    folders = [Path(path).absolute().parent, Path.cwd()]
+    for part, source, order in ((config, str(path), folders), (changes, "command line", folders[::-1])):
+        for key in STRATEGIES:
+            if part.get(key) is False:
+                part[key] = "no"  # which YAML takes for false
+        _check(part, source)
+        if "reward" in part:
+            part["reward"] = beside(order, part["reward"])
     config |= changes
     _check_complete(config, str(path))
     return config
@@ -233,7 +246,9 @@ def train(config: Config) -> Path:
     script, model_args, args = make_arguments(config)
     output_dir = Path(str(args.output_dir))
     checkpoint = _find_checkpoint(script.resume, output_dir)
-    reward = load_reward(script.reward)
+    if checkpoint:
+        args.eval_on_start = False  # the run has begun long since
+    rewards = load_rewards(script.reward, args.reward_weights)
     processor = load_processor(
         script.model,
         revision=model_args.model_revision,
@@ -255,10 +270,13 @@ def train(config: Config) -> Path:
             skipped_before=skipped_before,
         )
 
+    eval_dataset = None
     with args.main_process_first(desc="loading the dataset"):  # the others then find the rows in the cache
         dataset = load(script.dataset, script.dataset_split)
+        if script.eval_dataset is not None and (args.eval_strategy != "no" or args.eval_on_start):
+            eval_dataset = load(script.eval_dataset, script.eval_dataset_split)
     _check_length(len(dataset), args)
-    trainer = _make_trainer(script, model_args, args, reward, dataset, processor)
+    trainer = _make_trainer(script, model_args, args, rewards, dataset, eval_dataset, processor)
     if trainer.is_world_process_zero():
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
         if script.bad_rows == "skip":
@@ -280,7 +298,7 @@ def make_arguments(config: Config) -> tuple[ScriptArguments, ModelConfig, VPPOCo
 
     Returns:
         What is this script's, what loads the model, and what trains it. Where the config does not say, every step is
-        logged, and bfloat16 is used if the device has it.
+        logged, bfloat16 is used if the device has it, and evaluations are those of `evaluation_defaults`.
 
     Raises:
         InputError: A value is out of its range; the message is that of the class that refused it.
@@ -293,7 +311,7 @@ def make_arguments(config: Config) -> tuple[ScriptArguments, ModelConfig, VPPOCo
     def of(kind: type) -> Config:
         return {field.name: config[field.name] for field in fields(kind) if field.name in config}
 
-    defaults: Config = {"logging_steps": 1, "disable_tqdm": True}
+    defaults: Config = {"logging_steps": 1, "disable_tqdm": True, **evaluation_defaults(config)}
     if not config.get("fp16"):
         defaults["bf16"] = is_torch_bf16_gpu_available()
     try:
@@ -312,33 +330,6 @@ def make_arguments(config: Config) -> tuple[ScriptArguments, ModelConfig, VPPOCo
         **typing.cast(Config, args.model_init_kwargs or {}),
     }
     return script, model_args, args
-
-
-def load_reward(name: str) -> Callable[..., list[float]]:
-    """The reward function that a config names.
-
-    Args:
-        name: "accuracy", or `module:function` of a module that can be imported from here.
-
-    Raises:
-        InputError: There is no such module or function.
-    """
-    if name == "accuracy":
-        from vppo.rewards import accuracy_reward
-
-        return accuracy_reward
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise InputError(f"reward: got {name!r}, takes 'accuracy' or 'module:function'")
-    sys.path.append(str(Path.cwd()))  # a console script does not look in the working folder
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise InputError(f"reward: cannot import {error.name!r} for {name!r}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(f"reward: {module.__file__} has no function {function_name!r}")
-    return function
 
 
 def _find_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
@@ -368,7 +359,13 @@ def _check_length(rows: int, args: VPPOConfig) -> None:
 
 
 def _make_trainer(
-    script: ScriptArguments, model_args: ModelConfig, args: VPPOConfig, reward: Any, dataset: Any, processor: Any
+    script: ScriptArguments,
+    model_args: ModelConfig,
+    args: VPPOConfig,
+    rewards: list[Any],
+    dataset: Any,
+    eval_dataset: Any,
+    processor: Any,
 ) -> Any:
     from transformers import PrinterCallback
     from trl import get_peft_config, get_quantization_config
@@ -382,9 +379,10 @@ def _make_trainer(
     try:
         trainer = VPPOTrainer(
             model=script.model,
-            reward_funcs=reward,
+            reward_funcs=rewards,
             args=args,
             train_dataset=dataset,
+            eval_dataset=eval_dataset,
             processing_class=processor,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,

@@ -18,26 +18,28 @@ import torch
 import torch.distributed as dist
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from trl import GRPOTrainer
 
-from vppo.batch import Batch, View
+from vppo import evaluation
+from vppo.batch import Batch, View, without_no_images
 from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
+from vppo.logged_trainer import LoggedTrainer
 from vppo.logprobs import shared_logprobs
+from vppo.measured import Measured
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import PixelLayout, seeded
 from vppo.sampler import EpochSampler
 from vppo.scoring import score
-from vppo_kernels import TrajectoryStats, trajectory_scale, trajectory_stats
+from vppo_kernels import TrajectoryStats, topk_mask, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
 
 logger = get_logger(__name__)
 BLIND = 1e-8  # nats: below this mean dependency the perturbed view has changed nothing
 
 
-class VPPOTrainer(GRPOTrainer):
+class VPPOTrainer(LoggedTrainer):
     """`trl.GRPOTrainer` that rewards looking. Takes the same arguments, with a `VPPOConfig` as `args`.
 
     Example:
@@ -52,7 +54,11 @@ class VPPOTrainer(GRPOTrainer):
 
     Beside TRL's metrics it logs, under `vppo/`: dependency_mean, dependency_q50, dependency_q90, dependency_q99 (nats),
     kept_fraction, alpha_min, alpha_mean, alpha_max, scored_fraction (rows that went through the perturbed pass),
-    clip_ratio_kept (clipped among the tokens that carry gradient) and seconds_scoring.
+    clip_ratio_kept (clipped among the tokens that carry gradient) and seconds_scoring. An evaluation logs those of
+    the dependency as `eval_vppo/...`, over all of its rows with an image, for every algorithm: they can be compared.
+
+    Completion tables (`log_completions`) have three columns more: `dependency` (nats, mean over the response's tokens),
+    `kept_fraction` and, where shaping takes the batch's statistics, `alpha`; NaN where a completion was not scored.
 
     Raises:
         TypeError: `args` is not a `VPPOConfig`.
@@ -73,10 +79,15 @@ class VPPOTrainer(GRPOTrainer):
         self._generated: list[Tensor] = []
         self._train_logprobs: Tensor | None = None
         self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
+        self._problems: list[int] | None = None  # while a batch is evaluated, the fingerprint of each row's problem
         self._warned_blind = False
         super().__init__(model, reward_funcs, args, **kwargs)
-        if args.scores_tokens:
-            image_processor = getattr(self.processing_class, "image_processor", None)
+        self.accelerator.unwrap_model(self.model).register_forward_pre_hook(without_no_images, with_kwargs=True)
+        image_processor = getattr(self.processing_class, "image_processor", None)
+        self._measures_evaluation = image_processor is not None and (
+            args.scores_tokens or self.eval_dataset is not None
+        )
+        if args.scores_tokens or self._measures_evaluation:
             if image_processor is None:
                 raise ValueError(
                     f"processing_class: got {type(self.processing_class).__name__}, takes a processor with an image "
@@ -97,6 +108,12 @@ class VPPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled or not restore_weights(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        """As on resuming: transformers' own would keep the last weights and say nothing."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not restore_weights(self.model, str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
         return EpochSampler(super()._get_train_sampler(dataset))
 
@@ -111,32 +128,27 @@ class VPPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         training = self.model.training
-        self._recorded = [] if training and self.args.scores_tokens else None
+        scores = self.args.scores_tokens if training else self._measures_evaluation
+        self._problems = None if training else [evaluation.fingerprint(row) for row in inputs]
+        self._recorded = [] if scores else None
+        columns: dict[str, list[Any]] = {}
         try:
             output = super()._generate_and_score_completions(inputs)
             hidden_clean = self._take_recorded(output)
+            if scores:
+                output, columns = (self._fold if training else self._measure)(output, hidden_clean)
         finally:
-            self._recorded, self._generated = None, []
-        return self._fold(output, hidden_clean) if training and self.args.scores_tokens else output
+            self._recorded, self._generated, self._problems = None, [], None
+        self._keep_completions(columns)
+        return output
 
     @torch.no_grad()
-    def _fold(self, output: dict[str, Any], hidden_clean: Tensor | None) -> dict[str, Any]:
-        """Fold token mask and trajectory factor into the advantages of a generation batch."""
+    def _fold(self, output: dict[str, Any], hidden_clean: Tensor | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+        """Fold token mask and trajectory factor into the advantages of a generation batch; and its table's columns."""
         started = time.perf_counter()
         batch = Batch(output)
         scored = batch.has_image & self._live_groups(output["advantages"])
-        rows = scored.nonzero().flatten().tolist()
-        with self._quiet_model(), self.accelerator.autocast():
-            dependency = score(
-                self._passes,
-                batch,
-                rows,
-                *self._views(batch, rows),
-                kind=str(self.args.divergence),
-                options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
-                hidden_clean=hidden_clean,
-                check=self.args.check_kernels,
-            )
+        dependency = self._score(batch, scored, hidden_clean)
         stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), stats_group=self._process_group())
         folded_later = self.args.tas_statistics == "micro-batch"
         output["prompt"] = torch.tensor(self._prompts(batch), device=batch.prompt_ids.device)
@@ -151,17 +163,62 @@ class VPPOTrainer(GRPOTrainer):
         if folded_later:
             # NaN marks what enters no statistic; so 0 / 0 is right for a row without response tokens
             output["trajectory_dependency"] = torch.where(scored, dependency.sum(1) / batch.mask.sum(1), math.nan)
-        self._log_fold(dependency, batch.mask & scored.unsqueeze(1), shaped.keep, shaped.alpha, scored, started)
-        return {**output, "advantages": shaped.advantages}
+        measured = self._gather_measured(dependency, batch.mask, shaped.keep, scored)
+        self._log_scoring(measured, started)
+        columns = measured.columns()
+        log = self._metrics["train"]
+        for name, value in measured.metrics().items():
+            log[name].append(value)
+        if not folded_later:
+            factors = self.accelerator.gather(torch.where(scored, shaped.alpha, math.nan))
+            columns["alpha"] = factors.tolist()
+            factors = factors[~factors.isnan()]
+            if len(factors):
+                log["vppo/alpha_min"].append(factors.min().item())
+                log["vppo/alpha_mean"].append(factors.mean().item())
+                log["vppo/alpha_max"].append(factors.max().item())
+        return {**output, "advantages": shaped.advantages}, columns
+
+    @torch.no_grad()
+    def _measure(
+        self, output: dict[str, Any], hidden_clean: Tensor | None
+    ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+        """Measure the dependency of an evaluation batch, whatever its rewards; its advantages stay as they are."""
+        started = time.perf_counter()
+        batch = Batch(output)
+        tokens = batch.mask & batch.has_image.unsqueeze(1)
+        dependency = self._score(batch, batch.has_image, hidden_clean)
+        filtered = self.args.algorithm in ("vppo", "tgf")
+        keep = topk_mask(dependency, tokens, self.args.keep_ratio) if filtered else tokens
+        measured = self._gather_measured(dependency, batch.mask, keep, batch.has_image)
+        self._measured.append(measured)
+        self._log_scoring(measured, started)
+        return output, measured.columns()
+
+    def _score(self, batch: Batch, scored: Tensor, hidden_clean: Tensor | None) -> Tensor:
+        """`[B, T]` dependency of the response tokens of these rows, in nats, 0 elsewhere."""
+        rows = scored.nonzero().flatten().tolist()
+        with self._quiet_model(), self.accelerator.autocast():
+            return score(
+                self._passes,
+                batch,
+                rows,
+                *self._views(batch, rows),
+                kind=str(self.args.divergence),
+                options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
+                hidden_clean=hidden_clean,
+                check=self.args.check_kernels,
+            )
 
     @contextmanager
     def _quiet_model(self) -> Iterator[None]:
         """Evaluation mode: dropout would make the two views differ by chance."""
+        training = self.model.training
         self.model.eval()
         try:
             yield
         finally:
-            self.model.train()
+            self.model.train(training)
 
     def _live_groups(self, advantages: Tensor) -> Tensor:
         """`[B]` bool: rows of prompts whose rollouts do not all have zero advantage, also across processes."""
@@ -177,50 +234,52 @@ class VPPOTrainer(GRPOTrainer):
         return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     def _views(self, batch: Batch, rows: Sequence[int]) -> tuple[View, View]:
-        """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
+        """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout).
+
+        In evaluation the problem's own content takes the place of step and prompt, so that evaluations can be compared.
+        """
         first, prompts = self.accelerator.process_index * len(batch), self._prompts(batch)
         each = self.args.perturbation_scope == "rollout"
         keys = [first + row for row in range(len(batch))] if each else prompts
         pixels: dict[int, Tensor] = {}
         for row in rows:
             if keys[row] not in pixels:
-                draw = divmod(first + row, self.num_generations) if each else (prompts[row],)
-                generator = seeded(self.args.seed, self.state.global_step, *draw)
+                step, prompt = self.state.global_step, prompts[row]
+                if self._problems is not None:
+                    step, prompt = evaluation.KEY, self._problems[row]
+                draw = (prompt, (first + row) % self._group_size) if each else (prompt,)
+                generator = seeded(self.args.seed, step, *draw)
                 pixels[keys[row]] = batch.perturbed_pixels(row, self._layout, self._perturbation, generator)
         return View(prompts), View(keys, pixels)
 
     def _prompts(self, batch: Batch) -> list[int]:
         """Which prompt of the generation batch, of all processes, a row answers."""
         first = self.accelerator.process_index * len(batch)
-        return [(first + row) // self.num_generations for row in range(len(batch))]
+        return [(first + row) // self._group_size for row in range(len(batch))]
+
+    @property
+    def _group_size(self) -> int:
+        """Rollouts of a prompt in the batch at hand."""
+        return self.num_generations if self._problems is None else self.num_generations_eval
 
     def _process_group(self) -> Any:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
-    def _log_fold(
-        self, dependency: Tensor, tokens: Tensor, keep: Tensor, alpha: Tensor, scored: Tensor, started: float
-    ) -> None:
-        if dependency.is_cuda:
-            torch.cuda.synchronize(dependency.device)
-        seconds = time.perf_counter() - started
-        values = self._gather_uneven(dependency[tokens])
-        kept = self._gather_uneven(keep[tokens].float())
-        factors = self._gather_uneven(alpha[scored])
-        log = self._metrics["train"]
-        log["vppo/seconds_scoring"].append(seconds)
-        log["vppo/scored_fraction"].append(self.accelerator.gather(scored.float()).mean().item())
-        if not values.numel():
-            return
-        log["vppo/dependency_mean"].append(values.mean().item())
-        ordered = values.sort().values
-        for percent in (50, 90, 99):
-            log[f"vppo/dependency_q{percent}"].append(ordered[(len(ordered) - 1) * percent // 100].item())
-        log["vppo/kept_fraction"].append(kept.mean().item())
-        if self.args.tas_statistics == "batch":
-            log["vppo/alpha_min"].append(factors.min().item())
-            log["vppo/alpha_mean"].append(factors.mean().item())
-            log["vppo/alpha_max"].append(factors.max().item())
-        if values.mean() < BLIND and not self._warned_blind:
+    def _gather_measured(self, dependency: Tensor, mask: Tensor, keep: Tensor, scored: Tensor) -> Measured:
+        """What all processes have measured: the dependency of the scored rows' tokens, and whether they are kept."""
+        tokens = mask & scored.unsqueeze(1)
+        values, kept = self._gather_uneven(dependency[tokens]), self._gather_uneven(keep[tokens].float())
+        counts, rows = self.accelerator.gather(torch.stack([tokens.sum(1), scored], 1)).T.tolist()
+        return Measured(values, kept, counts, [bool(row) for row in rows])
+
+    def _log_scoring(self, measured: Measured, started: float) -> None:
+        """The time it took; and a warning if the perturbed view changed nothing."""
+        if measured.values.is_cuda:
+            torch.cuda.synchronize(measured.values.device)
+        log = self._metrics["train" if self.model.training else "eval"]
+        log["vppo/seconds_scoring"].append(time.perf_counter() - started)
+        values = measured.values
+        if len(values) and values.mean() < BLIND and not self._warned_blind:
             self._warned_blind = True
             logger.warning(
                 f"The perturbed view changes nothing: mean dependency {values.mean().item():.1e} nats over "

@@ -16,6 +16,7 @@ from torch import Tensor
 import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
 from vppo.data import Problem
+from vppo.evaluation import KEY
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
 from vppo.prompts import Prompts
 from vppo_kernels import reference, sampled_divergence
@@ -74,6 +75,7 @@ def trainer(
     path: Path,
     data: list[dict[str, Any]] | None = None,
     *,
+    eval_data: list[dict[str, Any]] | None = None,
     family: str = FAMILY,
     model: Any = None,
     peft_config: Any = None,
@@ -87,6 +89,7 @@ def trainer(
         reward_funcs=reward,
         args=VPPOConfig(**options(path, **changes)),
         train_dataset=Dataset.from_list(data or rows(4)),
+        eval_dataset=None if eval_data is None else Dataset.from_list(eval_data),
         processing_class=processor,
         peft_config=peft_config,
     )
@@ -126,8 +129,13 @@ def group_advantages(trainer: VPPOTrainer, batch: dict[str, Any]) -> Tensor:
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
-def perturbed_pixels(trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0) -> Tensor:
-    """The batch's pixels with the perturbed view of every row, drawn as the documentation says."""
+def perturbed_pixels(
+    trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0, problems: Sequence[int] | None = None
+) -> Tensor:
+    """The batch's pixels with the perturbed view of every row, drawn as the documentation says.
+
+    `problems` are the fingerprints of the rows' problems where the batch is one of an evaluation.
+    """
     layout = PixelLayout.of(trainer.processing_class.image_processor)
     perturbation: Perturbation = trainer.args.make_perturbation(layout.patch_size)
     pixels, counts = batch["pixel_values"], batch["num_images"]
@@ -142,8 +150,9 @@ def perturbed_pixels(trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0)
     inside = batch.get("pixel_attention_mask")
     views = []
     for row, (part, grid) in enumerate(zip(parts, row_grids, strict=True)):
-        prompt, rollout = divmod(row, trainer.num_generations)
-        key = [trainer.args.seed, step, prompt]
+        prompt, rollout = divmod(row, trainer.num_generations if problems is None else trainer.num_generations_eval)
+        which = (step, prompt) if problems is None else (KEY, problems[row])
+        key = [trainer.args.seed, *which]
         if trainer.args.perturbation_scope == "rollout":
             key.append(rollout)
         if not counts[row]:
@@ -206,12 +215,14 @@ def plain_model(trainer: VPPOTrainer, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def plain_dependency(trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0) -> Tensor:
+def plain_dependency(
+    trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0, problems: Sequence[int] | None = None
+) -> Tensor:
     """`[B, T]` dependency of every response token by two ordinary forwards in float64, zero at padding."""
     model = plain_model(trainer, torch.float64)
     clean, perturbed = (
         plain_logits(model, batch, pixels, trainer.args.temperature)
-        for pixels in (batch["pixel_values"], perturbed_pixels(trainer, batch, step))
+        for pixels in (batch["pixel_values"], perturbed_pixels(trainer, batch, step, problems))
     )
     if trainer.args.divergence == "k3":
         p, q = (reference.logprob(z, batch["completion_ids"]) for z in (clean, perturbed))

@@ -110,3 +110,27 @@ def test_a_folder_of_any_name_is_said_as_it_is(name: str) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     say(terminal, f"Report: {name}")
     assert terminal.file.getvalue() == f"Report: {name}\n"
+
+
+def test_evaluations_have_a_line_and_a_bar_of_their_own(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    progress = TrainingProgress(tmp_path / "metrics.jsonl", Console(file=shown, force_terminal=True, width=80))
+    progress.on_train_begin(ARGS, state(0), CONTROL)
+    progress.on_log(ARGS, state(2), CONTROL, logs={"reward": 0.25})
+    for _ in range(3):
+        progress.on_prediction_step(ARGS, state(2), CONTROL, eval_dataloader=range(3))
+    progress._progress.refresh()
+    assert "evaluating" in shown.getvalue() and "3/3" in shown.getvalue()
+    logs = {"eval_reward": 0.5, "eval_vppo/dependency_mean": 1.5, "eval_runtime": 3.0, "eval_samples_per_second": 2.0}
+    progress.on_log(ARGS, state(2), CONTROL, logs=logs)
+    progress.on_evaluate(ARGS, state(2), CONTROL, metrics=logs)
+    shown.truncate(0)
+    progress.on_train_end(ARGS, state(2), CONTROL)
+    last = shown.getvalue()
+    assert "reward 0.250" in last and "evaluating" not in last
+    assert "evaluated at step 2: reward 0.500  accuracy -  dependency 1.500" in last
+    assert read_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 2, "reward": 0.25},
+        {"step": 2, "eval_reward": 0.5, "eval_vppo/dependency_mean": 1.5},
+    ]
+    assert read_lines(tmp_path / "timings.jsonl")[1] == {"step": 2, "eval_runtime": 3.0, "eval_samples_per_second": 2.0}

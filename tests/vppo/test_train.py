@@ -10,8 +10,7 @@ import yaml
 from PIL import Image
 
 from vppo.errors import InputError
-from vppo.rewards import accuracy_reward
-from vppo.train import load_config, load_reward, make_arguments, parse_overrides, train
+from vppo.train import load_config, make_arguments, parse_overrides, train
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 MINIMAL = "model: some/model\ndataset: some/dataset\noutput_dir: {}\n"
@@ -180,26 +179,6 @@ def test_model_init_kwargs_are_joined(config_file: Callable[..., Path]) -> None:
     assert kwargs == {"revision": "main", "attn_implementation": "sdpa", "dtype": "float32", "use_kernels": True}
 
 
-# -- rewards
-
-
-def test_load_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_reward("accuracy") is accuracy_reward
-    (tmp_path / "own_reward_of_this_test.py").write_text(
-        "def length(completions, **_):\n    return [1.0]\nnumber = 3\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    assert load_reward("own_reward_of_this_test:length")([]) == [1.0]
-    for name, expected in [
-        ("acuracy", "reward: got 'acuracy', takes 'accuracy' or 'module:function'"),
-        ("no_such_module_here:f", "reward: cannot import 'no_such_module_here'"),
-        ("own_reward_of_this_test:number", "has no function 'number'"),
-        ("own_reward_of_this_test:other", "has no function 'other'"),
-    ]:
-        with pytest.raises(InputError, match=expected):
-            load_reward(name)
-
-
 # -- what is refused before any step
 
 
@@ -305,7 +284,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     ("override", "expected"),
     [
         ("--dataset=no.jsonl", "no.jsonl: no such dataset file or folder"),
-        ("--reward_weights=[1.0, 2.0]", "config: the trainer cannot be built for"),
+        ("--reward_weights=[1.0, 2.0]", "reward_weights: got 2 weights for 1 reward"),
+        ("--eval_dataset=no.jsonl", "no.jsonl: no such dataset file or folder"),
         ("--model=text", "model: text: no processor for images could be loaded"),
     ],
 )

@@ -408,8 +408,9 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert plain_logits(run.model, batch, batch["pixel_values"]).shape[-1] == len(families.VOCABULARY)
 
 
-def test_evaluation_is_trls(tmp_path: Path) -> None:
-    run = trainer(tmp_path, per_device_eval_batch_size=4)
+def test_a_baselines_later_evaluation_is_trls(tmp_path: Path) -> None:
+    """Made without an evaluation set, it has nothing to measure with."""
+    run = trainer(tmp_path, per_device_eval_batch_size=4, algorithm="dapo")
     fix_rollouts(run)
     run.eval_dataset = Dataset.from_list(rows(1))
     forwards = count_forwards(run)
@@ -481,3 +482,12 @@ def test_rollouts_in_these_tests_are_what_they_say(tmp_path: Path) -> None:
     batch = generation_batch(run, rows(1))
     assert batch["completion_ids"][1, :3].tolist() == response(1, 3)
     assert not torch.equal(perturbed_pixels(run, batch), batch["pixel_values"])
+
+
+def test_a_micro_batch_without_any_image(tmp_path: Path) -> None:
+    """Rows pass one by one: TRL hands over the text-only ones with images of no rows, at which models fail."""
+    settings: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    run = trainer(tmp_path, rows(2, images=(1, 0)), num_iterations=2, max_steps=1, **settings)
+    run.train()
+    assert run.state.log_history[0]["grad_norm"] > 0
+    assert run.state.log_history[0]["vppo/scored_fraction"] == 0.5

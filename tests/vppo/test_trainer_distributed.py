@@ -58,6 +58,19 @@ def folded(path: Path, case: dict[str, Any], world: int, rank: int) -> tuple[lis
     return advantages, {name: names[name][0] for name in names if name.startswith("vppo/") and name != CLOCK}
 
 
+def evaluated(path: Path, world: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Metrics and table of an evaluation of three problems, two completions each: two batches, the last half full."""
+    run = trainer(
+        path, eval_data=rows(3, images=(1, 0)), num_generations_eval=2, per_device_eval_batch_size=4 // world,
+        eval_strategy="steps",
+    )  # fmt: skip
+    fix_rollouts(run, LENGTHS)
+    found = run.evaluate()
+    whole = ("eval_reward", "eval_rewards/", "eval_vppo/")
+    table = run._completions["eval"].table(0).drop(columns="prompt").to_dict("records")
+    return {name: found[name] for name in found if name.startswith(whole) and not name.endswith(CLOCK)}, table
+
+
 def trained_in_pairs(path: Path, sharing: str) -> tuple[dict[str, Tensor], list[int]]:
     """Weights after four steps on two rows each, which the shuffle makes rollouts of one prompt or of two; and the
     forwards of each step's loss.
@@ -133,6 +146,7 @@ def process(rank: int, port: int, path: Path) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     results: dict[str, Any] = {name: folded(path / "run", case, WORLD, rank) for name, case in CASES.items()}
+    results["evaluated"] = evaluated(path / "run", WORLD)
     run = trainer(path / "run", per_device_train_batch_size=4)
     run.train()
     results["trained"] = {name: weight.detach() for name, weight in run.model.named_parameters()}
@@ -165,6 +179,19 @@ def test_two_processes_fold_as_one(case: str, ranks: list[dict[str, Any]], tmp_p
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
     for rank in ranks:
         assert rank[case][1] == pytest.approx(metrics, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The rows that fill up the last batches of two processes count in neither metrics nor table."""
+    metrics, table = evaluated(tmp_path, 1)
+    assert len(table) == 6 and metrics["eval_vppo/scored_fraction"] == pytest.approx(2 / 3)
+    for rank in ranks:
+        assert rank["evaluated"][0] == pytest.approx(metrics, rel=1e-4)
+        for row, expected in zip(rank["evaluated"][1], table, strict=True):
+            assert row.pop("completion") == expected["completion"]
+            numbers = {name: value for name, value in expected.items() if name != "completion"}
+            assert row == pytest.approx(numbers, rel=1e-3, nan_ok=True)
 
 
 @pytest.mark.slow
