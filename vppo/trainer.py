@@ -25,6 +25,7 @@ from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
+from vppo.images import rgb_row
 from vppo.logprobs import shared_logprobs
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import PixelLayout, seeded
@@ -113,7 +114,7 @@ class VPPOTrainer(GRPOTrainer):
         training = self.model.training
         self._recorded = [] if training and self.args.scores_tokens else None
         try:
-            output = super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions([rgb_row(row) for row in inputs])
             hidden_clean = self._take_recorded(output)
         finally:
             self._recorded, self._generated = None, []
