@@ -6,15 +6,12 @@ which turns black lines on nothing into a black picture, and clips what has more
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Image as ImageFeature
-from datasets.features.features import register_feature
 from PIL import Image, ImageCms, ImageOps
 
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # of which Pillow reads 16 bits into 32
@@ -83,20 +80,6 @@ def rgb_row(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(row.get("prompt"), list):
         changed["prompt"] = [_rgb_message(message) for message in row["prompt"]]
     return changed
-
-
-@dataclass
-class RGBImage(ImageFeature):
-    """The `datasets.Image` feature whose pictures are decoded by `to_rgb`."""
-
-    _type: str = field(default="RGBImage", init=False, repr=False)
-
-    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> Image.Image:
-        return to_rgb(super().decode_example(value, token_per_repo_id))
-
-
-with warnings.catch_warnings(action="ignore", category=UserWarning):  # datasets calls its own registry experimental
-    register_feature(RGBImage, "RGBImage")
 
 
 def _rgb_message(message: dict[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,10 @@ from vppo.heads import logit_options
 from vppo.images import rgb_row
 from vppo.logprobs import shared_logprobs
 from vppo.passes import GIB, ResponsePasses
-from vppo.perturbations import PixelLayout, seeded
+from vppo.perturbations import seeded
 from vppo.sampler import EpochSampler
 from vppo.scoring import score
+from vppo.views import ImageViews
 from vppo_kernels import TrajectoryStats, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
 
@@ -74,6 +75,7 @@ class VPPOTrainer(GRPOTrainer):
         self._generated: list[Tensor] = []
         self._train_logprobs: Tensor | None = None
         self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
+        self._pictures: list[Any] = []  # of each row of the batch at hand, as the processor was given them
         self._warned_blind = False
         super().__init__(model, reward_funcs, args, **kwargs)
         if args.scores_tokens:
@@ -84,8 +86,8 @@ class VPPOTrainer(GRPOTrainer):
                     f"processor for algorithm {args.algorithm!r} (pass `processing_class=` explicitly if AutoProcessor "
                     "finds only the tokenizer)"
                 )
-            self._layout = PixelLayout.of(image_processor)
-            self._perturbation = args.make_perturbation(self._layout.patch_size)
+            self._image_views = ImageViews.of(self.processing_class)
+            self._perturbation = args.make_perturbation(self._image_views.layout.patch_size)
             self._has_dropout = _has_dropout(self.model)
             self._passes = ResponsePasses(
                 self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self._most
@@ -114,11 +116,21 @@ class VPPOTrainer(GRPOTrainer):
         training = self.model.training
         self._recorded = [] if training and self.args.scores_tokens else None
         try:
-            output = super()._generate_and_score_completions([rgb_row(row) for row in inputs])
+            shown = [rgb_row(row) for row in inputs]
+            self._pictures = [row["images"] or [] if "images" in row else [row.get("image")] for row in shown]
+            output = super()._generate_and_score_completions(shown)
             hidden_clean = self._take_recorded(output)
         finally:
             self._recorded, self._generated = None, []
         return self._fold(output, hidden_clean) if training and self.args.scores_tokens else output
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """TRL's, which also tells the images of messages, tools and environments."""
+        generated = super()._generate(prompts)
+        *_, images, _ = generated
+        if images is not None:
+            self._pictures = [group or [] for group in images]
+        return generated
 
     @torch.no_grad()
     def _fold(self, output: dict[str, Any], hidden_clean: Tensor | None) -> dict[str, Any]:
@@ -183,11 +195,14 @@ class VPPOTrainer(GRPOTrainer):
         each = self.args.perturbation_scope == "rollout"
         keys = [first + row for row in range(len(batch))] if each else prompts
         pixels: dict[int, Tensor] = {}
+        pictures, self._pictures = self._pictures, []  # whole photographs: not longer than they are needed
         for row in rows:
             if keys[row] not in pixels:
                 draw = divmod(first + row, self.num_generations) if each else (prompts[row],)
                 generator = seeded(self.args.seed, self.state.global_step, *draw)
-                pixels[keys[row]] = batch.perturbed_pixels(row, self._layout, self._perturbation, generator)
+                pixels[keys[row]] = self._image_views.perturbed(
+                    batch, row, pictures[row], self._perturbation, generator
+                )
         return View(prompts), View(keys, pixels)
 
     def _prompts(self, batch: Batch) -> list[int]:

@@ -5,7 +5,8 @@ Weights are random but scaled so that the image reaches the logits: a few tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,6 +225,12 @@ def _idefics3() -> tuple[Any, Any]:
     return Idefics3ForConditionalGeneration(config), processor
 
 
+def _idefics3_canvas(width: int, height: int) -> tuple[int, int]:
+    """The longer side becomes 56, the shorter one a whole number of tiles."""
+    short = 28 * math.ceil(min(width, height) * 56 / max(width, height) / 28)
+    return (56, short) if width >= height else (short, 56)
+
+
 def _gemma3() -> tuple[Any, Any]:
     vision = {
         "hidden_size": 32,
@@ -257,12 +264,16 @@ def _gemma3() -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """A way to build one family, and the size of images that its processor leaves as they are."""
+    """A way to build one family, and the size of images that its processor leaves as they are.
+
+    `canvas` tells to which size it resizes an image before it cuts tiles out of it; None where there are no tiles.
+    """
 
     name: str
     build: Callable[[], tuple[Any, Any]]
     patch: int
     native: tuple[int, int]  # (width, height)
+    canvas: Callable[[int, int], tuple[int, int]] | None = None
 
 
 FAMILIES = [
@@ -270,7 +281,7 @@ FAMILIES = [
     Family("qwen2_5_vl", _qwen2_5_vl, 14, (56, 28)),
     Family("qwen3_vl", _qwen3_vl, 16, (64, 32)),
     Family("llava", _llava, 14, (28, 28)),
-    Family("idefics3", _idefics3, 7, (28, 28)),
+    Family("idefics3", _idefics3, 7, (28, 28), _idefics3_canvas),
     Family("gemma3", _gemma3, 14, (28, 28)),
 ]
 
@@ -282,6 +293,29 @@ def build(name: str, seed: int = 0) -> tuple[Any, Any]:
     model, processor = family.build()
     model.generation_config.eos_token_id = VOCABULARY["<eos>"]
     return model.eval(), processor
+
+
+def blackened(
+    picture: Image.Image, canvas: tuple[int, int], patch: int, generator: torch.Generator, probability: float = 0.5
+) -> Image.Image:
+    """By hand: random patches of `canvas` (width, height), to which a picture will be resized, are black in it."""
+    levels = np.array(picture)
+    black = torch.rand(-(-canvas[1] // patch), -(-canvas[0] // patch), generator=generator) < probability
+    for y in range(picture.height):
+        for x in range(picture.width):
+            row, column = (y + 0.5) * canvas[1] / picture.height, (x + 0.5) * canvas[0] / picture.width
+            if black[int(row) // patch, int(column) // patch]:
+                levels[y, x] = 0
+    return Image.fromarray(levels)
+
+
+def encoded(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> Any:
+    """What a processor makes of the images of some prompts."""
+    texts = []
+    for images in samples:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": "?"}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+    return processor(images=[list(images) for images in samples], text=texts, padding=True, return_tensors="pt")
 
 
 def picture(seed: int, size: tuple[int, int] = (56, 28)) -> Image.Image:

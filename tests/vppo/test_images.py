@@ -17,7 +17,7 @@ from runs import generation_batch, rows, trainer
 from vppo.data import Problems, load_training_data
 from vppo.demo.scored import score_responses
 from vppo.errors import InputError
-from vppo.images import RGBImage, read_picture, rgb_row, to_rgb
+from vppo.images import read_picture, rgb_row, to_rgb
 from vppo.perturbations import PixelLayout
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -139,7 +139,7 @@ COLOURS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", COLOURS)
 def test_colours_become_rgb(kind: str) -> None:
     red, green, blue = np.asarray(to_rgb(COLOURS[kind]()))[4, 4].tolist()
-    assert red >= 250 and green <= 3 and blue <= 3
+    assert red >= 247 and green <= 8 and blue <= 8  # JPEG and LAB round
 
 
 def test_two_levels() -> None:
@@ -203,18 +203,9 @@ def test_training_data_and_problems(tmp_path: Path) -> None:
     path.write_text("".join(f'{{"problem": "P", "answer": "A", "images": ["{name}"]}}\n' for name in names))
     for _ in range(2):  # the second time from the cache
         data = pickle.loads(pickle.dumps(load_training_data(path)))  # as a worker of a data loader has it
-        assert data.features["images"] == List(RGBImage())
         for row, problem in zip(data, Problems(path), strict=True):
             assert_drawing(row["images"][0])
             assert_drawing(problem.images[0])
-
-
-def test_the_feature_survives_on_disk(tmp_path: Path) -> None:
-    data = Dataset.from_dict({"images": [[drawing()]]}, features=Features({"images": List(RGBImage())}))
-    data.save_to_disk(str(tmp_path / "saved"))
-    data.to_parquet(str(tmp_path / "a.parquet"))
-    for back in (Dataset.load_from_disk(str(tmp_path / "saved")), Dataset.from_parquet(str(tmp_path / "a.parquet"))):
-        assert_drawing(back[0]["images"][0])
 
 
 @pytest.mark.parametrize("decoded", [True, False])

@@ -368,8 +368,8 @@ class _Run:
 
     def _write_pictures(self, sample: int, prompts: Prompts, row: int, scoring: Scoring) -> tuple[str, str]:
         """What the model saw in the clean and in the first perturbed view; returns where, relative to the folder."""
-        perturbed = prompts.perturbed(row, *scoring.draw(sample, 0))
-        for view, pictures in ((False, prompts.pictures(row)), (True, prompts.pictures(row, perturbed))):
+        draw = scoring.draw(sample, 0)
+        for view, pictures in ((False, prompts.pictures(row)), (True, prompts.pictures(row, *draw))):
             for number, picture in enumerate(pictures):
                 content = io.BytesIO()
                 picture.save(content, "PNG")

@@ -99,11 +99,10 @@ def score_responses(
         ids, keys = [list(row["response_ids"]) for row in part], list(range(start, start + len(part)))
         found = score_tokens(passes, prompts, range(len(part)), ids, keys, scoring)
         for place, (row, score) in enumerate(zip(part, found, strict=True)):
-            perturbed = prompts.perturbed(place, *scoring.draw(keys[place], 0))
             scored.append(
                 ScoredResponse(
                     image=prompts.pictures(place)[0],
-                    perturbed_image=prompts.pictures(place, perturbed)[0],
+                    perturbed_image=prompts.pictures(place, *scoring.draw(keys[place], 0))[0],
                     question=prompts.problems[place].question,
                     answer=str(row["answer"]),
                     correct=bool(row["correct"]),
