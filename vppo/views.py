@@ -28,7 +28,8 @@ Process = Callable[[Sequence[Sequence[Image.Image]]], Mapping[str, Any]]
 PROBES = ((1024, 384), (240, 640))  # (width, height): large enough to be cut, of two shapes so that one is padded
 TOLERANCE = 1e-4  # of normalised pixels: half a thousandth of a standard deviation is far below one level
 MARK = 255  # the blue of a probe, which no padding has
-LEVELS_OFF = 4.0  # that resizing and rounding may move a probe's colour, beside one pixel's step
+MARK_OFF = 4.0  # levels that resizing may move it
+ROUNDING = 1.5  # levels that a probe's other colours may be off the straight line, beside one pixel's step
 
 
 class ImageViews:
@@ -263,14 +264,14 @@ def _is_in_place(levels: Tensor) -> bool:
         place = torch.arange(len(along), dtype=torch.float64) - (len(along) - 1) / 2
         slope = (along * place).sum() / place.square().sum()
         off = (plane - (along.mean() + slope * place)).abs().max()
-        if slope <= 0 or off > slope + LEVELS_OFF:
+        if slope <= 0 or off > slope + ROUNDING:
             return False
     return True
 
 
 def _marked(levels: Tensor) -> tuple[Tensor, Tensor]:
     """`[..., H]` and `[..., W]` bool: rows and columns of `[..., 3, H, W]` levels that show a probe."""
-    marked = (levels[..., 2, :, :] - MARK).abs() < LEVELS_OFF
+    marked = (levels[..., 2, :, :] - MARK).abs() < MARK_OFF
     return marked.any(-1), marked.any(-2)
 
 

@@ -296,16 +296,16 @@ def build(name: str, seed: int = 0) -> tuple[Any, Any]:
 
 
 def blackened(
-    picture: Image.Image, canvas: tuple[int, int], patch: int, generator: torch.Generator, probability: float = 0.5
+    picture: Image.Image, canvas: tuple[float, float], patch: int, generator: torch.Generator, probability: float = 0.5
 ) -> Image.Image:
     """By hand: random patches of `canvas` (width, height), to which a picture will be resized, are black in it."""
     levels = np.array(picture)
-    black = torch.rand(-(-canvas[1] // patch), -(-canvas[0] // patch), generator=generator) < probability
-    for y in range(picture.height):
-        for x in range(picture.width):
-            row, column = (y + 0.5) * canvas[1] / picture.height, (x + 0.5) * canvas[0] / picture.width
-            if black[int(row) // patch, int(column) // patch]:
-                levels[y, x] = 0
+    rows, columns = (
+        [int((place + 0.5) * shown / side) // patch for place in range(side)]
+        for side, shown in zip(picture.size[::-1], canvas[::-1], strict=True)
+    )
+    black = (torch.rand(rows[-1] + 1, columns[-1] + 1, generator=generator) < probability).numpy()
+    levels[black[rows][:, columns]] = 0
     return Image.fromarray(levels)
 
 
