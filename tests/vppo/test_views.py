@@ -238,7 +238,6 @@ MOSAICS = {  # of a picture of 160 x 80 pixels: rows and columns of tiles, and w
     "InternVL": (1, 2, False),
     "LLaVA-OneVision": (1, 2, True),
     "LLaVA-Next": (1, 2, True),
-    "Llama4": (2, 4, False),
 }
 
 
