@@ -6,7 +6,6 @@ which turns black lines on nothing into a black picture, and clips what has more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +129,8 @@ def _white(values: np.ndarray, image: Image.Image) -> float:
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
-    profiles: Sequence[Any] = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-    converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if converted is None:
         raise ValueError("image: its LAB colours cannot be converted")
     return converted

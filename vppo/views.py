@@ -28,6 +28,7 @@ Process = Callable[[Sequence[Sequence[Image.Image]]], Mapping[str, Any]]
 PROBES = ((1024, 384), (240, 640))  # (width, height): large enough to be cut, of two shapes so that one is padded
 TOLERANCE = 1e-4  # of normalised pixels: half a thousandth of a standard deviation is far below one level
 MARK = 255  # the blue of a probe, which no padding has
+GOLDEN = 0.6180339887  # its multiples, less their whole parts, are spread evenly
 MARK_OFF = 4.0  # levels that resizing may move it
 ROUNDING = 1.5  # levels that a probe's other colours may be off the straight line, beside one pixel's step
 
@@ -49,11 +50,10 @@ class ImageViews:
     """
 
     def __init__(self, process: Process, image_processor: Any, name: str) -> None:
-        self.layout = PixelLayout.of(image_processor)
         self._process, self._name = process, name
         self._scale = lru_cache(maxsize=4096)(self._measured_scale)
         self.on_pixels = False
-        self._test()
+        self._test(image_processor)
 
     @classmethod
     def of(cls, processor: Any) -> ImageViews:
@@ -130,7 +130,12 @@ class ImageViews:
 
     def _measured_scale(self, size: tuple[int, int]) -> tuple[float, float]:
         """How many pixels the model is shown for one of a picture of this (width, height), downwards and across."""
-        values = torch.as_tensor(self._process([[_located(size)]])["pixel_values"])
+        down, across = self._measured(size)
+        width, height = size
+        return max(round(height * down), 1) / height, max(round(width * across), 1) / width  # whole pixels are shown
+
+    def _measured(self, size: tuple[int, int]) -> tuple[float, float]:
+        values = torch.as_tensor(self._process([[_located(size, dithered=True)]])["pixel_values"])
         if values.dim() >= 4 and values.shape[-3] == 3:
             slopes = _slopes(self.layout.normalisation.level(values.reshape(-1, *values.shape[-3:])))
             if slopes is not None:  # levels in a pixel that is shown; there are 255 in the whole picture
@@ -142,8 +147,9 @@ class ImageViews:
 
     # -- whether it is right -------------------------------------------------------------------------------------------
 
-    def _test(self) -> None:
+    def _test(self, image_processor: Any) -> None:
         try:
+            self.layout = PixelLayout.of(image_processor)
             self._try()
         except InputError:
             raise
@@ -230,12 +236,17 @@ def _process_of(processor: Any) -> Process:
     return process
 
 
-def _located(size: tuple[int, int]) -> Image.Image:
-    """A picture whose red grows from left to right and whose green from top to bottom."""
+def _located(size: tuple[int, int], *, dithered: bool = False) -> Image.Image:
+    """A picture whose red grows from left to right and whose green from top to bottom.
+
+    Whole levels make steps of a slope; `dithered` spreads their rounding over the other axis, where it averages out.
+    """
     width, height = size
+    down, across = np.arange(height)[:, None], np.arange(width)[None]
+    red, green = (across + 0.5) * (255 / width), (down + 0.5) * (255 / height)
     levels = np.full((height, width, 3), MARK, np.uint8)
-    levels[..., 0] = np.rint((np.arange(width) + 0.5) * (255 / width))
-    levels[..., 1] = np.rint((np.arange(height) + 0.5) * (255 / height))[:, None]
+    levels[..., 0] = np.floor(red + (down * GOLDEN % 1 if dithered else 0.5))
+    levels[..., 1] = np.floor(green + (across * GOLDEN % 1 if dithered else 0.5))
     return Image.fromarray(levels)
 
 

@@ -1,4 +1,4 @@
-"""Six families of vision-language models, tiny and built from configurations alone: no hub, no torchvision.
+"""Families of vision-language models, tiny and built from configurations alone: no hub, no torchvision.
 
 Weights are random but scaled so that the image reaches the logits: a few tokens tell the views apart.
 """
@@ -22,6 +22,9 @@ from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -39,6 +42,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -81,6 +85,10 @@ def tokenizer(image_token: str) -> PreTrainedTokenizerFast:
             "image_token": image_token,
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
+            "start_image_token": "<|vision_start|>",
+            "end_image_token": "<|vision_end|>",
+            "context_image_token": "<image>",
+            "video_token": "<|video_pad|>",
         },
         padding_side="left",
     )
@@ -262,6 +270,38 @@ def _gemma3() -> tuple[Any, Any]:
     return model, processor
 
 
+class _InternVLProcessor(InternVLProcessor):
+    """Without its processor of videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, 4, chat_template)
+
+
+_InternVLProcessor.__name__ = "InternVLProcessor"
+
+
+def _internvl() -> tuple[Any, Any]:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 7,
+        "initializer_range": 0.2,
+    }
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=VOCABULARY["<image>"],
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, min_patches=1, max_patches=6)
+    processor = _InternVLProcessor(images, tokenizer("<image>"), chat_template=chat_template("<image>"))
+    return InternVLForConditionalGeneration(config), processor
+
+
 @dataclass(frozen=True)
 class Family:
     """A way to build one family, and the size of images that its processor leaves as they are.
@@ -284,12 +324,14 @@ FAMILIES = [
     Family("idefics3", _idefics3, 7, (28, 28), _idefics3_canvas),
     Family("gemma3", _gemma3, 14, (28, 28)),
 ]
+# whose pixel values are tiles that TRL counts; sizes of 28, 56 and 84 are shown as they are
+IN_TILES = [Family("internvl", _internvl, 7, (28, 28), lambda width, height: (width, height))]
 
 
 def build(name: str, seed: int = 0) -> tuple[Any, Any]:
     """A model and its processor; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    family = next(f for f in FAMILIES if f.name == name)
+    family = next(f for f in [*FAMILIES, *IN_TILES] if f.name == name)
     model, processor = family.build()
     model.generation_config.eos_token_id = VOCABULARY["<eos>"]
     return model.eval(), processor

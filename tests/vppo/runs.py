@@ -137,8 +137,8 @@ def perturbed_pixels(trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0)
     if grids is not None:
         patches = [int(g.prod(-1).sum()) for g in grids.split(counts)]
         parts, row_grids = pixels.split(patches), grids.split(counts)
-    elif pixels.dim() == 5:
-        parts, row_grids = pixels.unbind(), [None] * len(pixels)
+    elif pixels.dim() == 5 or "num_tiles" in batch:
+        parts, row_grids = pixels.unbind()[: len(counts)], [None] * len(counts)
     else:
         parts, row_grids = pixels.split(counts), [None] * len(counts)
     inside = batch.get("pixel_attention_mask")
@@ -167,7 +167,7 @@ def perturbed_pixels(trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0)
 def canvas_of(processor: Any) -> Callable[[int, int], tuple[int, int]] | None:
     """Of the family that a processor belongs to."""
     kind = type(processor).__name__.removesuffix("Processor").lower()
-    return next((f.canvas for f in families.FAMILIES if f.name.replace("_", "") == kind), None)
+    return next((f.canvas for f in [*families.FAMILIES, *families.IN_TILES] if f.name.replace("_", "") == kind), None)
 
 
 def plain_logits(model: Any, batch: dict[str, Any], pixels: Tensor | None, temperature: float = 1.0) -> Tensor:

@@ -303,6 +303,7 @@ REFUSED = {
     "Step-3.7": ("step3p7:Step3p7ImageProcessor", r"\['pixel_values', 'pixel_values_local'\]"),
     "Phi-4-multimodal": ("phi4_multimodal:Phi4MultimodalImageProcessor", r"\['image_pixel_values'\]"),
     "Mllama": ("mllama:MllamaImageProcessor", "takes a processor whose images can be perturbed"),
+    "Fuyu": ("fuyu:FuyuImageProcessor", "takes a processor whose images can be perturbed"),
 }
 
 
