@@ -46,7 +46,7 @@ class Prompts:
         nothing = torch.zeros(len(problems), 0, dtype=torch.long)
         texts = [chat_text(processor, problem) for problem in problems]
         images = [problem.images for problem in problems]
-        encoded = {"input_ids": nothing, "attention_mask": nothing}
+        encoded: dict[str, Any] = {"input_ids": nothing, "attention_mask": nothing}
         if problems:
             shown = images if any(images) else None
             encoded = dict(processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt"))

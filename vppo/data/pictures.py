@@ -116,7 +116,10 @@ def decode(stored: Stored | Image.Image, pixel_limit: int | None = None) -> Imag
         InputError: It is no picture, it is broken or too large, or its path is not that of a regular file.
     """
     if isinstance(stored, Image.Image):
-        return to_rgb(stored)
+        try:
+            return to_rgb(stored)
+        except ValueError as error:
+            raise InputError(f"cannot read the embedded picture: {type(error).__name__}: {error}") from error
     if pixel_limit is not None:
         # Pillow refuses what is more than twice as large; half a pixel is fine with it, though not with its types
         PIL.Image.MAX_IMAGE_PIXELS = pixel_limit / 2  # type: ignore[assignment]
