@@ -1,6 +1,7 @@
-"""Perturbed views of images, drawn on the tensors that a processor has already made (VPPO, Appendix F).
+"""Perturbed views of images (VPPO, Appendix F), drawn on the tensors that a processor has made, or on pictures.
 
-Working on processed tensors spares a second run of the processor, and the perturbed view keeps the clean one's shape.
+Working on processed tensors spares a second run of the processor, and the perturbed view keeps the clean one's shape;
+`vppo.views` decides where that can be done.
 Every draw is seeded by what it belongs to, so any step of a run can be reproduced by itself.
 """
 
@@ -49,6 +50,9 @@ class Normalisation:
         return (pixels.float() * std + mean) / self.rescale
 
 
+LEVELS = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1.0)  # of a picture as it is stored
+
+
 @dataclass(frozen=True)
 class Perturbation:
     """What the perturbed view does to an image.
@@ -83,44 +87,61 @@ class Perturbation:
         if not self.blur_radius > 0:
             raise ValueError(f"blur_radius: got {self.blur_radius!r}, takes a number above 0")
 
-    def __call__(self, image: Tensor, normalisation: Normalisation, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self,
+        image: Tensor,
+        normalisation: Normalisation,
+        generator: torch.Generator,
+        scale: tuple[float, float] = (1.0, 1.0),
+    ) -> Tensor:
         """Perturb one image.
 
         Args:
             image: `[..., C, H, W]` normalised pixels; leading dimensions (the frames of a clip) share one draw.
             normalisation: How those pixels came about.
             generator: Source of the draw, on the CPU so that it does not depend on the device.
+            scale: How many pixels the model is shown for one of the image, along height and width. Patches, noise and
+                blur are those of the pixels that it is shown.
 
         Returns:
             A new tensor of the same shape, dtype and device.
         """
         if self.kind == "patch":
-            return self._patch(image, normalisation, generator)
+            return self._patch(image, normalisation, generator, scale)
         if self.kind == "noise":
-            return self._noise(image, normalisation, generator)
+            return self._noise(image, normalisation, generator, scale)
         if self.kind == "blur":
-            return _gaussian_blur(image, self.blur_radius)
+            return _gaussian_blur(image, (self.blur_radius / scale[0], self.blur_radius / scale[1]))
         return normalisation.pixel(GREY, image).to(image.dtype).expand(image.shape).clone()
 
-    def _patch(self, image: Tensor, normalisation: Normalisation, generator: torch.Generator) -> Tensor:
-        height, width = image.shape[-2:]
-        grid = -(-height // self.patch_size), -(-width // self.patch_size)
-        black = torch.rand(grid, generator=generator) < self.patch_probability
-        black = black.repeat_interleave(self.patch_size, 0).repeat_interleave(self.patch_size, 1)
-        black = black[:height, :width].to(image.device)
+    def _patch(
+        self, image: Tensor, normalisation: Normalisation, generator: torch.Generator, scale: tuple[float, float]
+    ) -> Tensor:
+        rows, columns = (_shown(side, by) // self.patch_size for side, by in zip(image.shape[-2:], scale, strict=True))
+        black = torch.rand((int(rows[-1]) + 1, int(columns[-1]) + 1), generator=generator) < self.patch_probability
+        black = black[rows][:, columns].to(image.device)
         return torch.where(black, normalisation.pixel(0.0, image).to(image.dtype), image)
 
-    def _noise(self, image: Tensor, normalisation: Normalisation, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(image.shape[-3:], generator=generator).to(image.device)
+    def _noise(
+        self, image: Tensor, normalisation: Normalisation, generator: torch.Generator, scale: tuple[float, float]
+    ) -> Tensor:
+        rows, columns = (_shown(side, by) for side, by in zip(image.shape[-2:], scale, strict=True))
+        drawn = torch.randn((image.shape[-3], int(rows[-1]) + 1, int(columns[-1]) + 1), generator=generator)
+        noise = drawn[:, rows][:, :, columns].to(image.device)
         low, high = normalisation.pixel(0.0, image), normalisation.pixel(255.0, image)
         noisy = image.float() + noise * (high - low) * (self.noise_std / 255.0)
         return noisy.clamp(low, high).to(image.dtype)
 
 
-def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+def _shown(side: int, scale: float) -> Tensor:
+    """`[side]` for each row, or column, of an image the one in which the model is shown its middle."""
+    return ((torch.arange(side, dtype=torch.float64) + 0.5) * scale).long()
+
+
+def _gaussian_blur(image: Tensor, sigmas: tuple[float, float]) -> Tensor:
     """Separable Gaussian blur with mirrored edges; linear, so it may act on normalised pixels."""
     flat = image.reshape(-1, 1, *image.shape[-2:]).float()
-    for axis in (2, 3):
+    for axis, sigma in zip((2, 3), sigmas, strict=True):
         reach = min(int(3 * sigma + 0.5), flat.shape[axis] - 1)  # mirroring reaches no further than the image
         offsets = torch.arange(-reach, reach + 1, dtype=torch.float32, device=image.device)
         kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
@@ -155,7 +176,7 @@ class PixelLayout:
         """Read from a transformers image processor."""
         return cls(
             Normalisation.of(image_processor),
-            getattr(image_processor, "patch_size", None) or cls.patch_size,
+            _side(getattr(image_processor, "patch_size", None)) or cls.patch_size,
             getattr(image_processor, "merge_size", None) or cls.merge_size,
             getattr(image_processor, "temporal_patch_size", None) or cls.temporal_patch_size,
         )
@@ -218,6 +239,11 @@ class PixelLayout:
         return pictures
 
 
+def _side(size: Any) -> int | None:
+    """Of a square, which some processors store with a height and a width."""
+    return size["height"] if hasattr(size, "keys") else size
+
+
 def _planes(pixel_values: Tensor) -> Tensor:
     if pixel_values.dim() < 3 or pixel_values.shape[-3] not in (1, 3):
         raise ValueError(
@@ -253,3 +279,15 @@ def perturb(
     if inside is None:
         return perturbed
     return torch.where((inside != 0).unsqueeze(-3), perturbed, pixel_values)
+
+
+def perturb_picture(
+    picture: Image.Image,
+    perturbation: Perturbation,
+    generator: torch.Generator,
+    scale: tuple[float, float] = (1.0, 1.0),
+) -> Image.Image:
+    """The perturbed view of an RGB picture that a processor has not seen yet; see `Perturbation.__call__`."""
+    levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
+    changed = perturbation(levels, LEVELS, generator, scale).round().to(torch.uint8)
+    return Image.fromarray(changed.permute(1, 2, 0).numpy())

@@ -13,7 +13,8 @@ from trl.trainer.utils import pad, unsplit_pixel_values_by_grid
 
 from vppo.batch import TOKEN_INPUTS, Batch
 from vppo.data import Problem
-from vppo.perturbations import Perturbation, PixelLayout
+from vppo.perturbations import Perturbation
+from vppo.views import ImageViews, in_tiles
 
 
 def chat_text(processor: Any, problem: Problem) -> str:
@@ -34,21 +35,24 @@ class Prompts:
         lengths: Tokens of each prompt, those of its images included.
 
     Raises:
+        InputError: The images of this processor cannot be perturbed.
         ValueError: The processor cannot take one of them.
     """
 
     def __init__(self, processor: Any, problems: Sequence[Problem]) -> None:
         self.problems = problems
         self._pad_id = processor.tokenizer.pad_token_id
-        self._layout = PixelLayout.of(processor.image_processor)
+        self._views = ImageViews.of(processor)
         nothing = torch.zeros(len(problems), 0, dtype=torch.long)
         texts = [chat_text(processor, problem) for problem in problems]
         images = [problem.images for problem in problems]
-        encoded = {"input_ids": nothing, "attention_mask": nothing}
+        encoded: dict[str, Any] = {"input_ids": nothing, "attention_mask": nothing}
         if problems:
             shown = images if any(images) else None
             encoded = dict(processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt"))
         self._ids, self._mask = encoded.pop("input_ids"), encoded.pop("attention_mask")
+        if "pixel_values" in encoded and in_tiles(encoded, sum(map(len, images))):
+            encoded["num_tiles"] = self._views.tiles(images)
         self._batch = Batch(
             {
                 "prompt_ids": self._ids,
@@ -97,14 +101,26 @@ class Prompts:
 
     def perturbed(self, row: int, perturbation: Perturbation, generator: torch.Generator) -> Tensor:
         """The perturbed view of one problem's images, in the layout of the model's `pixel_values`."""
-        return self._batch.perturbed_pixels(row, self._layout, perturbation, generator)
+        return self._views.perturbed(self._batch, row, self.problems[row].images, perturbation, generator)
 
-    def pictures(self, row: int, pixels: Tensor | None = None) -> list[Image.Image]:
-        """One problem's images, or a perturbed view of them, as the model is shown them; tiles are apart."""
+    def pictures(
+        self, row: int, perturbation: Perturbation | None = None, generator: torch.Generator | None = None
+    ) -> list[Image.Image]:
+        """One problem's images as the model is shown them, in the clean view or in the perturbed one of a draw.
+
+        An image that is shown in several tiles is shown here as one picture.
+        """
+        images = self.problems[row].images
+        if not self._views.on_pixels:
+            if perturbation is not None and generator is not None:
+                images = self._views.pictures(images, perturbation, generator)
+            return [self._views.shown(image) for image in images]
         split = self._batch.split
         grids, inside = split.get("image_grid_thw"), split.get("pixel_attention_mask")
-        shown = split["pixel_values"][row] if pixels is None else pixels
-        pictures = self._layout.pictures(shown, None if grids is None else grids[row])
+        shown = split["pixel_values"][row]
+        if perturbation is not None and generator is not None:
+            shown = self.perturbed(row, perturbation, generator)
+        pictures = self._views.layout.pictures(shown, None if grids is None else grids[row])
         if inside is None:
             return pictures
         return [picture for picture, there in zip(pictures, inside[row], strict=True) if there.any()]

@@ -25,13 +25,15 @@ from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
+from vppo.images import rgb_row
 from vppo.logged_trainer import LoggedTrainer
 from vppo.logprobs import shared_logprobs
 from vppo.measured import Measured
 from vppo.passes import GIB, ResponsePasses
-from vppo.perturbations import PixelLayout, seeded
+from vppo.perturbations import seeded
 from vppo.sampler import EpochSampler
 from vppo.scoring import score
+from vppo.views import ImageViews
 from vppo_kernels import TrajectoryStats, topk_mask, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
 
@@ -80,6 +82,7 @@ class VPPOTrainer(LoggedTrainer):
         self._train_logprobs: Tensor | None = None
         self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
         self._problems: list[int] | None = None  # while a batch is evaluated, the fingerprint of each row's problem
+        self._pictures: list[Any] = []  # of each row of the batch at hand, as the processor was given them
         self._warned_blind = False
         super().__init__(model, reward_funcs, args, **kwargs)
         self.accelerator.unwrap_model(self.model).register_forward_pre_hook(without_no_images, with_kwargs=True)
@@ -94,8 +97,8 @@ class VPPOTrainer(LoggedTrainer):
                     f"processor for algorithm {args.algorithm!r} (pass `processing_class=` explicitly if AutoProcessor "
                     "finds only the tokenizer)"
                 )
-            self._layout = PixelLayout.of(image_processor)
-            self._perturbation = args.make_perturbation(self._layout.patch_size)
+            self._image_views = ImageViews.of(self.processing_class)
+            self._perturbation = args.make_perturbation(self._image_views.layout.patch_size)
             self._has_dropout = _has_dropout(self.model)
             self._passes = ResponsePasses(
                 self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self._most
@@ -133,7 +136,9 @@ class VPPOTrainer(LoggedTrainer):
         self._recorded = [] if scores else None
         columns: dict[str, list[Any]] = {}
         try:
-            output = super()._generate_and_score_completions(inputs)
+            shown = [rgb_row(row) for row in inputs]
+            self._pictures = [row["images"] or [] if "images" in row else [row.get("image")] for row in shown]
+            output = super()._generate_and_score_completions(shown)
             hidden_clean = self._take_recorded(output)
             if scores:
                 output, columns = (self._fold if training else self._measure)(output, hidden_clean)
@@ -141,6 +146,14 @@ class VPPOTrainer(LoggedTrainer):
             self._recorded, self._generated, self._problems = None, [], None
         self._keep_completions(columns)
         return output
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """TRL's, which also tells the images of messages, tools and environments."""
+        generated = super()._generate(prompts)
+        *_, images, _ = generated
+        if images is not None:
+            self._pictures = [group or [] for group in images]
+        return generated
 
     @torch.no_grad()
     def _fold(self, output: dict[str, Any], hidden_clean: Tensor | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
@@ -242,6 +255,7 @@ class VPPOTrainer(LoggedTrainer):
         each = self.args.perturbation_scope == "rollout"
         keys = [first + row for row in range(len(batch))] if each else prompts
         pixels: dict[int, Tensor] = {}
+        pictures, self._pictures = self._pictures, []  # whole photographs: not longer than they are needed
         for row in rows:
             if keys[row] not in pixels:
                 step, prompt = self.state.global_step, prompts[row]
@@ -249,7 +263,9 @@ class VPPOTrainer(LoggedTrainer):
                     step, prompt = evaluation.KEY, self._problems[row]
                 draw = (prompt, (first + row) % self._group_size) if each else (prompt,)
                 generator = seeded(self.args.seed, step, *draw)
-                pixels[keys[row]] = batch.perturbed_pixels(row, self._layout, self._perturbation, generator)
+                pixels[keys[row]] = self._image_views.perturbed(
+                    batch, row, pictures[row], self._perturbation, generator
+                )
         return View(prompts), View(keys, pixels)
 
     def _prompts(self, batch: Batch) -> list[int]:

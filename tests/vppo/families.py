@@ -1,11 +1,12 @@
-"""Six families of vision-language models, tiny and built from configurations alone: no hub, no torchvision.
+"""Families of vision-language models, tiny and built from configurations alone: no hub, no torchvision.
 
 Weights are random but scaled so that the image reaches the logits: a few tokens tell the views apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -38,6 +42,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -80,6 +85,10 @@ def tokenizer(image_token: str) -> PreTrainedTokenizerFast:
             "image_token": image_token,
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
+            "start_image_token": "<|vision_start|>",
+            "end_image_token": "<|vision_end|>",
+            "context_image_token": "<image>",
+            "video_token": "<|video_pad|>",
         },
         padding_side="left",
     )
@@ -224,6 +233,12 @@ def _idefics3() -> tuple[Any, Any]:
     return Idefics3ForConditionalGeneration(config), processor
 
 
+def _idefics3_canvas(width: int, height: int) -> tuple[int, int]:
+    """The longer side becomes 56, the shorter one a whole number of tiles."""
+    short = 28 * math.ceil(min(width, height) * 56 / max(width, height) / 28)
+    return (56, short) if width >= height else (short, 56)
+
+
 def _gemma3() -> tuple[Any, Any]:
     vision = {
         "hidden_size": 32,
@@ -255,14 +270,50 @@ def _gemma3() -> tuple[Any, Any]:
     return model, processor
 
 
+class _InternVLProcessor(InternVLProcessor):
+    """Without its processor of videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, 4, chat_template)
+
+
+_InternVLProcessor.__name__ = "InternVLProcessor"
+
+
+def _internvl() -> tuple[Any, Any]:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 7,
+        "initializer_range": 0.2,
+    }
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=VOCABULARY["<image>"],
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, min_patches=1, max_patches=6)
+    processor = _InternVLProcessor(images, tokenizer("<image>"), chat_template=chat_template("<image>"))
+    return InternVLForConditionalGeneration(config), processor
+
+
 @dataclass(frozen=True)
 class Family:
-    """A way to build one family, and the size of images that its processor leaves as they are."""
+    """A way to build one family, and the size of images that its processor leaves as they are.
+
+    `canvas` tells to which size it resizes an image before it cuts tiles out of it; None where there are no tiles.
+    """
 
     name: str
     build: Callable[[], tuple[Any, Any]]
     patch: int
     native: tuple[int, int]  # (width, height)
+    canvas: Callable[[int, int], tuple[int, int]] | None = None
 
 
 FAMILIES = [
@@ -270,18 +321,43 @@ FAMILIES = [
     Family("qwen2_5_vl", _qwen2_5_vl, 14, (56, 28)),
     Family("qwen3_vl", _qwen3_vl, 16, (64, 32)),
     Family("llava", _llava, 14, (28, 28)),
-    Family("idefics3", _idefics3, 7, (28, 28)),
+    Family("idefics3", _idefics3, 7, (28, 28), _idefics3_canvas),
     Family("gemma3", _gemma3, 14, (28, 28)),
 ]
+# whose pixel values are tiles that TRL counts; sizes of 28, 56 and 84 are shown as they are
+IN_TILES = [Family("internvl", _internvl, 7, (28, 28), lambda width, height: (width, height))]
 
 
 def build(name: str, seed: int = 0) -> tuple[Any, Any]:
     """A model and its processor; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    family = next(f for f in FAMILIES if f.name == name)
+    family = next(f for f in [*FAMILIES, *IN_TILES] if f.name == name)
     model, processor = family.build()
     model.generation_config.eos_token_id = VOCABULARY["<eos>"]
     return model.eval(), processor
+
+
+def blackened(
+    picture: Image.Image, canvas: tuple[float, float], patch: int, generator: torch.Generator, probability: float = 0.5
+) -> Image.Image:
+    """By hand: random patches of `canvas` (width, height), to which a picture will be resized, are black in it."""
+    levels = np.array(picture)
+    rows, columns = (
+        [int((place + 0.5) * shown / side) // patch for place in range(side)]
+        for side, shown in zip(picture.size[::-1], canvas[::-1], strict=True)
+    )
+    black = (torch.rand(rows[-1] + 1, columns[-1] + 1, generator=generator) < probability).numpy()
+    levels[black[rows][:, columns]] = 0
+    return Image.fromarray(levels)
+
+
+def encoded(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> Any:
+    """What a processor makes of the images of some prompts."""
+    texts = []
+    for images in samples:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": "?"}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+    return processor(images=[list(images) for images in samples], text=texts, padding=True, return_tensors="pt")
 
 
 def picture(seed: int, size: tuple[int, int] = (56, 28)) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,9 @@ def generation_batch(trainer: VPPOTrainer, data: list[dict[str, Any]]) -> dict[s
     """What the trainer makes of one generation batch with these prompts."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    return trainer._generate_and_score_completions([row for row in data for _ in range(trainer.num_generations)])
+    repeated = [row for row in data for _ in range(trainer.num_generations)]
+    vars(trainer)["given_images"] = [row["images"] for row in repeated]
+    return trainer._generate_and_score_completions(repeated)
 
 
 def group_advantages(trainer: VPPOTrainer, batch: dict[str, Any]) -> Tensor:
@@ -143,25 +145,38 @@ def perturbed_pixels(
     if grids is not None:
         patches = [int(g.prod(-1).sum()) for g in grids.split(counts)]
         parts, row_grids = pixels.split(patches), grids.split(counts)
-    elif pixels.dim() == 5:
-        parts, row_grids = pixels.unbind(), [None] * len(pixels)
+    elif pixels.dim() == 5 or "num_tiles" in batch:
+        parts, row_grids = pixels.unbind()[: len(counts)], [None] * len(counts)
     else:
         parts, row_grids = pixels.split(counts), [None] * len(counts)
     inside = batch.get("pixel_attention_mask")
-    views = []
+    canvas = canvas_of(trainer.processing_class)
+    views, pictures = [], []
     for row, (part, grid) in enumerate(zip(parts, row_grids, strict=True)):
         prompt, rollout = divmod(row, trainer.num_generations if problems is None else trainer.num_generations_eval)
         which = (step, prompt) if problems is None else (KEY, problems[row])
         key = [trainer.args.seed, *which]
         if trainer.args.perturbation_scope == "rollout":
             key.append(rollout)
+        if canvas:
+            draw, given = seeded(*key), vars(trainer)["given_images"][row]
+            pictures.append([families.blackened(one, canvas(*one.size), layout.patch_size, draw) for one in given])
+            continue
         if not counts[row]:
             views.append(part)
             continue
         views.append(
             perturb(part, layout, perturbation, seeded(*key), grid=grid, inside=None if inside is None else inside[row])
         )
+    if canvas:
+        return families.encoded(trainer.processing_class, pictures)["pixel_values"]
     return torch.stack(views) if pixels.dim() == 5 else torch.cat(views)
+
+
+def canvas_of(processor: Any) -> Callable[[int, int], tuple[int, int]] | None:
+    """Of the family that a processor belongs to."""
+    kind = type(processor).__name__.removesuffix("Processor").lower()
+    return next((f.canvas for f in [*families.FAMILIES, *families.IN_TILES] if f.name.replace("_", "") == kind), None)
 
 
 def plain_logits(model: Any, batch: dict[str, Any], pixels: Tensor | None, temperature: float = 1.0) -> Tensor:
@@ -191,7 +206,12 @@ def plain_views(model: Any, processor: Any, row: dict[str, Any], key: Sequence[i
     )
     layout = PixelLayout.of(processor.image_processor)
     pixels, grid, inside = (inputs.get(k) for k in ("pixel_values", "image_grid_thw", "pixel_attention_mask"))
-    view = perturb(pixels, layout, Perturbation(patch_size=layout.patch_size), seeded(*key), grid=grid, inside=inside)
+    draw, canvas = seeded(*key), canvas_of(processor)
+    if canvas:
+        black = [families.blackened(one, canvas(*one.size), layout.patch_size, draw) for one in row["images"]]
+        view = families.encoded(processor, [black])["pixel_values"]
+    else:
+        view = perturb(pixels, layout, Perturbation(patch_size=layout.patch_size), draw, grid=grid, inside=inside)
     response = torch.tensor([row["response_ids"]])
     extended = {
         name: torch.cat([value, response if name == "input_ids" else torch.full_like(response, fill)], 1)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import families
 import pytest
 import torch
-from runs import fix_rollouts, generation_batch, group_advantages, listen, plain_dependency, rows, trainer
+from runs import (
+    fix_rollouts,
+    generation_batch,
+    group_advantages,
+    listen,
+    plain_dependency,
+    plain_views,
+    response,
+    rows,
+    trainer,
+)
 
+from vppo import analyze
 from vppo_kernels import reference
 
 NAMES = [f.name for f in families.FAMILIES]
@@ -106,3 +118,22 @@ def test_sharing_prompts_changes_no_number(family: str, tmp_path: Path, monkeypa
     assert seen[0].max() > 1e-2
     torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(*advantages, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_that_trl_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """InternVL, whose samples have different numbers of tiles: training and analysis score as two plain forwards do."""
+    run = trainer(tmp_path, family="internvl")
+    fix_rollouts(run)
+    seen = listen(monkeypatch)
+    batch = generation_batch(run, rows(3, ((56, 28), (28, 84), (28, 28)), images=(1, 2, 1)))
+    assert batch["num_tiles"] == [3] * 4 + [8] * 4 + [1] * 4
+    torch.testing.assert_close(seen[0].double(), plain_dependency(run, batch), rtol=1e-4, atol=1e-6)
+
+    data = rows(3, ((56, 28), (28, 84), (28, 28)), images=(1, 2, 1))
+    given = [{"sample": i, "response": "", "response_ids": response(i, 6)} for i in range(3)]
+    found = analyze((run.model, run.processing_class), data, responses=given, seed=7).tokens
+    for sample, row in enumerate(data):
+        ids = {"response_ids": given[sample]["response_ids"]}
+        clean, perturbed = plain_views(copy.deepcopy(run.model), run.processing_class, {**row, **ids}, (7, sample, 0))
+        expected = reference.divergence(clean, perturbed, kind="kl").divergence.float().numpy()
+        assert found.loc[found["sample"] == sample, "kl"].to_numpy() == pytest.approx(expected, rel=1e-3, abs=1e-5)

@@ -55,6 +55,7 @@ from vppo.perturbations import PixelLayout
 from vppo.progress import columns, say
 from vppo.prompts import Prompts
 from vppo.rewards import accuracy_reward
+from vppo.views import ImageViews
 
 PART = 32  # responses between two writes
 PACKAGES = ("torch", "transformers", "vppo-kernels")
@@ -135,6 +136,7 @@ class _Run:
     ) -> None:
         self.options, self.out, self.given, self.pages = options, out, given, pages
         self.subject = Subject(model, options)
+        ImageViews.of(self.subject.processor)  # before anything is sampled
         self.placeholders = placeholders(self.subject.processor)
         self.problems = Problems(data, options.data)
         self.count = min(len(self.problems), options.limit or len(self.problems))
@@ -368,8 +370,8 @@ class _Run:
 
     def _write_pictures(self, sample: int, prompts: Prompts, row: int, scoring: Scoring) -> tuple[str, str]:
         """What the model saw in the clean and in the first perturbed view; returns where, relative to the folder."""
-        perturbed = prompts.perturbed(row, *scoring.draw(sample, 0))
-        for view, pictures in ((False, prompts.pictures(row)), (True, prompts.pictures(row, perturbed))):
+        draw = scoring.draw(sample, 0)
+        for view, pictures in ((False, prompts.pictures(row)), (True, prompts.pictures(row, *draw))):
             for number, picture in enumerate(pictures):
                 content = io.BytesIO()
                 picture.save(content, "PNG")

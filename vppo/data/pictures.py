@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vppo.data.bad_rows import Where
 from vppo.data.options import DataOptions
 from vppo.errors import InputError
+from vppo.images import to_rgb
 
 Stored = dict[str, Any]  # "bytes" of a picture, or the "path" of one
 # of pictures alone: some of Pillow's other readers start programs, or read documents
@@ -115,7 +116,10 @@ def decode(stored: Stored | Image.Image, pixel_limit: int | None = None) -> Imag
         InputError: It is no picture, it is broken or too large, or its path is not that of a regular file.
     """
     if isinstance(stored, Image.Image):
-        return _rgb(stored)
+        try:
+            return to_rgb(stored)
+        except ValueError as error:
+            raise InputError(f"cannot read the embedded picture: {type(error).__name__}: {error}") from error
     if pixel_limit is not None:
         # Pillow refuses what is more than twice as large; half a pixel is fine with it, though not with its types
         PIL.Image.MAX_IMAGE_PIXELS = pixel_limit / 2  # type: ignore[assignment]
@@ -125,7 +129,7 @@ def decode(stored: Stored | Image.Image, pixel_limit: int | None = None) -> Imag
         source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
         with Image.open(source, formats=_formats()) as image:
             image.load()
-            return _rgb(image)
+            return to_rgb(image)
     except Exception as error:  # Pillow's readers raise many kinds
         what = stored["path"] or "the embedded picture"
         raise InputError(f"cannot read {what}: {type(error).__name__}: {error}") from error
@@ -135,7 +139,3 @@ def decode(stored: Stored | Image.Image, pixel_limit: int | None = None) -> Imag
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]  # a build of Pillow may lack some
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")

@@ -12,6 +12,7 @@ from PIL import Image
 from vppo.analysis.tables import token_texts
 from vppo.analysis.token_scores import Scoring, score_tokens
 from vppo.data import Problem
+from vppo.images import to_rgb
 from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout
 from vppo.prompts import Prompts
@@ -93,15 +94,15 @@ def score_responses(
     passes, scored = ResponsePasses(model), []
     for start in range(0, len(rows), AT_ONCE):
         part = rows[start : start + AT_ONCE]
-        prompts = Prompts(processor, [Problem(row["prompt"], list(row["images"]), str(row["answer"])) for row in part])
+        problems = [Problem(row["prompt"], list(map(to_rgb, row["images"])), str(row["answer"])) for row in part]
+        prompts = Prompts(processor, problems)
         ids, keys = [list(row["response_ids"]) for row in part], list(range(start, start + len(part)))
         found = score_tokens(passes, prompts, range(len(part)), ids, keys, scoring)
         for place, (row, score) in enumerate(zip(part, found, strict=True)):
-            perturbed = prompts.perturbed(place, *scoring.draw(keys[place], 0))
             scored.append(
                 ScoredResponse(
                     image=prompts.pictures(place)[0],
-                    perturbed_image=prompts.pictures(place, perturbed)[0],
+                    perturbed_image=prompts.pictures(place, *scoring.draw(keys[place], 0))[0],
                     question=prompts.problems[place].question,
                     answer=str(row["answer"]),
                     correct=bool(row["correct"]),
