@@ -126,12 +126,13 @@ class VPPOTrainer(GRPOTrainer):
         batch = Batch(output)
         scored = batch.has_image & self._live_groups(output["advantages"])
         rows = scored.nonzero().flatten().tolist()
+        alike = batch.alike(self._prompts(batch))
         with self._quiet_model(), self.accelerator.autocast():
             dependency = score(
                 self._passes,
                 batch,
                 rows,
-                *self._views(batch, rows),
+                *self._views(batch, rows, alike),
                 kind=str(self.args.divergence),
                 options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
                 hidden_clean=hidden_clean,
@@ -139,7 +140,7 @@ class VPPOTrainer(GRPOTrainer):
             )
         stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), process_group=self._process_group())
         folded_later = self.args.tas_statistics == "micro-batch"
-        output["prompt"] = torch.tensor(self._prompts(batch), device=batch.prompt_ids.device)
+        output["prompt"] = torch.tensor(alike, device=batch.prompt_ids.device)
         shaped = shape_advantages(
             output["advantages"],
             dependency,
@@ -176,18 +177,21 @@ class VPPOTrainer(GRPOTrainer):
             return count
         return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
-    def _views(self, batch: Batch, rows: Sequence[int]) -> tuple[View, View]:
-        """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout)."""
+    def _views(self, batch: Batch, rows: Sequence[int], alike: Sequence[int]) -> tuple[View, View]:
+        """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout).
+
+        Rollouts of a prompt that were shown other images, as by a tool, have a view of their own from the same draw.
+        """
         first, prompts = self.accelerator.process_index * len(batch), self._prompts(batch)
         each = self.args.perturbation_scope == "rollout"
-        keys = [first + row for row in range(len(batch))] if each else prompts
+        keys = list(range(len(batch))) if each else alike
         pixels: dict[int, Tensor] = {}
         for row in rows:
             if keys[row] not in pixels:
                 draw = divmod(first + row, self.num_generations) if each else (prompts[row],)
                 generator = seeded(self.args.seed, self.state.global_step, *draw)
                 pixels[keys[row]] = batch.perturbed_pixels(row, self._layout, self._perturbation, generator)
-        return View(prompts), View(keys, pixels)
+        return View(alike), View(keys, pixels)
 
     def _prompts(self, batch: Batch) -> list[int]:
         """Which prompt of the generation batch, of all processes, a row answers."""
@@ -303,7 +307,8 @@ class VPPOTrainer(GRPOTrainer):
         # without old log-probabilities it was the reference policy's pass
         if self._recorded and "old_per_token_logps" in output and sum(map(len, self._recorded)) == shape[0]:
             return torch.cat(self._recorded)
-        if len(self._generated) == 1 and not self.tools and self._generated[0].shape[:2] == shape:
+        whole = not self.tools and self.rollout_func is None  # those put more into a response than one sampling
+        if whole and len(self._generated) == 1 and self._generated[0].shape[:2] == shape:
             return self._generated[0]
         return None
 
