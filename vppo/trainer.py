@@ -23,8 +23,10 @@ from trl import GRPOTrainer
 from vppo.batch import Batch, View
 from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
+from vppo.errors import InputError
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
+from vppo.loading import load_processor
 from vppo.logprobs import shared_logprobs
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import PixelLayout, seeded
@@ -56,6 +58,7 @@ class VPPOTrainer(GRPOTrainer):
 
     Raises:
         TypeError: `args` is not a `VPPOConfig`.
+        InputError: No processor was given, and the model's own cannot be loaded.
         ValueError: The processor is a plain tokenizer: there is no image to look at.
     """
 
@@ -74,14 +77,15 @@ class VPPOTrainer(GRPOTrainer):
         self._train_logprobs: Tensor | None = None
         self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
         self._warned_blind = False
+        if kwargs.get("processing_class") is None:
+            kwargs["processing_class"] = _own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
         if args.scores_tokens:
             image_processor = getattr(self.processing_class, "image_processor", None)
             if image_processor is None:
                 raise ValueError(
                     f"processing_class: got {type(self.processing_class).__name__}, takes a processor with an image "
-                    f"processor for algorithm {args.algorithm!r} (pass `processing_class=` explicitly if AutoProcessor "
-                    "finds only the tokenizer)"
+                    f"processor for algorithm {args.algorithm!r}"
                 )
             self._layout = PixelLayout.of(image_processor)
             self._perturbation = args.make_perturbation(self._layout.patch_size)
@@ -382,6 +386,23 @@ class VPPOTrainer(GRPOTrainer):
         counts = torch.stack([(mask & (advantages != 0)).sum(), mask.sum()]).float()
         active, total = self.accelerator.reduce(counts, reduction="sum").tolist()
         self._metrics[mode]["vppo/clip_ratio_kept"].append(clipped[-1] * total / max(active, 1.0))
+
+
+def _own_processor(model: Any, args: VPPOConfig) -> Any:
+    """The processor that belongs to a model; None leaves a text model's, where nothing is scored, to TRL."""
+    given = isinstance(model, str)
+    name = model if given else getattr(model.config, "_name_or_path", "")
+    revision = (args.model_init_kwargs or {}).get("revision") if given else None
+    try:
+        if not name:
+            raise InputError(
+                "processing_class: got None, takes a processor: the model has no name_or_path to load it from"
+            )
+        return load_processor(name, revision=revision or "main", trust_remote_code=args.trust_remote_code)
+    except InputError:
+        if args.scores_tokens:
+            raise
+        return None
 
 
 def _has_dropout(model: Any) -> bool:
