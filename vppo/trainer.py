@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from vppo.batch import Batch, View
+from vppo.card import METHODS, corrected
 from vppo.checkpoints import restore_weights
 from vppo.config import VPPOConfig
 from vppo.errors import InputError
+from vppo.files import write_atomic
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
 from vppo.loading import load_processor
@@ -62,7 +65,6 @@ class VPPOTrainer(GRPOTrainer):
         ValueError: The processor is a plain tokenizer: there is no image to look at.
     """
 
-    _tag_names = ["trl", "vppo"]  # noqa: RUF012
     args: VPPOConfig
     model: Any
 
@@ -77,6 +79,9 @@ class VPPOTrainer(GRPOTrainer):
         self._train_logprobs: Tensor | None = None
         self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
         self._warned_blind = False
+        method = METHODS[args.algorithm]
+        self._name, self._paper = method.name, method.paper or super()._paper
+        self._tag_names = ["trl", "vppo" if args.scores_tokens else args.algorithm]
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = _own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
@@ -103,6 +108,16 @@ class VPPOTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
         return EpochSampler(super()._get_train_sampler(dataset))
+
+    # -- the model card ----------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's, corrected: see `vppo.card`."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = Path(str(self.args.output_dir)) / "README.md"
+            text = card.read_text(encoding="utf-8")
+            write_atomic(card, corrected(text, self.model.config, self.args, self.hub_model_id))
 
     # -- before the rollouts -----------------------------------------------------------------------------------------
 
