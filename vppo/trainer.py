@@ -35,6 +35,7 @@ from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import PixelLayout, seeded
 from vppo.sampler import EpochSampler
 from vppo.scoring import score
+from vppo.sight import missing_images
 from vppo_kernels import TrajectoryStats, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
 
@@ -79,6 +80,8 @@ class VPPOTrainer(GRPOTrainer):
         self._train_logprobs: Tensor | None = None
         self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
         self._warned_blind = False
+        self._last_image: int | None = None  # the step at which a batch has last shown one
+        self._warned_imageless = False
         method = METHODS[args.algorithm]
         self._name, self._paper = method.name, method.paper or super()._paper
         self._tag_names = ["trl", "vppo" if args.scores_tokens else args.algorithm]
@@ -92,12 +95,23 @@ class VPPOTrainer(GRPOTrainer):
                     f"processing_class: got {type(self.processing_class).__name__}, takes a processor with an image "
                     f"processor for algorithm {args.algorithm!r}"
                 )
+            others = self.tools or self.environment_factories or self.rollout_func  # who may show images, too
+            reason = "" if others else missing_images(self.train_dataset)
+            if reason:
+                self._warned_imageless = True
+                logger.warning(f"train_dataset: no row shows an image: {reason}. {self._nothing_to_see()}")
             self._layout = PixelLayout.of(image_processor)
             self._perturbation = args.make_perturbation(self._layout.patch_size)
             self._has_dropout = _has_dropout(self.model)
             self._passes = ResponsePasses(
                 self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self._most
             )
+
+    def _nothing_to_see(self) -> str:
+        return (
+            f"No token can depend on an image then: algorithm {self.args.algorithm!r} filters and shapes nothing, and "
+            "trains as 'dapo' does."
+        )
 
     # -- going on from a checkpoint ----------------------------------------------------------------------------------
 
@@ -143,6 +157,7 @@ class VPPOTrainer(GRPOTrainer):
         """Fold token mask and trajectory factor into the advantages of a generation batch."""
         started = time.perf_counter()
         batch = Batch(output)
+        self._watch_for_images(batch)
         scored = batch.has_image & self._live_groups(output["advantages"])
         rows = scored.nonzero().flatten().tolist()
         alike = batch.alike(self._prompts(batch))
@@ -249,6 +264,18 @@ class VPPOTrainer(GRPOTrainer):
                 f"The perturbed view changes nothing: mean dependency {values.mean().item():.1e} nats over "
                 f"{values.numel()} tokens. Likely causes: images are dropped on the way to the model, the projector "
                 "between vision tower and language model is zero and frozen, or the perturbation is too weak."
+            )
+
+    def _watch_for_images(self, batch: Batch) -> None:
+        """One warning where no process was shown an image for as long as a line of the log covers."""
+        step = self.state.global_step
+        if self._last_image is None or self.accelerator.gather(batch.has_image).any():
+            self._last_image = step
+        elif step - self._last_image >= self.state.logging_steps and not self._warned_imageless:
+            self._warned_imageless = True
+            logger.warning(
+                f"No prompt of steps {self._last_image} to {step} has shown the model an image. "
+                f"{self._nothing_to_see()}"
             )
 
     def _gather_uneven(self, values: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def test_the_trainer_finds_the_processor_of_a_loaded_model(folders: dict[str, Pa
     model = load_model(str(folders["qwen2_5_vl"]), device="cpu")
     assert type(built(model, tmp_path).processing_class).__name__ == "Qwen2_5_VLProcessor"
     nameless, _ = build("qwen2_5_vl")
-    with pytest.raises(InputError, match="processing_class: got None.* no name_or_path"):
+    with pytest.raises(InputError, match=r"processing_class: got None.* no name_or_path"):
         built(nameless, tmp_path)
 
 
