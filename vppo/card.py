@@ -83,7 +83,7 @@ print(output["generated_text"])
 
 
 def _settings(args: VPPOConfig) -> str:
-    shown = {"algorithm": args.algorithm, "recipe": args.recipe, "loss_type": args.loss_type}
+    shown: dict[str, object] = {"algorithm": args.algorithm, "recipe": args.recipe, "loss_type": args.loss_type}
     if args.scores_tokens:
         shown |= {"divergence": args.divergence, "perturbation": args.perturbation, **args.shaping}
     shown |= {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "num_generations": args.num_generations}

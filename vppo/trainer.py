@@ -434,7 +434,8 @@ def _own_processor(model: Any, args: VPPOConfig) -> Any:
     """The processor that belongs to a model; None leaves a text model's, where nothing is scored, to TRL."""
     given = isinstance(model, str)
     name = model if given else getattr(model.config, "_name_or_path", "")
-    revision = (args.model_init_kwargs or {}).get("revision") if given else None
+    options: Any = args.model_init_kwargs or {}
+    revision = options.get("revision") if given else None
     try:
         if not name:
             raise InputError(
