@@ -181,7 +181,7 @@ class ResponsePasses:
             first = ends[0][index.to(ends[0].device)]
             take = partial(_hand_over, receive if wanted else _drop, part, slice(0, length), before=first)
             with head_forward(self.model, take):
-                (forward or self.model)(
+                (self.model if forward is None else forward)(
                     input_ids=batch.completion_ids[part, given],
                     attention_mask=mask,
                     position_ids=_positions(mask, prompt["attention_mask"].shape[1], deltas, index),

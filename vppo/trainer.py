@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 
 from vppo.batch import Batch, View
 from vppo.card import METHODS, corrected
@@ -33,6 +36,8 @@ from vppo.loading import load_processor
 from vppo.logprobs import shared_logprobs
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import PixelLayout, seeded
+from vppo.processors import placeholder_tokens
+from vppo.reward_checks import checked
 from vppo.sampler import EpochSampler
 from vppo.scoring import score
 from vppo.sight import missing_images
@@ -40,6 +45,7 @@ from vppo_kernels import TrajectoryStats, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
 
 logger = get_logger(__name__)
+IMAGES_OF_GENERATE = 6  # where they are in what TRL's `_generate` returns
 BLIND = 1e-8  # nats: below this mean dependency the perturbed view has changed nothing
 
 
@@ -79,6 +85,7 @@ class VPPOTrainer(GRPOTrainer):
         self._generated: list[Tensor] = []
         self._train_logprobs: Tensor | None = None
         self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
+        self._shown: list[Any] | None = None  # images of each row, as they were generated for
         self._warned_blind = False
         self._last_image: int | None = None  # the step at which a batch has last shown one
         self._warned_imageless = False
@@ -88,6 +95,9 @@ class VPPOTrainer(GRPOTrainer):
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = _own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
+        self.reward_funcs = list(map(checked, self.reward_funcs, self.reward_func_names))
+        if not self.use_vllm:
+            self._suppress_placeholders()
         if args.scores_tokens:
             image_processor = getattr(self.processing_class, "image_processor", None)
             if image_processor is None:
@@ -107,6 +117,12 @@ class VPPOTrainer(GRPOTrainer):
                 self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self._most
             )
 
+    def _suppress_placeholders(self) -> None:
+        """A sampled placeholder has no image: TRL leaves out one of them, and most families have several."""
+        given = self.generation_kwargs.get("suppress_tokens") or []
+        tokens = sorted({*given, *placeholder_tokens(self.model.config)})
+        self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = tokens or None
+
     def _nothing_to_see(self) -> str:
         return (
             f"No token can depend on an image then: algorithm {self.args.algorithm!r} filters and shapes nothing, and "
@@ -122,6 +138,12 @@ class VPPOTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
         return EpochSampler(super()._get_train_sampler(dataset))
+
+    def _load_best_model(self) -> None:
+        """transformers' own would leave most of the last weights in place, as it does on resuming."""
+        in_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if in_pieces or not restore_weights(self.model, str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
 
     # -- the model card ----------------------------------------------------------------------------------------------
 
@@ -140,16 +162,46 @@ class VPPOTrainer(GRPOTrainer):
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         return prompt_ids, images and [group or [] for group in images], fields
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        """TRL's; the images that it showed, among them those of tools, are kept for the log."""
+        found = super()._generate(prompts)
+        self._shown = found[IMAGES_OF_GENERATE]
+        return found
+
+    def _log_rollouts(self, rows: int) -> None:
+        """Puts the images beside the prompts that TRL has logged; a process without one joins in with none."""
+        prompts = self._logs["prompt"]
+        if prompts and isinstance(prompts[0], list):
+            # a process without images leaves its prompts as text: one table cannot hold them beside lists of parts
+            self._logs["prompt"] = deque(map(prepare_multimodal_messages, prompts), maxlen=prompts.maxlen)
+        if self.log_multimodal:
+            everyone = gather_object([images or [] for images in self._shown or [None] * rows])
+            self._logs["images"].clear()
+            self._logs["images"].extend(everyone if any(everyone) else [])
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
+        """TRL's; see `vppo.reward_checks` for what a reward function may return."""
+        rewards: Tensor = super()._calculate_rewards(inputs, *args)
+        if rewards.isnan().all():
+            names = ", ".join(self.reward_func_names)
+            raise InputError(f"reward_funcs: {names}: gave None for all {len(rewards)} responses of a batch")
+        return rewards
+
     # -- after the rollouts ------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         training = self.model.training
         self._recorded = [] if training and self.args.scores_tokens else None
+        # TRL gathers images only where a process has some, and a process that has none would wait for another call
+        wanted, self.log_multimodal = self.log_multimodal, False
         try:
             output = super()._generate_and_score_completions(inputs)
             hidden_clean = self._take_recorded(output)
         finally:
             self._recorded, self._generated = None, []
+            self.log_multimodal = wanted
+        if self.log_completions:
+            self._log_rollouts(len(inputs))
         return self._fold(output, hidden_clean) if training and self.args.scores_tokens else output
 
     @torch.no_grad()

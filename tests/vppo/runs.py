@@ -78,6 +78,7 @@ def trainer(
     model: Any = None,
     peft_config: Any = None,
     reward: Any = varied_reward,
+    eval_dataset: list[dict[str, Any]] | None = None,
     **changes: Any,
 ) -> VPPOTrainer:
     """A trainer of a tiny model; `changes` go into its config."""
@@ -87,6 +88,7 @@ def trainer(
         reward_funcs=reward,
         args=VPPOConfig(**options(path, **changes)),
         train_dataset=Dataset.from_list(data or rows(4)),
+        eval_dataset=None if eval_dataset is None else Dataset.from_list(eval_dataset),
         processing_class=processor,
         peft_config=peft_config,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
 import torch
 from runs import fix_rollouts, generation_batch, group_advantages, listen, plain_dependency, rows, trainer
 
+from vppo.processors import placeholder_tokens
 from vppo_kernels import reference
 
 NAMES = [f.name for f in families.FAMILIES]
@@ -106,3 +108,19 @@ def test_sharing_prompts_changes_no_number(family: str, tmp_path: Path, monkeypa
     assert seen[0].max() > 1e-2
     torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(*advantages, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("given", [None, {"suppress_tokens": [families.VOCABULARY["7"]]}], ids=["nothing", "another"])
+def test_placeholders_are_not_sampled(family: str, given: dict[str, Any] | None, tmp_path: Path) -> None:
+    """A response that holds one ends the next forward: its image is missing."""
+    run = trainer(tmp_path, family=family, generation_kwargs=given, max_completion_length=60, temperature=5.0, top_p=1)
+    batches: list[dict[str, Any]] = []
+    generate = run._generate_and_score_completions
+    run._generate_and_score_completions = lambda inputs: batches.append(generate(inputs)) or batches[-1]  # type: ignore
+    run.train()
+    sampled = {
+        token for batch in batches for token in batch["completion_ids"][batch["completion_mask"].bool()].tolist()
+    }
+    assert len(sampled) > 50 and not sampled & set(placeholder_tokens(run.model.config))
+    assert given is None or not sampled & set(given["suppress_tokens"])

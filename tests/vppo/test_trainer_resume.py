@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from runs import FAMILY, rows, trainer
+from transformers import TrainerCallback
 
 from vppo import VPPOTrainer
 
@@ -67,3 +68,43 @@ def test_in_the_second_epoch(tmp_path: Path) -> None:
 def test_every_family(family: str, tmp_path: Path) -> None:
     """Their checkpoints name weights as the hub does, which transformers itself does not undo on resuming."""
     check_resume(tmp_path, 2, family=family)
+
+
+def worse_and_worse() -> Any:
+    """A reward of which the first evaluation is the best."""
+    calls = []
+
+    def reward(completions: list[Any], **kwargs: Any) -> list[float]:
+        calls.append(1)
+        return [(i % 3) / 4 - len(calls) for i in range(len(completions))]
+
+    return reward
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", [f.name for f in families.FAMILIES])
+def test_the_best_model_comes_back_whole(family: str, lora: bool, tmp_path: Path) -> None:
+    peft = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0) if lora else None
+    run = trainer(
+        tmp_path, rows(4), family=family, peft_config=peft, reward=worse_and_worse(), max_steps=3, learning_rate=1e-2,
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4,
+        eval_dataset=rows(1), load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True,
+    )  # fmt: skip
+    after: list[dict[str, Any]] = []
+    run.add_callback(KeepWeights(after))
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-1") and len(after) == 3
+    changed = [name for name, weight in after[0].items() if not torch.equal(weight, after[2][name])]
+    assert changed
+    for name, weight in run.model.named_parameters():
+        assert torch.equal(weight, after[0][name]), name
+
+
+class KeepWeights(TrainerCallback):
+    """Copies the weights at every save."""
+
+    def __init__(self, kept: list[dict[str, Any]]) -> None:
+        self.kept = kept
+
+    def on_save(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.kept.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
