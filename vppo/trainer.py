@@ -26,7 +26,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from vppo.batch import Batch, View
 from vppo.card import METHODS, corrected
-from vppo.checkpoints import restore_weights
+from vppo.checkpoints import check_resuming, check_saving, restore_weights
 from vppo.config import VPPOConfig
 from vppo.errors import InputError
 from vppo.files import write_atomic
@@ -95,6 +95,7 @@ class VPPOTrainer(GRPOTrainer):
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = _own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
+        check_saving(args)
         self.reward_funcs = list(map(checked, self.reward_funcs, self.reward_func_names))
         if not self.use_vllm:
             self._suppress_placeholders()
@@ -139,6 +140,11 @@ class VPPOTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
         return EpochSampler(super()._get_train_sampler(dataset))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            check_resuming(checkpoint, self.args, self.state.max_steps)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self) -> None:
         """transformers' own would leave most of the last weights in place, as it does on resuming."""
         in_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -170,14 +176,15 @@ class VPPOTrainer(GRPOTrainer):
 
     def _log_rollouts(self, rows: int) -> None:
         """Puts the images beside the prompts that TRL has logged; a process without one joins in with none."""
-        prompts = self._logs["prompt"]
+        log: dict[str, Any] = self._logs
+        prompts = log["prompt"]
         if prompts and isinstance(prompts[0], list):
             # a process without images leaves its prompts as text: one table cannot hold them beside lists of parts
-            self._logs["prompt"] = deque(map(prepare_multimodal_messages, prompts), maxlen=prompts.maxlen)
+            log["prompt"] = deque(map(prepare_multimodal_messages, prompts), maxlen=prompts.maxlen)
         if self.log_multimodal:
             everyone = gather_object([images or [] for images in self._shown or [None] * rows])
-            self._logs["images"].clear()
-            self._logs["images"].extend(everyone if any(everyone) else [])
+            log["images"].clear()
+            log["images"].extend(everyone if any(everyone) else [])
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
         """TRL's; see `vppo.reward_checks` for what a reward function may return."""
