@@ -98,24 +98,20 @@ def check_saving(args: Any) -> None:
         )
 
 
-def check_resuming(checkpoint: str | Path, args: Any, max_steps: int) -> None:
+def check_resuming(checkpoint: str | Path, args: Any) -> None:
     """Raises an `InputError` where a checkpoint does not hold what the run needs to go on as it was.
 
     Args:
         checkpoint: A folder as transformers' trainer saves it.
         args: TRL's `GRPOConfig`.
-        max_steps: The last optimizer step of the run; a run that is done needs nothing.
     """
-    step = saved_step(checkpoint)
-    if step is None or step >= max_steps:
-        return
     if not any(Path(checkpoint).glob("optimizer*")):
         raise InputError(
             f"resume: {checkpoint} holds weights but no optimizer, as save_only_model leaves it: the run would go on "
             "differently; give the folder as model to begin a new run from its weights"
         )
     updates = updates_per_rollouts(args)
-    if step % updates:
+    if (saved_step(checkpoint) or 0) % updates:
         raise InputError(
             f"resume: {checkpoint} was saved between two of the {updates} updates from the same rollouts, which it "
             f"does not hold; resume from one whose number is a multiple of {updates}"

@@ -68,6 +68,7 @@ class VPPOTrainer(GRPOTrainer):
 
     Raises:
         TypeError: `args` is not a `VPPOConfig`.
+        ValueError: Checkpoints would fall between two updates from the same rollouts, which they do not hold.
         InputError: No processor was given, and the model's own cannot be loaded.
         ValueError: The processor is a plain tokenizer: there is no image to look at.
     """
@@ -89,13 +90,13 @@ class VPPOTrainer(GRPOTrainer):
         self._warned_blind = False
         self._last_image: int | None = None  # the step at which a batch has last shown one
         self._warned_imageless = False
+        check_saving(args)
         method = METHODS[args.algorithm]
         self._name, self._paper = method.name, method.paper or super()._paper
         self._tag_names = ["trl", "vppo" if args.scores_tokens else args.algorithm]
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = _own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
-        check_saving(args)
         self.reward_funcs = list(map(checked, self.reward_funcs, self.reward_func_names))
         if not self.use_vllm:
             self._suppress_placeholders()
@@ -142,7 +143,7 @@ class VPPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled:
-            check_resuming(checkpoint, self.args, self.state.max_steps)
+            check_resuming(checkpoint, self.args)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -174,15 +175,16 @@ class VPPOTrainer(GRPOTrainer):
         self._shown = found[IMAGES_OF_GENERATE]
         return found
 
-    def _log_rollouts(self, rows: int) -> None:
+    def _log_rollouts(self, inputs: list[dict[str, Any]]) -> None:
         """Puts the images beside the prompts that TRL has logged; a process without one joins in with none."""
         log: dict[str, Any] = self._logs
         prompts = log["prompt"]
-        if prompts and isinstance(prompts[0], list):
+        if self._is_vlm and prompts and isinstance(prompts[0], list):
             # a process without images leaves its prompts as text: one table cannot hold them beside lists of parts
             log["prompt"] = deque(map(prepare_multimodal_messages, prompts), maxlen=prompts.maxlen)
         if self.log_multimodal:
-            everyone = gather_object([images or [] for images in self._shown or [None] * rows])
+            shown = self._shown or [row.get("images") for row in inputs]
+            everyone = gather_object([images or [] for images in shown])
             log["images"].clear()
             log["images"].extend(everyone if any(everyone) else [])
 
@@ -208,7 +210,7 @@ class VPPOTrainer(GRPOTrainer):
             self._recorded, self._generated = None, []
             self.log_multimodal = wanted
         if self.log_completions:
-            self._log_rollouts(len(inputs))
+            self._log_rollouts(inputs)
         return self._fold(output, hidden_clean) if training and self.args.scores_tokens else output
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from runs import FAMILY, fix_rollouts, rows, trainer
 
 LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5)
-PLAIN = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "shuffle_dataset": False}
+PLAIN = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_steps": 1, "shuffle_dataset": False}
 WORLDS = (2, 3)
 
 

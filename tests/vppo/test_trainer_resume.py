@@ -154,6 +154,3 @@ def test_a_checkpoint_without_its_optimizer_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, **changes, max_steps=2).train()
     with pytest.raises(InputError, match="checkpoint-1 holds weights but no optimizer, as save_only_model leaves it"):
         trainer(tmp_path, **changes, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    done = trainer(tmp_path, **changes, max_steps=2)
-    done.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert done.state.global_step == 2
