@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
-from vppo.batch import Batch, View
+from vppo.batch import IMAGE_INPUTS, Batch, View
 from vppo.card import METHODS, corrected
 from vppo.checkpoints import check_resuming, check_saving, restore_weights
 from vppo.config import VPPOConfig
@@ -97,6 +97,9 @@ class VPPOTrainer(GRPOTrainer):
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = _own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                policy.register_forward_pre_hook(_without_empty_images, with_kwargs=True)
         self.reward_funcs = list(map(checked, self.reward_funcs, self.reward_func_names))
         if not self.use_vllm:
             self._suppress_placeholders()
@@ -489,6 +492,14 @@ class VPPOTrainer(GRPOTrainer):
         counts = torch.stack([(mask & (advantages != 0)).sum(), mask.sum()]).float()
         active, total = self.accelerator.reduce(counts, reduction="sum").tolist()
         self._metrics[mode]["vppo/clip_ratio_kept"].append(clipped[-1] * total / max(active, 1.0))
+
+
+def _without_empty_images(model: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Models refuse image inputs of length 0, which TRL gives a micro-batch of text from a batch with images."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None or len(pixels):
+        return None
+    return args, {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
 
 
 def _own_processor(model: Any, args: VPPOConfig) -> Any:
