@@ -29,7 +29,8 @@ class View:
     """What the rows of a batch are shown.
 
     Attributes:
-        keys: One per row of the batch; rows of one key have the same prompt and are shown the same images.
+        keys: One per row of the batch; rows of one key have the same prompt and are shown the same images. See
+            `Batch.alike`.
         pixels: For each key of interest the images to show, in the layout of the row's `pixel_values`; None shows the
             batch's own, which is the clean view.
     """
@@ -75,6 +76,27 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    def alike(self, prompts: Sequence[int]) -> list[int]:
+        """For each row the first one of its prompt that has the same images: a tool or an environment may have shown
+        other ones to another rollout.
+
+        Args:
+            prompts: Which prompt each row answers.
+        """
+        different: dict[int, list[int]] = {}  # of each prompt, rows of which no two have the same images
+        firsts: list[int] = []
+        for row, prompt in enumerate(prompts):
+            seen = different.setdefault(prompt, [])
+            first = next((other for other in seen if self._same_images(row, other)), row)
+            if first == row:
+                seen.append(row)
+            firsts.append(first)
+        return firsts
+
+    def _same_images(self, row: int, other: int) -> bool:
+        values: list[Any] = [self.split[name] for name in IMAGE_INPUTS if self.split.get(name) is not None]
+        return all(torch.equal(value[row], value[other]) for value in values)
 
     def perturbed_pixels(
         self, row: int, layout: PixelLayout, perturbation: Perturbation, generator: torch.Generator

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+from vppo.errors import InputError
 
 STATE_FILE = "trainer_state.json"
 
@@ -65,3 +68,51 @@ def restore_weights(model: Any, checkpoint: str | Path) -> bool:
     saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
     return True
+
+
+def updates_per_rollouts(args: Any) -> int:
+    """After how many optimizer steps a run draws new rollouts: only then does a checkpoint hold all that goes on.
+
+    Args:
+        args: TRL's `GRPOConfig`.
+    """
+    passes = args.steps_per_generation * args.num_iterations
+    return passes // math.gcd(passes, args.gradient_accumulation_steps)
+
+
+def check_saving(args: Any) -> None:
+    """Raises a ValueError where checkpoints would fall between two updates from the same rollouts.
+
+    A checkpoint does not hold rollouts (they are gigabytes of pixels), so such a run would resume on other ones.
+
+    Args:
+        args: TRL's `GRPOConfig`. A `save_steps` below 1, a share of the run, is looked at on resuming alone.
+    """
+    updates = updates_per_rollouts(args)
+    if args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % updates:
+        below = int(args.save_steps // updates * updates)
+        near = f"{below} or {below + updates}" if below else f"{updates}"
+        raise ValueError(
+            f"save_steps: got {args.save_steps:g}, takes a multiple of {updates}, such as {near}, or save_strategy "
+            f"'no': {updates} updates are made from the same rollouts, which a checkpoint between them does not hold"
+        )
+
+
+def check_resuming(checkpoint: str | Path, args: Any) -> None:
+    """Raises an `InputError` where a checkpoint does not hold what the run needs to go on as it was.
+
+    Args:
+        checkpoint: A folder as transformers' trainer saves it.
+        args: TRL's `GRPOConfig`.
+    """
+    if not any(Path(checkpoint).glob("optimizer*")):
+        raise InputError(
+            f"resume: {checkpoint} holds weights but no optimizer, as save_only_model leaves it: the run would go on "
+            "differently; give the folder as model to begin a new run from its weights"
+        )
+    updates = updates_per_rollouts(args)
+    if (saved_step(checkpoint) or 0) % updates:
+        raise InputError(
+            f"resume: {checkpoint} was saved between two of the {updates} updates from the same rollouts, which it "
+            f"does not hold; resume from one whose number is a multiple of {updates}"
+        )

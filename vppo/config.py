@@ -95,8 +95,8 @@ class VPPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "One perturbed view per 'prompt' and step: its rollouts are measured against the same view, which "
-            "passes once. Or one per 'rollout', as the released code: the view's luck enters the shaping, and nothing "
-            "of its pass is shared."
+            "passes once (those that a tool has shown other pictures have their own). Or one per 'rollout', as the "
+            "released code: the view's luck enters the shaping, and nothing of its pass is shared."
         },
     )
     prefix_sharing: str = field(

@@ -8,6 +8,7 @@ pass whole, with the same result.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ class ResponsePasses:
         self.model, self.sharing, self.memory, self.most = model, sharing, memory, most
         self._footprint = Footprint.of(model)
         self._able = False if sharing == "off" else None  # None: not tried yet
+        self._cache = cache_name(model)
         self._gradients_pass = False  # through the model's cache
         self._warned: set[str] = set()
 
@@ -160,7 +162,7 @@ class ResponsePasses:
         prompt = batch.prompts([group[0] for group in groups], view)
         ends: list[Tensor] = []  # a response's first token is predicted by its prompt's last hidden state
         with _rope_deltas(self.model) as deltas, head_forward(self.model, lambda _, h: ends.append(h[:, -1:])):
-            cache = self.model(**prompt, use_cache=True).past_key_values
+            cache = getattr(self.model(**prompt, use_cache=True), self._cache)
         if not hasattr(cache, "reorder_cache"):
             raise NotImplementedError(f"the model's cache is a {type(cache).__name__}, which cannot be repeated")
         self._gradients_pass = all(type(layer) in JOINING for layer in getattr(cache, "layers", [None]))
@@ -179,12 +181,12 @@ class ResponsePasses:
             first = ends[0][index.to(ends[0].device)]
             take = partial(_hand_over, receive if wanted else _drop, part, slice(0, length), before=first)
             with head_forward(self.model, take):
-                (forward or self.model)(
+                (self.model if forward is None else forward)(
                     input_ids=batch.completion_ids[part, given],
                     attention_mask=mask,
                     position_ids=_positions(mask, prompt["attention_mask"].shape[1], deltas, index),
-                    past_key_values=own,
                     use_cache=True,
+                    **{self._cache: own},
                 )
 
     def _parts(self, rows: Sequence[int], costs: list[int], memory: int) -> list[tuple[list[int], bool]]:
@@ -247,6 +249,16 @@ class ResponsePasses:
             logger.warning(
                 f"Prompts are not shared while scoring, which is slower and gives the same numbers: {reason}."
             )
+
+
+def cache_name(model: Any) -> str:
+    """What a model's forward calls its cache: "cache" from transformers 5.24 on, "past_key_values" before.
+
+    Args:
+        model: A `PreTrainedModel`, or one with adapters around it.
+    """
+    own = getattr(model, "get_base_model", lambda: model)()
+    return "cache" if "cache" in inspect.signature(type(own).forward).parameters else "past_key_values"
 
 
 def fill(items: Sequence[Any], costs: Sequence[int], memory: int) -> list[list[Any]]:

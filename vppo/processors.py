@@ -1,8 +1,10 @@
-"""Processors on machines without torchvision: Qwen-VL's include one for videos, which needs it; images do not."""
+"""What is known of processors: how they are built without torchvision, and which tokens stand for images."""
 
 from __future__ import annotations
 
 from typing import Any
+
+PLACEHOLDERS = ("image", "video", "audio", "vision", "media")
 
 
 def without_video(processor_class: type) -> type:
@@ -20,3 +22,15 @@ def without_video(processor_class: type) -> type:
 
     ImageOnly.__name__ = processor_class.__name__
     return ImageOnly
+
+
+def placeholder_tokens(config: Any) -> list[int]:
+    """Tokens that stand for images in a prompt: a model that reads one in a response looks for another image."""
+    suffixes = ("_token_id", "_token_index")
+    return sorted(
+        {
+            value
+            for name, value in config.to_dict().items()
+            if isinstance(value, int) and name.startswith(PLACEHOLDERS) and name.endswith(suffixes)
+        }
+    )

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +22,25 @@ from torch import Tensor, nn
 
 from vppo import evaluation
 from vppo.batch import Batch, View, without_no_images
-from vppo.checkpoints import restore_weights
+from vppo.card import METHODS, corrected
+from vppo.checkpoints import check_resuming, check_saving, restore_weights
 from vppo.config import VPPOConfig
+from vppo.errors import InputError
+from vppo.files import write_atomic
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
 from vppo.images import rgb_row
+from vppo.loading import load_processor
 from vppo.logged_trainer import LoggedTrainer
 from vppo.logprobs import shared_logprobs
 from vppo.measured import Measured
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import seeded
+from vppo.processors import placeholder_tokens
+from vppo.reward_checks import checked
 from vppo.sampler import EpochSampler
 from vppo.scoring import score
+from vppo.sight import missing_images
 from vppo.views import ImageViews
 from vppo_kernels import TrajectoryStats, topk_mask, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
@@ -64,10 +72,11 @@ class VPPOTrainer(LoggedTrainer):
 
     Raises:
         TypeError: `args` is not a `VPPOConfig`.
+        ValueError: Checkpoints would fall between two updates from the same rollouts, which they do not hold.
+        InputError: No processor was given, and the model's own cannot be loaded.
         ValueError: The processor is a plain tokenizer: there is no image to look at.
     """
 
-    _tag_names = ["trl", "vppo"]  # noqa: RUF012
     args: VPPOConfig
     model: Any
 
@@ -84,8 +93,21 @@ class VPPOTrainer(LoggedTrainer):
         self._problems: list[int] | None = None  # while a batch is evaluated, the fingerprint of each row's problem
         self._pictures: list[Any] = []  # of each row of the batch at hand, as the processor was given them
         self._warned_blind = False
+        self._last_image: int | None = None  # the step at which a batch has last shown one
+        self._warned_imageless = False
+        check_saving(args)
+        method = METHODS[args.algorithm]
+        self._name, self._paper = method.name, method.paper or super()._paper
+        self._tag_names = ["trl", "vppo" if args.scores_tokens else args.algorithm]
+        if kwargs.get("processing_class") is None:
+            kwargs["processing_class"] = _own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
-        self.accelerator.unwrap_model(self.model).register_forward_pre_hook(without_no_images, with_kwargs=True)
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                self.accelerator.unwrap_model(policy).register_forward_pre_hook(without_no_images, with_kwargs=True)
+        self.reward_funcs = list(map(checked, self.reward_funcs, self.reward_func_names))
+        if not self.use_vllm:
+            self._suppress_placeholders()
         image_processor = getattr(self.processing_class, "image_processor", None)
         self._measures_evaluation = image_processor is not None and (
             args.scores_tokens or self.eval_dataset is not None
@@ -94,15 +116,31 @@ class VPPOTrainer(LoggedTrainer):
             if image_processor is None:
                 raise ValueError(
                     f"processing_class: got {type(self.processing_class).__name__}, takes a processor with an image "
-                    f"processor for algorithm {args.algorithm!r} (pass `processing_class=` explicitly if AutoProcessor "
-                    "finds only the tokenizer)"
+                    f"processor for algorithm {args.algorithm!r}"
                 )
+            others = self.tools or self.environment_factories or self.rollout_func  # who may show images, too
+            reason = "" if others or not args.scores_tokens else missing_images(self.train_dataset)
+            if reason:
+                self._warned_imageless = True
+                logger.warning(f"train_dataset: no row shows an image: {reason}. {self._nothing_to_see()}")
             self._image_views = ImageViews.of(self.processing_class)
             self._perturbation = args.make_perturbation(self._image_views.layout.patch_size)
             self._has_dropout = _has_dropout(self.model)
             self._passes = ResponsePasses(
                 self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self._most
             )
+
+    def _suppress_placeholders(self) -> None:
+        """A sampled placeholder has no image: TRL leaves out one of them, and most families have several."""
+        given = self.generation_kwargs.get("suppress_tokens") or []
+        tokens = sorted({*given, *placeholder_tokens(self.model.config)})
+        self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = tokens or None
+
+    def _nothing_to_see(self) -> str:
+        return (
+            f"No token can depend on an image then: algorithm {self.args.algorithm!r} filters and shapes nothing, and "
+            "trains as 'dapo' does."
+        )
 
     # -- going on from a checkpoint ----------------------------------------------------------------------------------
 
@@ -111,14 +149,29 @@ class VPPOTrainer(LoggedTrainer):
         if self.is_fsdp_enabled or not restore_weights(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
-        """As on resuming: transformers' own would keep the last weights and say nothing."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded or not restore_weights(self.model, str(self.state.best_model_checkpoint)):
-            super()._load_best_model()
-
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
         return EpochSampler(super()._get_train_sampler(dataset))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            check_resuming(checkpoint, self.args)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """transformers' own would leave most of the last weights in place, as it does on resuming."""
+        in_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if in_pieces or not restore_weights(self.model, str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    # -- the model card ----------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's, corrected: see `vppo.card`."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = Path(str(self.args.output_dir)) / "README.md"
+            text = card.read_text(encoding="utf-8")
+            write_atomic(card, corrected(text, self.model.config, self.args, self.hub_model_id))
 
     # -- before the rollouts -----------------------------------------------------------------------------------------
 
@@ -126,6 +179,14 @@ class VPPOTrainer(LoggedTrainer):
         """TRL's, where a prompt without images has an empty list of them: processors refuse its None."""
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         return prompt_ids, images and [group or [] for group in images], fields
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
+        """TRL's; see `vppo.reward_checks` for what a reward function may return."""
+        rewards: Tensor = super()._calculate_rewards(inputs, *args)
+        if rewards.isnan().all():
+            names = ", ".join(self.reward_func_names)
+            raise InputError(f"reward_funcs: {names}: gave None for all {len(rewards)} responses of a batch")
+        return rewards
 
     # -- after the rollouts ------------------------------------------------------------------------------------------
 
@@ -160,11 +221,13 @@ class VPPOTrainer(LoggedTrainer):
         """Fold token mask and trajectory factor into the advantages of a generation batch; and its table's columns."""
         started = time.perf_counter()
         batch = Batch(output)
+        self._watch_for_images(batch)
         scored = batch.has_image & self._live_groups(output["advantages"])
-        dependency = self._score(batch, scored, hidden_clean)
+        alike = batch.alike(self._prompts(batch))
+        dependency = self._score(batch, scored, hidden_clean, alike)
         stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), stats_group=self._process_group())
         folded_later = self.args.tas_statistics == "micro-batch"
-        output["prompt"] = torch.tensor(self._prompts(batch), device=batch.prompt_ids.device)
+        output["prompt"] = torch.tensor(alike, device=batch.prompt_ids.device)
         shaped = shape_advantages(
             output["advantages"],
             dependency,
@@ -200,7 +263,7 @@ class VPPOTrainer(LoggedTrainer):
         started = time.perf_counter()
         batch = Batch(output)
         tokens = batch.mask & batch.has_image.unsqueeze(1)
-        dependency = self._score(batch, batch.has_image, hidden_clean)
+        dependency = self._score(batch, batch.has_image, hidden_clean, batch.alike(self._prompts(batch)))
         filtered = self.args.algorithm in ("vppo", "tgf")
         keep = topk_mask(dependency, tokens, self.args.keep_ratio) if filtered else tokens
         measured = self._gather_measured(dependency, batch.mask, keep, batch.has_image)
@@ -208,15 +271,15 @@ class VPPOTrainer(LoggedTrainer):
         self._log_scoring(measured, started)
         return output, measured.columns()
 
-    def _score(self, batch: Batch, scored: Tensor, hidden_clean: Tensor | None) -> Tensor:
-        """`[B, T]` dependency of the response tokens of these rows, in nats, 0 elsewhere."""
+    def _score(self, batch: Batch, scored: Tensor, hidden_clean: Tensor | None, alike: Sequence[int]) -> Tensor:
+        """`[B, T]` dependency of these rows' response tokens, in nats, 0 elsewhere; `alike` is of `Batch.alike`."""
         rows = scored.nonzero().flatten().tolist()
         with self._quiet_model(), self.accelerator.autocast():
             return score(
                 self._passes,
                 batch,
                 rows,
-                *self._views(batch, rows),
+                *self._views(batch, rows, alike),
                 kind=str(self.args.divergence),
                 options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
                 hidden_clean=hidden_clean,
@@ -246,14 +309,15 @@ class VPPOTrainer(LoggedTrainer):
             return count
         return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
-    def _views(self, batch: Batch, rows: Sequence[int]) -> tuple[View, View]:
+    def _views(self, batch: Batch, rows: Sequence[int], alike: Sequence[int]) -> tuple[View, View]:
         """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout).
 
+        Rollouts of a prompt that were shown other images, as by a tool, have a view of their own from the same draw.
         In evaluation the problem's own content takes the place of step and prompt, so that evaluations can be compared.
         """
         first, prompts = self.accelerator.process_index * len(batch), self._prompts(batch)
         each = self.args.perturbation_scope == "rollout"
-        keys = [first + row for row in range(len(batch))] if each else prompts
+        keys = list(range(len(batch))) if each else alike
         pixels: dict[int, Tensor] = {}
         pictures, self._pictures = self._pictures, []  # whole photographs: not longer than they are needed
         for row in rows:
@@ -266,7 +330,7 @@ class VPPOTrainer(LoggedTrainer):
                 pixels[keys[row]] = self._image_views.perturbed(
                     batch, row, pictures[row], self._perturbation, generator
                 )
-        return View(prompts), View(keys, pixels)
+        return View(alike), View(keys, pixels)
 
     def _prompts(self, batch: Batch) -> list[int]:
         """Which prompt of the generation batch, of all processes, a row answers."""
@@ -301,6 +365,18 @@ class VPPOTrainer(LoggedTrainer):
                 f"The perturbed view changes nothing: mean dependency {values.mean().item():.1e} nats over "
                 f"{values.numel()} tokens. Likely causes: images are dropped on the way to the model, the projector "
                 "between vision tower and language model is zero and frozen, or the perturbation is too weak."
+            )
+
+    def _watch_for_images(self, batch: Batch) -> None:
+        """One warning where no process was shown an image for as long as a line of the log covers."""
+        step = self.state.global_step
+        if self._last_image is None or self.accelerator.gather(batch.has_image).any():
+            self._last_image = step
+        elif step - self._last_image >= self.state.logging_steps and not self._warned_imageless:
+            self._warned_imageless = True
+            logger.warning(
+                f"No prompt of steps {self._last_image} to {step} has shown the model an image. "
+                f"{self._nothing_to_see()}"
             )
 
     def _gather_uneven(self, values: Tensor) -> Tensor:
@@ -378,7 +454,8 @@ class VPPOTrainer(LoggedTrainer):
         # without old log-probabilities it was the reference policy's pass
         if self._recorded and "old_per_token_logps" in output and sum(map(len, self._recorded)) == shape[0]:
             return torch.cat(self._recorded)
-        if len(self._generated) == 1 and not self.tools and self._generated[0].shape[:2] == shape:
+        whole = not self.tools and self.rollout_func is None  # those put more into a response than one sampling
+        if whole and len(self._generated) == 1 and self._generated[0].shape[:2] == shape:
             return self._generated[0]
         return None
 
@@ -452,6 +529,24 @@ class VPPOTrainer(LoggedTrainer):
         counts = torch.stack([(mask & (advantages != 0)).sum(), mask.sum()]).float()
         active, total = self.accelerator.reduce(counts, reduction="sum").tolist()
         self._metrics[mode]["vppo/clip_ratio_kept"].append(clipped[-1] * total / max(active, 1.0))
+
+
+def _own_processor(model: Any, args: VPPOConfig) -> Any:
+    """The processor that belongs to a model; None leaves a text model's, where nothing is scored, to TRL."""
+    given = isinstance(model, str)
+    name = model if given else getattr(model.config, "_name_or_path", "")
+    options: Any = args.model_init_kwargs or {}
+    revision = options.get("revision") if given else None
+    try:
+        if not name:
+            raise InputError(
+                "processing_class: got None, takes a processor: the model has no name_or_path to load it from"
+            )
+        return load_processor(name, revision=revision or "main", trust_remote_code=args.trust_remote_code)
+    except InputError:
+        if args.scores_tokens:
+            raise
+        return None
 
 
 def _has_dropout(model: Any) -> bool:

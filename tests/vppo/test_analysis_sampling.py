@@ -17,11 +17,11 @@ from vppo.analysis.sampling import (
     _SeededDraw,
     _up_to_end,
     end_tokens,
-    placeholder_tokens,
     with_transformers,
     with_vllm,
 )
 from vppo.data import Problem
+from vppo.processors import placeholder_tokens
 from vppo.prompts import Prompts
 
 NAMES = [f.name for f in families.FAMILIES]

@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from families import build, picture
+from runs import options, rows, varied_reward
+from trl import GRPOTrainer
 
+import vppo.trainer
+from vppo import VPPOConfig, VPPOTrainer
 from vppo.errors import InputError
-from vppo.loading import load_processor
+from vppo.loading import load_model, load_processor
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +81,48 @@ def test_models_that_cannot_look(folders: dict[str, Path], tmp_path: Path) -> No
         load_processor(str(tmp_path / "missing"))
     with pytest.raises(InputError, match=f"model: {tmp_path}: cannot be loaded"):
         load_processor(str(tmp_path))
+
+
+def built(model: Any, path: Path, **changes: Any) -> VPPOTrainer:
+    """A trainer that was not given a processor."""
+    args = VPPOConfig(**options(path / "run", **changes))
+    return VPPOTrainer(model=model, reward_funcs=varied_reward, args=args, train_dataset=Dataset.from_list(rows(4)))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava"])
+@pytest.mark.parametrize("algorithm", ["vppo", "grpo"])
+def test_the_trainer_finds_the_processor_of_a_folder(
+    folders: dict[str, Path], name: str, algorithm: str, tmp_path: Path
+) -> None:
+    run = built(str(folders[name]), tmp_path, algorithm=algorithm, max_steps=1)
+    assert type(run.processing_class).__name__ == type(build(name)[1]).__name__
+    assert run.processing_class.tokenizer.padding_side == "left" and run._is_vlm
+    run.train()
+    assert run.state.global_step == 1 and (algorithm == "grpo" or run.state.log_history[0]["vppo/dependency_mean"] > 0)
+
+
+def test_the_trainer_finds_the_processor_of_a_loaded_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = load_model(str(folders["qwen2_5_vl"]), device="cpu")
+    assert type(built(model, tmp_path).processing_class).__name__ == "Qwen2_5_VLProcessor"
+    nameless, _ = build("qwen2_5_vl")
+    with pytest.raises(InputError, match=r"processing_class: got None.* no name_or_path"):
+        built(nameless, tmp_path)
+
+
+def test_what_the_trainer_asks_the_hub_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(vppo.trainer, "load_processor", lambda name, **options: asked.append((name, options)))
+    monkeypatch.setattr(GRPOTrainer, "__init__", lambda *args, **kwargs: 1 / 0)
+    args = {"trust_remote_code": True, "model_init_kwargs": {"revision": "v2"}}
+    for model, revision in (("org/model", "v2"), (build("llava")[0], "main")):
+        if not isinstance(model, str):
+            model.config._name_or_path = "org/other"
+        with pytest.raises(ZeroDivisionError):
+            built(model, tmp_path, **args)
+        expected = model if isinstance(model, str) else "org/other"
+        assert asked.pop() == (expected, {"revision": revision, "trust_remote_code": True})
+
+
+def test_the_trainer_refuses_a_model_that_cannot_look(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model: .*: no processor for images could be loaded"):
+        built(str(folders["text"]), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -20,12 +21,15 @@ from transformers import Gemma3ForConditionalGeneration, Qwen3_5Config, Qwen3_5F
 
 from vppo.batch import Batch, View
 from vppo.heads import logit_options
-from vppo.passes import Footprint, ResponsePasses
+from vppo.passes import Footprint, ResponsePasses, cache_name
 from vppo.perturbations import Perturbation, PixelLayout, seeded
 from vppo.scoring import score
 
 NAMES = [f.name for f in families.FAMILIES]
 GROUPS = ((4, 1), (1, 2), (3, 1))  # (rollouts, images) of each prompt
+
+
+CACHE = cache_name(families.build(FAMILY)[0])
 
 
 @cache
@@ -232,6 +236,19 @@ def test_hybrid_caches(memory: int) -> None:
     torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_the_cache_has_the_name_of_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24 renamed it and warns of the older name, now by its logger, now by `warnings`."""
+    said: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, message, *_: said.append(message), raising=False)
+    model, processor = families.build(FAMILY)
+    batch, view = grouped(model, processor)
+    model = _lora(model).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hidden(model, batch, view, sharing="on")
+    assert not [message for message in said if "past_key_values" in message]
+
+
 def test_half_precision_is_shared() -> None:
     model, processor = families.build(FAMILY)
     model.bfloat16()
@@ -340,7 +357,7 @@ def test_the_footprint_of_a_cached_token_is_at_least_what_the_cache_takes() -> N
     model, processor = built(FAMILY)
     batch, view = grouped(model, processor)
     with torch.no_grad():
-        kept = model(**batch.prompts([0], view), use_cache=True).past_key_values
+        kept = getattr(model(**batch.prompts([0], view), use_cache=True), CACHE)
     taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     assert taken <= Footprint.of(model).cached * batch.prompt_lengths[0] <= 4 * taken
 
@@ -351,20 +368,20 @@ def test_the_footprint_of_a_cached_token_is_at_least_what_the_cache_takes() -> N
 def _no_cache(forward: Any) -> Any:
     def changed(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        output.past_key_values = None
+        output[CACHE] = None
         return output
 
     return changed
 
 
 def _forgets(forward: Any) -> Any:
-    return lambda *args, **kwargs: forward(*args, **{**kwargs, "past_key_values": None})
+    return lambda *args, **kwargs: forward(*args, **{**kwargs, CACHE: None})
 
 
 def _refuses(forward: Any) -> Any:
     def changed(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
-            raise TypeError("forward() got an unexpected keyword argument 'past_key_values'\nand more")
+        if kwargs.get(CACHE) is not None:
+            raise TypeError(f"forward() got an unexpected keyword argument '{CACHE}'\nand more")
         return forward(*args, **kwargs)
 
     return changed
@@ -372,7 +389,7 @@ def _refuses(forward: Any) -> Any:
 
 def _misplaces(forward: Any) -> Any:
     def changed(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.get(CACHE) is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + 3
         return forward(*args, **kwargs)
 
@@ -382,7 +399,7 @@ def _misplaces(forward: Any) -> Any:
 CANNOT = {
     _no_cache: "the model's cache is a NoneType, which cannot be repeated",
     _forgets: "differ from the plain pass by|cannot go on from a cache",
-    _refuses: "TypeError: .*past_key_values'",
+    _refuses: f"TypeError: .*{CACHE}'",
     _misplaces: "differ from the plain pass by",
 }
 

@@ -156,6 +156,23 @@ def test_training_on_text_beside_images(tmp_path: Path) -> None:
         assert log["vppo/scored_fraction"] == 0.5 and log["vppo/dependency_mean"] > 1e-3
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_micro_batches_of_text_from_a_batch_with_images(beta: float, tmp_path: Path) -> None:
+    """Models refuse image inputs of length 0; the step is that of one micro-batch."""
+    after = []
+    for size in (1, 8):
+        settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "weight_decay": 0.0, "beta": beta}
+        run = trainer(
+            tmp_path, rows(2, images=(1, 0)), per_device_train_batch_size=size, shuffle_dataset=False,
+            gradient_accumulation_steps=8 // size, peft_config=LORA if beta else None, **settings,
+        )  # fmt: skip
+        fix_rollouts(run)
+        run.train()
+        after.append(weights(run))
+    for name, weight in after[1].items():
+        torch.testing.assert_close(after[0][name], weight, rtol=1e-4, atol=1e-5)
+
+
 def test_groups_without_a_signal_are_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path, reward=one_group_for_nothing, prefix_sharing="off")
     fix_rollouts(run)

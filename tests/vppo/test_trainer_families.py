@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
@@ -21,6 +22,7 @@ from runs import (
 )
 
 from vppo import analyze
+from vppo.processors import placeholder_tokens
 from vppo_kernels import reference
 
 NAMES = [f.name for f in families.FAMILIES]
@@ -137,3 +139,19 @@ def test_tiles_that_trl_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         clean, perturbed = plain_views(copy.deepcopy(run.model), run.processing_class, {**row, **ids}, (7, sample, 0))
         expected = reference.divergence(clean, perturbed, kind="kl").divergence.float().numpy()
         assert found.loc[found["sample"] == sample, "kl"].to_numpy() == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("given", [None, {"suppress_tokens": [families.VOCABULARY["7"]]}], ids=["nothing", "another"])
+def test_placeholders_are_not_sampled(family: str, given: dict[str, Any] | None, tmp_path: Path) -> None:
+    """A response that holds one ends the next forward: its image is missing."""
+    run = trainer(tmp_path, family=family, generation_kwargs=given, max_completion_length=60, temperature=5.0, top_p=1)
+    batches: list[dict[str, Any]] = []
+    generate = run._generate_and_score_completions
+    run._generate_and_score_completions = lambda inputs: batches.append(generate(inputs)) or batches[-1]  # type: ignore
+    run.train()
+    sampled = {
+        token for batch in batches for token in batch["completion_ids"][batch["completion_mask"].bool()].tolist()
+    }
+    assert len(sampled) > 50 and not sampled & set(placeholder_tokens(run.model.config))
+    assert given is None or not sampled & set(given["suppress_tokens"])

@@ -152,3 +152,16 @@ def test_rows_without_a_prompt_in_common_pass_whole(tmp_path: Path) -> None:
     apart = {**inputs, "prompt": torch.arange(8)}
     run._compute_loss(run.model, apart)
     assert seen[:1] == whole(inputs)
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    """Which has no truth value."""
+    weights = []
+    for compiled in (True, False):
+        backend = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        run = trainer(tmp_path, max_steps=1, optim="sgd", learning_rate=0.1, **backend, **WHOLE)
+        fix_rollouts(run, LENGTHS)
+        run.train()
+        weights.append({name.removeprefix("_orig_mod."): w.detach() for name, w in run.model.named_parameters()})
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weights[0][name], weight, rtol=1e-4, atol=1e-5)

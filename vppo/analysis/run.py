@@ -32,7 +32,7 @@ from vppo.analysis.identity import digest, digest_file, digest_problems
 from vppo.analysis.options import AnalysisOptions
 from vppo.analysis.pictures import picture_path
 from vppo.analysis.responses import Response, Skipped, read_responses
-from vppo.analysis.sampling import Sampler, Sampling, placeholder_tokens
+from vppo.analysis.sampling import Sampler, Sampling
 from vppo.analysis.subject import Subject
 from vppo.analysis.tables import (
     TOKENS,
@@ -52,6 +52,7 @@ from vppo.files import write_atomic
 from vppo.folders import kind_of, read_object
 from vppo.passes import GIB
 from vppo.perturbations import PixelLayout
+from vppo.processors import placeholder_tokens
 from vppo.progress import columns, say
 from vppo.prompts import Prompts
 from vppo.rewards import accuracy_reward

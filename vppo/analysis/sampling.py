@@ -18,7 +18,6 @@ from vppo.perturbations import seeded
 from vppo.prompts import Prompts, chat_text
 
 Key = tuple[int, int]  # sample, response
-PLACEHOLDERS = ("image", "video", "audio", "vision", "media")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Sampling:
         temperature: Divides the logits; 0 takes the most probable token each time.
         seed: Response `k` of sample `i` is drawn from (seed, i, k), whatever else is in the batch.
         memory: Bytes for caches and activations; a single response may exceed it.
-        forbidden: Tokens that are never sampled, see `placeholder_tokens`.
+        forbidden: Tokens that are never sampled, see `vppo.processors.placeholder_tokens`.
         ends: Tokens that end a response.
     """
 
@@ -43,18 +42,6 @@ class Sampling:
 
 
 Sampler = Callable[[Prompts, Sequence[int], Sequence[Key], Sampling], list[list[int]]]
-
-
-def placeholder_tokens(config: Any) -> list[int]:
-    """Tokens that stand for images in a prompt: a model that reads one in a response looks for another image."""
-    suffixes = ("_token_id", "_token_index")
-    return sorted(
-        {
-            value
-            for name, value in config.to_dict().items()
-            if isinstance(value, int) and name.startswith(PLACEHOLDERS) and name.endswith(suffixes)
-        }
-    )
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
