@@ -232,8 +232,12 @@ def test_hybrid_caches(memory: int) -> None:
     """Shared or not, whatever this version of transformers can: the numbers are the plain ones."""
     model, processor = linear_attention()
     batch, view = grouped(model, processor)
-    shared, plain = (hidden(model, batch, view, sharing=way, memory=memory) for way in ("auto", "off"))
-    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
+    shared = hidden(model, batch, view, sharing="auto", memory=memory)
+    alone, together = (hidden(model, batch, view, sharing="off", memory=each) for each in (1, 1 << 32))
+    # a state is summed in other chunks where a row is padded differently: the plain passes differ by that, too
+    rounding = (alone - together).abs().max().item()
+    assert rounding < 5e-5
+    torch.testing.assert_close(shared, together, rtol=1e-5, atol=1e-5 + rounding)
 
 
 def test_the_cache_has_the_name_of_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
