@@ -160,6 +160,11 @@ class VPPOConfig(GRPOConfig):
         if not (isinstance(self.nll_coef, (int, float)) and math.isfinite(self.nll_coef)):
             raise ValueError(f"nll_coef: got {self.nll_coef!r}, takes a finite number")
         self.make_perturbation(14)  # validates its own fields
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: got {self.temperature!r}, takes a finite number above 0")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, takes a number of at least 1")
         super().__post_init__()
 
     @property

@@ -26,7 +26,7 @@ def evaluation_defaults(config: Config) -> Config:
         Further keys and values; none where nothing is evaluated.
 
     Raises:
-        InputError: It asks for evaluations and has no `eval_dataset`.
+        InputError: It asks for evaluations and has no `eval_dataset`, or `eval_steps` is not above 0.
     """
     strategy = _name(config.get("eval_strategy"))
     if config.get("eval_dataset") is None:
@@ -40,6 +40,9 @@ def evaluation_defaults(config: Config) -> Config:
         return {}
     if strategy == "no" and not config.get("eval_on_start"):
         return {}
+    every = config.get("eval_steps")
+    if every is not None and not 0 < every < math.inf:
+        raise InputError(f"config: eval_steps: got {every!r}, takes a number of steps, or a part of the run below 1")
     group = config.get("num_generations_eval") or config.get("num_generations") or GENERATIONS
     defaults: Config = {"per_device_eval_batch_size": group * math.ceil(BATCH / group)}
     if strategy is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import math
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -41,13 +42,15 @@ def load_rewards(names: str | Sequence[str], weights: Sequence[float] | None = N
         weights: `reward_weights`, one for each of them; None weighs all alike.
 
     Raises:
-        InputError: There is no such function, two of them have the same name, or there are not as many weights.
+        InputError: There is no such function, two of them have the same name, or there are not as many finite weights.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise InputError(f"reward: got an empty list, takes one or several of {TAKES}")
     if weights is not None and len(weights) != len(names):
         raise InputError(f"reward_weights: got {len(weights)} weights for {len(names)} rewards ({', '.join(names)})")
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"reward_weights: got {list(weights)}, takes finite numbers")
     rewards = [load_reward(name) for name in names]
     titles: list[str] = [reward.__name__ for reward in rewards]
     for number, title in enumerate(titles):

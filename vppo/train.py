@@ -81,6 +81,10 @@ class ScriptArguments:
 
     def __post_init__(self) -> None:
         self.model = os.path.expanduser(self.model)
+        for name in ("min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, takes a number of pixels from 1")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels: got {self.min_pixels}, takes at most max_pixels, which is {self.max_pixels}")
 
@@ -248,6 +252,7 @@ def train(config: Config) -> Path:
     checkpoint = _find_checkpoint(script.resume, output_dir)
     if checkpoint:
         args.eval_on_start = False  # the run has begun long since
+    _check_installed(args)
     rewards = load_rewards(script.reward, args.reward_weights)
     processor = load_processor(
         script.model,
@@ -342,6 +347,19 @@ def _find_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
     if (output_dir / "metrics.jsonl").exists() or any(output_dir.glob("checkpoint-*")):
         raise InputError(f"output_dir: {output_dir} already holds a run: go on with resume: true, or choose another")
     return None
+
+
+def _check_installed(args: VPPOConfig) -> None:
+    """transformers finds out only once the model is loaded."""
+    from transformers.integrations import integration_utils
+    from transformers.utils import is_liger_kernel_available
+
+    for name in typing.cast(list[str], args.report_to):
+        known = name in integration_utils.INTEGRATION_TO_CALLBACK
+        if known and name not in integration_utils.get_available_reporting_integrations():
+            raise InputError(f"report_to: got {name!r}, which is not installed (or not set up): pip install {name}")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("use_liger_kernel: Liger is not installed: pip install 'vppo-kernels[liger]'")
 
 
 def _check_length(rows: int, args: VPPOConfig) -> None:

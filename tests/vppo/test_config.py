@@ -96,6 +96,10 @@ def test_algorithms(algorithm: str, scores: bool, shaping: tuple[Any, ...] | Non
         ("noise_std", 0.0),
         ("blur_radius", -1.0),
         ("nll_coef", float("nan")),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
     ],
 )
 def test_refused(name: str, value: Any, tmp_path: Path) -> None:

@@ -254,6 +254,22 @@ def test_not_json(tmp_path: Path) -> None:
     assert "x.parquet: not a readable parquet file" in error_of(path)
 
 
+def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    for text in ("", "\n \n"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="it has no rows"):
+            load_training_data(path)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    row = {"problem": "é?", "answer": "1", "images": ["a.png"]}
+    for name, text in (("data.jsonl", json.dumps(row, ensure_ascii=False) + "\n"), ("data.json", json.dumps([row]))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_training_data(tmp_path / name)["answer"] == ["1"]
+
+
 def test_no_row_has_an_image(tmp_path: Path) -> None:
     message = error_of(jsonl(tmp_path / "x.jsonl", {**GOOD, "images": []}))
     assert "no row has an image" in message and "x.jsonl" in message

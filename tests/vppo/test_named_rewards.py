@@ -115,6 +115,8 @@ def test_several(folder: Path) -> None:
         ([], None, "reward: got an empty list, takes one or several of 'accuracy'"),
         (["accuracy", "format"], [1.0], "reward_weights: got 1 weights for 2 rewards (accuracy, format)"),
         ("accuracy", [1.0, 2.0], "reward_weights: got 2 weights for 1 rewards (accuracy)"),
+        ("accuracy", [float("nan")], "reward_weights: got [nan], takes finite numbers"),
+        (["accuracy", "format"], [1.0, float("-inf")], "reward_weights: got [1.0, -inf], takes finite numbers"),
         ("accuracy", [], "reward_weights: got 0 weights for 1 rewards (accuracy)"),
         (["format", "format"], None, "reward: 'format' and 'format' are both called 'format_reward'"),
     ],

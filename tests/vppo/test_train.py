@@ -149,6 +149,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("keep_ratio: 2", "config: keep_ratio: got 2, takes a number above 0 and at most 1"),
         ("algorithm: ppo", "config: algorithm: got 'ppo'"),
         ("num_generations: 1", "config: GRPO requires at least 2 generations"),
+        ("max_pixels: -3", "config: max_pixels: got -3, takes a number of pixels from 1"),
+        ("min_pixels: 0", "config: min_pixels: got 0, takes a number of pixels from 1"),
+        ("{eval_dataset: x, eval_steps: 0}", "config: eval_steps: got 0, takes a number of steps"),
+        ("{eval_dataset: x, eval_steps: -3}", "config: eval_steps: got -3, takes a number of steps"),
         ("{min_pixels: 10, max_pixels: 5}", "config: min_pixels: got 10, takes at most max_pixels, which is 5"),
         ("lora_target_modules: [q_proj, lm_head]", "config: lora_target_modules: must not name lm_head"),
         ("lora_modules_to_save: [lm_head]", "config: lora_modules_to_save: must not name lm_head"),
@@ -195,6 +199,20 @@ def train_error(**config: Any) -> str:
     with pytest.raises(InputError) as caught:
         train(config)
     return str(caught.value)
+
+
+def test_what_is_not_installed_is_said_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.utils
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(transformers.utils, "is_liger_kernel_available", lambda: False)
+    config = {"model": "no/model", "dataset": "no/dataset", "output_dir": "never-written", "use_cpu": True}
+    assert train_error(**config, report_to=["tensorboard", "mlflow"]).startswith(
+        "report_to: got 'mlflow', which is not installed"
+    )
+    missing = train_error(**config, report_to="none", use_liger_kernel=True)
+    assert missing == "use_liger_kernel: Liger is not installed: pip install 'vppo-kernels[liger]'"
 
 
 def test_train_checks_configs_from_python(tmp_path: Path) -> None:

@@ -121,8 +121,9 @@ def json_rows(file: Path) -> list[dict[str, Any] | BadRowError]:
 
 def _json_values(file: Path) -> Iterator[tuple[Where, Any]]:
     try:
-        text = file.read_text(encoding="utf-8")
-        rows = json.loads(text) if file.suffix == ".json" else text.rstrip().split("\n")
+        text = file.read_text(encoding="utf-8-sig")  # Windows writes a mark at the start
+        lines = text.rstrip().split("\n") if text.strip() else []
+        rows = json.loads(text) if file.suffix == ".json" else lines
     except ValueError as error:
         raise InputError(f"{file}: not valid JSON in UTF-8: {error}") from error
     if not isinstance(rows, list):
