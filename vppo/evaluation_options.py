@@ -37,6 +37,11 @@ def evaluation_defaults(config: Config) -> Config:
                     f"config: {key}: got {_name(value)!r} without eval_dataset; give eval_dataset: a file, a folder or "
                     "a dataset on the hub"
                 )
+        if config.get("load_best_model_at_end"):
+            raise InputError(
+                "config: load_best_model_at_end: got true without eval_dataset, by which the best is chosen; give "
+                "eval_dataset: a file, a folder or a dataset on the hub"
+            )
         return {}
     if strategy == "no" and not config.get("eval_on_start"):
         return {}

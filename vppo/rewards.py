@@ -36,9 +36,12 @@ def accuracy_reward(completions: Sequence[Any], answer: Sequence[Any], **kwargs:
         `n` rewards.
 
     Raises:
+        TypeError: `answer` is one text.
         ValueError: `completions` and `answer` differ in length, or no completion could ever meet one of the answers.
         RuntimeError: math-verify cannot be started.
     """
+    if isinstance(answer, str):
+        raise TypeError(f"answer: got the text {answer!r}, takes a list with one reference answer per completion")
     if len(completions) != len(answer):
         raise ValueError(f"answer must have one entry per completion: got {len(answer)} for {len(completions)}")
     references = [_reference(value, row) for row, value in enumerate(answer)]

@@ -291,6 +291,9 @@ def train(config: Config) -> Path:
         trainer.accelerator.print(f"Skipped {count}, listed in {skipped_path}; the first: {skipped[0]}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output_dir / "model"))
+    trainer.create_model_card(model_name=output_dir.name)
+    if trainer.is_world_process_zero():  # the folder that people upload
+        write_atomic(output_dir / "model" / "README.md", (output_dir / "README.md").read_text(encoding="utf-8"))
     trainer.accelerator.print(f"Done: {output_dir / 'model'}")
     return output_dir
 

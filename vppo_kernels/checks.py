@@ -13,8 +13,19 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 < value < math.inf):
+    if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, takes a finite number above 0")
+
+
+def denominator(value: Any, look: bool) -> None:
+    """What a loss is divided by: a number above 0, or a tensor of one, whose value is looked at where that is free."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"denominator: got a tensor of shape {list(value.shape)}, takes one of a single number")
+        if look and value.device.type == "cpu" and not 0 < value.item() < math.inf:
+            raise ValueError(f"denominator: got {value.item()!r}, takes a finite number above 0")
+    elif value is not None:
+        positive("denominator", value)
 
 
 def non_negative(name: str, value: float) -> None:
@@ -57,7 +68,7 @@ def tensor(name: str, value: Any) -> None:
 def floating(name: str, value: Any) -> None:
     tensor(name, value)
     if value.dtype not in FLOATS:
-        raise TypeError(f"{name}: got dtype {value.dtype}, takes float32, bfloat16 or float16")
+        raise TypeError(f"{name}: got dtype {value.dtype}, takes float32, bfloat16, float16 or float64")
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:

@@ -73,14 +73,13 @@ class LossOptions:
         checks.non_negative("clip_high", self.clip_high)
         if self.clip_low > 1:
             raise ValueError(f"clip_low: got {self.clip_low!r}, takes a number from 0 to 1")
-        if self.clip_dual is not None and not self.clip_dual > 1:
+        if self.clip_dual is not None and not (isinstance(self.clip_dual, int | float) and self.clip_dual > 1):
             raise ValueError(f"clip_dual: got {self.clip_dual!r}, takes None or a number above 1")
         for name in ("nll_coef", "entropy_coef", "kl_coef"):
             checks.finite(name, getattr(self, name))
         if self.loss_agg in ("none", "token-sum") and self.denominator is not None:
             raise ValueError(f"denominator: got {self.denominator!r}, takes None with loss_agg {self.loss_agg!r}")
-        if isinstance(self.denominator, int | float):
-            checks.positive("denominator", self.denominator)
+        checks.denominator(self.denominator, look=not torch.compiler.is_compiling())
 
     @property
     def every_token(self) -> bool:
@@ -378,6 +377,7 @@ def vppo_loss(
     if entropy_coef and entropy is None:
         raise ValueError("entropy: got None, takes [B, T] entropies where entropy_coef is not 0")
     valid = layout.within(checks.token_mask(mask, logprobs))
+    checks.tensor("old_logprobs", old_logprobs)
     look = checks.wanted(check, logprobs)
     kernels = backends.token_kernels(
         backend, logprobs, old_logprobs, advantages, dependency, entropy, ref_logprobs, is_weights

@@ -98,6 +98,8 @@ def _stats(means: Tensor, present: Tensor, stats_group: Any) -> TrajectoryStats:
 def _check_scaling(scale_min: float, scale_max: float | None, stats: TrajectoryStats | None, stats_group: Any) -> None:
     checks.scales(scale_min, scale_max)
     parallel.check_group("stats_group", stats_group)
+    if stats is not None and not (isinstance(stats, tuple) and len(stats) == len(TrajectoryStats._fields)):
+        raise TypeError(f"stats: got {stats!r:.80}, takes a TrajectoryStats")
     if stats is not None and stats_group is not None:
         raise ValueError("stats: given together with stats_group, takes one of the two")
 

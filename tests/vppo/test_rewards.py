@@ -211,3 +211,8 @@ def test_an_answer_that_nothing_can_meet_is_an_error(answer: object) -> None:
 def test_numbers_as_answers(answer: object, met_by: str) -> None:
     assert reward(rf"\boxed{{{met_by}}}", answer) == 1.0
     assert reward(r"\boxed{17}", answer) == 0.0
+
+
+def test_one_text_is_no_list_of_answers() -> None:
+    with pytest.raises(TypeError, match="answer: got the text '55', takes a list"):
+        accuracy_reward([r"\boxed{5}", r"\boxed{5}"], "55")

@@ -415,6 +415,7 @@ def test_two_steps_end_to_end(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [line["step"] for line in metrics(run)] == [1, 2]
     assert all(line["vppo/dependency_mean"] > 0 and "reward" in line for line in metrics(run))
     before, after = weights(tiny_run / "start"), weights(run / "model")
+    assert "Spotlight on Token Perception" in (run / "model" / "README.md").read_text(encoding="utf-8")
     assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
     Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model")
     assert (

@@ -140,3 +140,8 @@ def test_evaluation_data_is_checked_before_any_step(folder: Path, monkeypatch: p
     with pytest.raises(InputError, match=r"train-0.jsonl, row 1"):
         run_tiny(folder, monkeypatch, "--output_dir=refused", "--eval_dataset=held", "--eval_dataset_split=train")
     assert not Path("refused", "config.yaml").exists()
+
+
+def test_the_best_model_needs_a_set_to_be_chosen_by(config_file: Write) -> None:  # noqa: F811
+    with pytest.raises(InputError, match="load_best_model_at_end: got true without eval_dataset"):
+        make_arguments(load_config(config_file("load_best_model_at_end: true")))

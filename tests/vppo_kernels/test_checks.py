@@ -219,3 +219,29 @@ def test_masks_of_any_dtype_mean_the_same() -> None:
     masks = [chosen, chosen.long(), chosen.float(), chosen.to(torch.uint8), chosen.bfloat16() * 2]
     results = [topk_mask(scores, m, 0.5) for m in masks]
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"denominator": torch.ones(3)}, ValueError, r"denominator: got a tensor of shape \[3\]"),
+        ({"denominator": torch.tensor(0.0)}, ValueError, "denominator: got 0.0, takes a finite number above 0"),
+        ({"denominator": "3"}, ValueError, "denominator: got '3', takes a finite number above 0"),
+        ({"denominator": True}, ValueError, "denominator: got True"),
+        ({"clip_dual": "3"}, ValueError, "clip_dual: got '3', takes None or a number above 1"),
+        ({"old_logprobs": None}, TypeError, "old_logprobs: got NoneType, takes a torch.Tensor"),
+        ({"stats": (0.0, 1.0, 1.0)}, TypeError, r"stats: got \(0.0, 1.0, 1.0\), takes a TrajectoryStats"),
+    ],
+)
+def test_what_a_loss_cannot_use_is_named(changes: dict, error: type[Exception], message: str) -> None:
+    tokens = torch.full((2, 4), -1.0)
+    given = {"old_logprobs": tokens, **changes}
+    old = given.pop("old_logprobs")
+    with pytest.raises(error, match=message):
+        vppo_loss(tokens, old, torch.ones(2), torch.ones(2, 4, dtype=torch.bool), tokens.abs(), **given)
+
+
+def test_a_denominator_may_be_a_tensor_of_one_number() -> None:
+    tokens, mask = torch.full((2, 4), -1.0), torch.ones(2, 4, dtype=torch.bool)
+    losses = [vppo_loss(tokens, tokens, torch.ones(2), mask, denominator=d)[0] for d in (4, torch.tensor([4.0]))]
+    assert losses[0].item() == losses[1].item() == -2.0
