@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Batch:
     """
 
     def __init__(self, inputs: dict[str, Any]) -> None:
-        self.split = split_pixel_values_by_grid(inputs)
+        self.split = split_by_row(inputs)
         self.prompt_ids: Tensor = inputs["prompt_ids"]
         self.prompt_mask: Tensor = inputs["prompt_mask"]
         self.completion_ids: Tensor = inputs["completion_ids"]
@@ -159,12 +159,36 @@ class Batch:
         return unsplit_pixel_values_by_grid(chosen)
 
 
+def in_rows(inputs: Mapping[str, Any]) -> bool:
+    """Whether `pixel_values` has one entry per row, `[B, n, ...]`, padded to the fullest row's n images or tiles.
+
+    Idefics, SmolVLM and Granite Docling have it so. It shows in a `pixel_attention_mask`, which belongs to the rows,
+    too; with `spatial_shapes` that mask belongs to tiles.
+    """
+    return inputs.get("pixel_attention_mask") is not None and inputs.get("spatial_shapes") is None
+
+
+def split_by_row(inputs: dict[str, Any]) -> dict[str, Any]:
+    """TRL's `split_pixel_values_by_grid`; images that have one entry per row are left as they are.
+
+    TRL takes those for one entry per image where the batch happens to have as many images as rows.
+    """
+    return inputs if in_rows(inputs) else split_pixel_values_by_grid(inputs)
+
+
+def with_entries(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Tells TRL where images have one entry per row; see `split_by_row`. What it counts as `num_tiles` are entries."""
+    return {**inputs, "num_tiles": [1] * rows} if in_rows(inputs) else inputs
+
+
 def without_no_images(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A hook before a model's forward: images that are none at all are left out, as every model takes it.
 
-    TRL cuts batches in pieces, and a piece of text-only problems comes with a `pixel_values` of no rows.
+    TRL cuts batches in pieces, and a piece of text-only problems comes with a `pixel_values` of no rows, or of padding.
     """
     pixels = kwargs.get("pixel_values")
-    if isinstance(pixels, Tensor) and not len(pixels):
+    if isinstance(pixels, Tensor) and (
+        not len(pixels) or (in_rows(kwargs) and not kwargs["pixel_attention_mask"].any())
+    ):
         kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
     return args, kwargs

@@ -6,6 +6,9 @@ which turns black lines on nothing into a black picture, and clips what has more
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +79,50 @@ def rgb_row(row: dict[str, Any]) -> dict[str, Any]:
         changed["image"] = _known(row["image"])
     if row.get("images") is not None:
         changed["images"] = [_known(item) for item in row["images"]]
-    if isinstance(row.get("prompt"), list):
-        changed["prompt"] = [_rgb_message(message) for message in row["prompt"]]
+    if row.get("prompt") is not None:
+        changed["prompt"] = rgb_prompt(row["prompt"])
     return changed
+
+
+def rgb_prompt(prompt: Any) -> Any:
+    """A conversational prompt with the pictures of its messages as `to_rgb` makes them; another one as it is."""
+    return list(map(_rgb_message, prompt)) if isinstance(prompt, list) else prompt
+
+
+def rgb_content(content: Any) -> Any:
+    """What a message holds or a tool returns, with its pictures as `to_rgb` makes them.
+
+    Args:
+        content: Pictures are in the parts of a list, each as in `rgb_row`; anything else is returned as it is.
+    """
+    if not isinstance(content, list):
+        return content
+    return [
+        {**part, "image": _known(part["image"])} if isinstance(part, dict) and part.get("image") is not None else part
+        for part in content
+    ]
+
+
+def rgb_tool(tool: Callable[..., Any]) -> Callable[..., Any]:
+    """A tool, plain or async, that returns its pictures as `to_rgb` makes them."""
+    if inspect.iscoroutinefunction(tool):
+
+        @wraps(tool)
+        async def call_async(*args: Any, **kwargs: Any) -> Any:
+            return rgb_content(await tool(*args, **kwargs))
+
+        return call_async
+
+    @wraps(tool)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return rgb_content(tool(*args, **kwargs))
+
+    return call
 
 
 def _rgb_message(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
-    if not isinstance(content, list) or not any(part.get("image") is not None for part in content):
-        return message
-    parts = [{**part, "image": _known(part["image"])} if part.get("image") is not None else part for part in content]
-    return {**message, "content": parts}
+    return {**message, "content": rgb_content(content)} if isinstance(content, list) else message
 
 
 def _known(item: Any) -> Any:

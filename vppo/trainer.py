@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from vppo import evaluation
-from vppo.batch import Batch, View, without_no_images
+from vppo.batch import Batch, View, in_rows, with_entries, without_no_images
 from vppo.card import METHODS, corrected
 from vppo.checkpoints import check_resuming, check_saving, restore_weights
 from vppo.config import VPPOConfig
@@ -29,7 +29,7 @@ from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
-from vppo.images import rgb_row
+from vppo.images import rgb_prompt, rgb_row, rgb_tool
 from vppo.loading import load_processor
 from vppo.logged_trainer import LoggedTrainer
 from vppo.logprobs import shared_logprobs
@@ -177,7 +177,8 @@ class VPPOTrainer(LoggedTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """TRL's, where a prompt without images has an empty list of them: processors refuse its None."""
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        seen = list(map(rgb_prompt, prompts))  # an environment may have added a picture
+        prompt_ids, images, fields = super()._tokenize_prompts(seen)
         return prompt_ids, images and [group or [] for group in images], fields
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
@@ -200,6 +201,7 @@ class VPPOTrainer(LoggedTrainer):
             shown = [rgb_row(row) for row in inputs]
             self._pictures = [row["images"] or [] if "images" in row else [row.get("image")] for row in shown]
             output = super()._generate_and_score_completions(shown)
+            output = with_entries(output, len(inputs))
             hidden_clean = self._take_recorded(output)
             if scores:
                 output, columns = (self._fold if training else self._measure)(output, hidden_clean)
@@ -215,6 +217,15 @@ class VPPOTrainer(LoggedTrainer):
         if images is not None:
             self._pictures = [group or [] for group in images]
         return generated
+
+    def _tool_call_loop(self, prompts: list[Any], *generated: Any) -> Any:
+        """TRL's, whose tools show their pictures as a person sees them, and whose rows keep their own images."""
+        for tools in (*self._sync_tool_dicts, *self._async_tool_dicts):
+            tools.update({name: rgb_tool(tool) for name, tool in tools.items()})
+        *others, fields = generated
+        if in_rows(fields):
+            fields = {**fields, "num_images": [1] * len(prompts)}  # here TRL counts entries by this name
+        return super()._tool_call_loop(prompts, *others, fields)
 
     @torch.no_grad()
     def _fold(self, output: dict[str, Any], hidden_clean: Tensor | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
@@ -428,7 +439,7 @@ class VPPOTrainer(LoggedTrainer):
         try:
             with fused_head(gathered=not self._dist.is_zero3):
                 result = super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+                    model, input_ids, attention_mask, logits_to_keep, *args, **with_entries(kwargs, len(input_ids))
                 )
         finally:
             if hook is not None:

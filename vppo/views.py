@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from trl.trainer.utils import split_pixel_values_by_grid
 
-from vppo.batch import Batch
+from vppo.batch import Batch, split_by_row
 from vppo.errors import InputError
 from vppo.images import to_rgb
 from vppo.perturbations import Perturbation, PixelLayout, perturb, perturb_picture, seeded
@@ -187,7 +186,7 @@ class ImageViews:
         batch["pixel_values"] = torch.as_tensor(encoded["pixel_values"])
         if in_tiles(encoded, len(PROBES)):
             batch["num_tiles"] = self.tiles([[_black(size)] for size in PROBES])
-        split: dict[str, Any] = split_pixel_values_by_grid(batch)
+        split: dict[str, Any] = split_by_row(batch)
         names = {"pixels": "pixel_values", "grid": "image_grid_thw", "inside": "pixel_attention_mask"}
         return [
             {name: None if split.get(key) is None else split[key][row] for name, key in names.items()}

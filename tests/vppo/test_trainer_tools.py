@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from runs import FAMILY, generation_batch, listen, options, plain_dependency, rows
 from torch import Tensor
 from trl.chat_template_utils import qwen3_vl_chat_template
 
 from vppo import VPPOConfig, VPPOTrainer
+from vppo.images import to_rgb
 
 SIZES = ((56, 28), (28, 28), (84, 28))
 
@@ -110,6 +113,62 @@ def test_a_view_is_of_what_a_rollout_was_shown(
     expected = torch.where(mask, plain_dependency(run, batch), 0)
     assert expected.max() > 1e-4 and not expected[shown == 0].any()
     torch.testing.assert_close(seen[0].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def odd_picture(kind: str) -> Image.Image:
+    """A picture that Pillow's own conversion to RGB shows otherwise than a person sees it."""
+    levels = np.arange(56 * 28, dtype=np.uint16).reshape(28, 56) % 256
+    if kind == "16 bits":
+        return Image.fromarray(levels * 257)
+    if kind == "EXIF":
+        turned = families.picture(5)
+        turned.getexif()[Image.ExifTags.Base.Orientation] = 3
+        return turned
+    return Image.merge("LA", [Image.new("L", (56, 28)), Image.fromarray(levels.astype(np.uint8))]).convert("RGBA")
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "16 bits", "EXIF"])
+@pytest.mark.parametrize("way", ["tool", "async tool", "environment"])
+def test_pictures_are_shown_as_a_person_sees_them(way: str, kind: str, tmp_path: Path) -> None:
+    """The model is given the same for a picture of any kind as for its upright RGB one."""
+
+    def batch_with(picture: Image.Image) -> Any:
+        shown = [{"type": "image", "image": picture}]
+
+        def look(which: int) -> list[dict[str, Any]]:
+            """Shows a picture.
+
+            Args:
+                which: The number of the picture.
+
+            Returns:
+                The picture.
+            """
+            return shown
+
+        async def look_async(which: int) -> list[dict[str, Any]]:
+            return shown
+
+        look_async.__doc__, look_async.__name__ = look.__doc__, "look"
+
+        class Window:
+            def reset(self, **kwargs: Any) -> list[dict[str, Any]]:
+                return shown
+
+        if way == "environment":
+            data = [{name: row[name] for name in ("prompt", "answer")} for row in rows(2)]
+            run = with_tools(tmp_path, data, tools=(), environment_factory=Window)
+        else:
+            data = rows(2)
+            run = with_tools(tmp_path, data, tools=[look if way == "tool" else look_async])
+        play(run, [None] * 8 if way == "environment" else [1] * 8)
+        run.model.train()
+        run.current_gradient_accumulation_steps = 1
+        return run._generate_and_score_completions([row for row in data for _ in range(4)])
+
+    found, expected = batch_with(odd_picture(kind)), batch_with(to_rgb(odd_picture(kind)))
+    assert found["num_images"] == [1 if way == "environment" else 2] * 8
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
 @pytest.mark.parametrize("scope", ["prompt", "rollout"])
