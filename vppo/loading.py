@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vppo.errors import InputError
 from vppo.processors import without_video
+
+if TYPE_CHECKING:
+    from vppo.config import VPPOConfig
 
 
 def load_processor(
@@ -72,6 +75,32 @@ def _limit_pixels(image_processor: Any, **limits: int | None) -> None:
         if not hasattr(image_processor, "merge_size"):  # Qwen's, whose two edges are counts of pixels
             raise InputError(f"{name}: {type(image_processor).__name__} has no limits on pixels to set")
         image_processor.size[edge] = limits[edge]
+
+
+def own_processor(model: Any, args: VPPOConfig) -> Any:
+    """The processor that belongs to a model; None leaves a text model's, where nothing is scored, to TRL.
+
+    Args:
+        model: What a trainer was given: a name, or the model itself.
+        args: Of the run.
+
+    Raises:
+        InputError: Tokens are scored, and no processor for images can be loaded.
+    """
+    given = isinstance(model, str)
+    name = model if given else getattr(model.config, "_name_or_path", "")
+    options: Any = args.model_init_kwargs or {}
+    revision = options.get("revision") if given else None
+    try:
+        if not name:
+            raise InputError(
+                "processing_class: got None, takes a processor: the model has no name_or_path to load it from"
+            )
+        return load_processor(name, revision=revision or "main", trust_remote_code=args.trust_remote_code)
+    except InputError:
+        if args.scores_tokens:
+            raise
+        return None
 
 
 def load_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,21 @@ class Measured:
     kept: Tensor
     counts: Sequence[int]
     scored: Sequence[bool]
+
+    @classmethod
+    def gather(cls, accelerator: Any, dependency: Tensor, mask: Tensor, keep: Tensor, scored: Tensor) -> Measured:
+        """Of all processes.
+
+        Args:
+            accelerator: Whose processes they are.
+            dependency: `[B, T]` in nats.
+            mask, keep: `[B, T]` bool, the response tokens, and those that a step would keep.
+            scored: `[B]` bool, the rows that were scored.
+        """
+        tokens = mask & scored.unsqueeze(1)
+        values, kept = (_gather_uneven(accelerator, part[tokens]) for part in (dependency, keep.float()))
+        counts, rows = accelerator.gather(torch.stack([tokens.sum(1), scored], 1)).T.tolist()
+        return cls(values, kept, counts, [bool(row) for row in rows])
 
     @classmethod
     def join(cls, parts: Sequence[Measured], rows: int | None = None) -> Measured:
@@ -61,3 +77,14 @@ class Measured:
             name: [part.mean().item() if len(part) else math.nan for part in values.cpu().split(list(self.counts))]
             for name, values in parts.items()
         }
+
+
+def _gather_uneven(accelerator: Any, values: Tensor) -> Tensor:
+    """1-D values of all processes, however many each has."""
+    if accelerator.num_processes == 1:
+        return values
+    count = accelerator.gather(torch.tensor([len(values)], device=values.device))
+    padded = values.new_zeros(int(count.max()))
+    padded[: len(values)] = values
+    everyone = accelerator.gather(padded).view(len(count), -1)
+    return torch.cat([row[: int(n)] for row, n in zip(everyone, count, strict=True)])

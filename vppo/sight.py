@@ -1,4 +1,4 @@
-"""Whether a training set has any image to look at."""
+"""Whether a run has any image to look at."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate.logging import get_logger
 from datasets import Dataset
 
+logger = get_logger(__name__)
 COLUMNS = ("images", "image")  # where TRL looks, in this order
 
 
@@ -50,3 +52,41 @@ def _in_prompts(dataset: Dataset) -> bool:
         if any(part.get("type") == "image" for content in contents for part in content):
             return True
     return False
+
+
+class ImageWatch:
+    """Warns once if a run shows its model no image.
+
+    Args:
+        algorithm: Of the run.
+    """
+
+    def __init__(self, algorithm: str) -> None:
+        self._warned = False
+        self._last: int | None = None  # the step at which a batch has last shown one
+        self._consequence = (
+            f"No token can depend on an image then: algorithm {algorithm!r} filters and shapes nothing, and trains as "
+            "'dapo' does."
+        )
+
+    def dataset(self, dataset: Any) -> None:
+        """Looks at what a run is trained on; see `missing_images`."""
+        if reason := missing_images(dataset):
+            self._warned = True
+            logger.warning(f"train_dataset: no row shows an image: {reason}. {self._consequence}")
+
+    def step(self, step: int, shown: bool, every: float) -> None:
+        """Looks at one generation batch of all processes.
+
+        Args:
+            step: Optimizer steps done.
+            shown: Whether a process was shown an image.
+            every: After how many steps without one it warns: those that a line of the log covers.
+        """
+        if self._last is None or shown:
+            self._last = step
+        elif step - self._last >= every and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"No prompt of steps {self._last} to {step} has shown the model an image. {self._consequence}"
+            )

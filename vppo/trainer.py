@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,25 +21,21 @@ from torch import Tensor, nn
 
 from vppo import evaluation
 from vppo.batch import Batch, View, in_rows, with_entries, without_no_images
-from vppo.card import METHODS, corrected
-from vppo.checkpoints import check_resuming, check_saving, restore_weights
 from vppo.config import VPPOConfig
 from vppo.errors import InputError
-from vppo.files import write_atomic
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
 from vppo.images import rgb_prompt, rgb_row, rgb_tool
-from vppo.loading import load_processor
-from vppo.logged_trainer import LoggedTrainer
+from vppo.listening_trainer import ListeningTrainer
+from vppo.loading import own_processor
 from vppo.logprobs import shared_logprobs
 from vppo.measured import Measured
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import seeded
 from vppo.processors import placeholder_tokens
 from vppo.reward_checks import checked
-from vppo.sampler import EpochSampler
 from vppo.scoring import score
-from vppo.sight import missing_images
+from vppo.sight import ImageWatch
 from vppo.views import ImageViews
 from vppo_kernels import TrajectoryStats, topk_mask, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import shape_advantages
@@ -49,7 +44,7 @@ logger = get_logger(__name__)
 BLIND = 1e-8  # nats: below this mean dependency the perturbed view has changed nothing
 
 
-class VPPOTrainer(LoggedTrainer):
+class VPPOTrainer(ListeningTrainer):
     """`trl.GRPOTrainer` that rewards looking. Takes the same arguments, with a `VPPOConfig` as `args`.
 
     Example:
@@ -85,22 +80,14 @@ class VPPOTrainer(LoggedTrainer):
             args = VPPOConfig()
         if not isinstance(args, VPPOConfig):
             raise TypeError(f"args: got {type(args).__name__}, takes a vppo.VPPOConfig")
-        # hidden states of the clean view that TRL's own passes make: while they score, and while they generate
-        self._recorded: list[Tensor] | None = None
-        self._generated: list[Tensor] = []
         self._train_logprobs: Tensor | None = None
         self._train_inputs: dict[str, Any] | None = None  # while TRL computes the loss of a training step
         self._problems: list[int] | None = None  # while a batch is evaluated, the fingerprint of each row's problem
         self._pictures: list[Any] = []  # of each row of the batch at hand, as the processor was given them
+        self._watch = ImageWatch(args.algorithm)
         self._warned_blind = False
-        self._last_image: int | None = None  # the step at which a batch has last shown one
-        self._warned_imageless = False
-        check_saving(args)
-        method = METHODS[args.algorithm]
-        self._name, self._paper = method.name, method.paper or super()._paper
-        self._tag_names = ["trl", "vppo" if args.scores_tokens else args.algorithm]
         if kwargs.get("processing_class") is None:
-            kwargs["processing_class"] = _own_processor(model, args)
+            kwargs["processing_class"] = own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
         for policy in (self.model, self.ref_model):
             if policy is not None:
@@ -119,13 +106,10 @@ class VPPOTrainer(LoggedTrainer):
                     f"processor for algorithm {args.algorithm!r}"
                 )
             others = self.tools or self.environment_factories or self.rollout_func  # who may show images, too
-            reason = "" if others or not args.scores_tokens else missing_images(self.train_dataset)
-            if reason:
-                self._warned_imageless = True
-                logger.warning(f"train_dataset: no row shows an image: {reason}. {self._nothing_to_see()}")
+            if args.scores_tokens and not others:
+                self._watch.dataset(self.train_dataset)
             self._image_views = ImageViews.of(self.processing_class)
             self._perturbation = args.make_perturbation(self._image_views.layout.patch_size)
-            self._has_dropout = _has_dropout(self.model)
             self._passes = ResponsePasses(
                 self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self._most
             )
@@ -136,49 +120,11 @@ class VPPOTrainer(LoggedTrainer):
         tokens = sorted({*given, *placeholder_tokens(self.model.config)})
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = tokens or None
 
-    def _nothing_to_see(self) -> str:
-        return (
-            f"No token can depend on an image then: algorithm {self.args.algorithm!r} filters and shapes nothing, and "
-            "trains as 'dapo' does."
-        )
-
-    # -- going on from a checkpoint ----------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """transformers' own restores next to nothing of a vision-language model: see `restore_weights`."""
-        if self.is_fsdp_enabled or not restore_weights(self.model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        return EpochSampler(super()._get_train_sampler(dataset))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self.is_deepspeed_enabled:
-            check_resuming(checkpoint, self.args)
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_best_model(self) -> None:
-        """transformers' own would leave most of the last weights in place, as it does on resuming."""
-        in_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if in_pieces or not restore_weights(self.model, str(self.state.best_model_checkpoint)):
-            super()._load_best_model()
-
-    # -- the model card ----------------------------------------------------------------------------------------------
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's, corrected: see `vppo.card`."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            card = Path(str(self.args.output_dir)) / "README.md"
-            text = card.read_text(encoding="utf-8")
-            write_atomic(card, corrected(text, self.model.config, self.args, self.hub_model_id))
-
     # -- before the rollouts -----------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """TRL's, where a prompt without images has an empty list of them: processors refuse its None."""
-        seen = list(map(rgb_prompt, prompts))  # an environment may have added a picture
-        prompt_ids, images, fields = super()._tokenize_prompts(seen)
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         return prompt_ids, images and [group or [] for group in images], fields
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
@@ -212,27 +158,28 @@ class VPPOTrainer(LoggedTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         """TRL's, which also tells the images of messages, tools and environments."""
-        generated = super()._generate(prompts)
+        generated = super()._generate(list(map(rgb_prompt, prompts)))  # an environment may have added pictures
         *_, images, _ = generated
         if images is not None:
             self._pictures = [group or [] for group in images]
         return generated
 
-    def _tool_call_loop(self, prompts: list[Any], *generated: Any) -> Any:
+    def _tool_call_loop(self, *generated: Any) -> Any:
         """TRL's, whose tools show their pictures as a person sees them, and whose rows keep their own images."""
         for tools in (*self._sync_tool_dicts, *self._async_tool_dicts):
             tools.update({name: rgb_tool(tool) for name, tool in tools.items()})
-        *others, fields = generated
+        *others, fields = generated  # the first of them are the prompts
         if in_rows(fields):
-            fields = {**fields, "num_images": [1] * len(prompts)}  # here TRL counts entries by this name
-        return super()._tool_call_loop(prompts, *others, fields)
+            fields = {**fields, "num_images": [1] * len(others[0])}  # here TRL counts entries by this name
+        return super()._tool_call_loop(*[*others, fields])
 
     @torch.no_grad()
     def _fold(self, output: dict[str, Any], hidden_clean: Tensor | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         """Fold token mask and trajectory factor into the advantages of a generation batch; and its table's columns."""
         started = time.perf_counter()
         batch = Batch(output)
-        self._watch_for_images(batch)
+        seen = bool(self.accelerator.gather(batch.has_image).any())
+        self._watch.step(self.state.global_step, seen, every=self.state.logging_steps)
         scored = batch.has_image & self._live_groups(output["advantages"])
         alike = batch.alike(self._prompts(batch))
         dependency = self._score(batch, scored, hidden_clean, alike)
@@ -250,7 +197,7 @@ class VPPOTrainer(LoggedTrainer):
         if folded_later:
             # NaN marks what enters no statistic; so 0 / 0 is right for a row without response tokens
             output["trajectory_dependency"] = torch.where(scored, dependency.sum(1) / batch.mask.sum(1), math.nan)
-        measured = self._gather_measured(dependency, batch.mask, shaped.keep, scored)
+        measured = Measured.gather(self.accelerator, dependency, batch.mask, shaped.keep, scored)
         self._log_scoring(measured, started)
         columns = measured.columns()
         log = self._metrics["train"]
@@ -277,7 +224,7 @@ class VPPOTrainer(LoggedTrainer):
         dependency = self._score(batch, batch.has_image, hidden_clean, batch.alike(self._prompts(batch)))
         filtered = self.args.algorithm in ("vppo", "tgf")
         keep = topk_mask(dependency, tokens, self.args.keep_ratio) if filtered else tokens
-        measured = self._gather_measured(dependency, batch.mask, keep, batch.has_image)
+        measured = Measured.gather(self.accelerator, dependency, batch.mask, keep, batch.has_image)
         self._measured.append(measured)
         self._log_scoring(measured, started)
         return output, measured.columns()
@@ -356,13 +303,6 @@ class VPPOTrainer(LoggedTrainer):
     def _process_group(self) -> Any:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
-    def _gather_measured(self, dependency: Tensor, mask: Tensor, keep: Tensor, scored: Tensor) -> Measured:
-        """What all processes have measured: the dependency of the scored rows' tokens, and whether they are kept."""
-        tokens = mask & scored.unsqueeze(1)
-        values, kept = self._gather_uneven(dependency[tokens]), self._gather_uneven(keep[tokens].float())
-        counts, rows = self.accelerator.gather(torch.stack([tokens.sum(1), scored], 1)).T.tolist()
-        return Measured(values, kept, counts, [bool(row) for row in rows])
-
     def _log_scoring(self, measured: Measured, started: float) -> None:
         """The time it took; and a warning if the perturbed view changed nothing."""
         if measured.values.is_cuda:
@@ -378,49 +318,7 @@ class VPPOTrainer(LoggedTrainer):
                 "between vision tower and language model is zero and frozen, or the perturbation is too weak."
             )
 
-    def _watch_for_images(self, batch: Batch) -> None:
-        """One warning where no process was shown an image for as long as a line of the log covers."""
-        step = self.state.global_step
-        if self._last_image is None or self.accelerator.gather(batch.has_image).any():
-            self._last_image = step
-        elif step - self._last_image >= self.state.logging_steps and not self._warned_imageless:
-            self._warned_imageless = True
-            logger.warning(
-                f"No prompt of steps {self._last_image} to {step} has shown the model an image. "
-                f"{self._nothing_to_see()}"
-            )
-
-    def _gather_uneven(self, values: Tensor) -> Tensor:
-        """1-D values of all processes, however many each has."""
-        if self.accelerator.num_processes == 1:
-            return values
-        count = self.accelerator.gather(torch.tensor([len(values)], device=values.device))
-        padded = values.new_zeros(int(count.max()))
-        padded[: len(values)] = values
-        everyone = self.accelerator.gather(padded).view(len(count), -1)
-        return torch.cat([row[: int(n)] for row, n in zip(everyone, count, strict=True)])
-
-    # -- TRL's own passes, listened to -------------------------------------------------------------------------------
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's. What its sampling gives the head are the clean view's hidden states: one pass less.
-
-        Only in float32, where decoding token by token and passing whole differ in the last digits alone.
-        """
-        whole = not (self._dist.is_fsdp or self._dist.is_zero3)
-        exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        if self._recorded is None or self._has_dropout or not (whole and exact):
-            return super()._generate_single_turn(*args, **kwargs)
-        steps: list[Tensor] = []
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda module, inputs: steps.append(inputs[0][:, -1:].clone()))
-        try:
-            result = super()._generate_single_turn(*args, **kwargs)
-        finally:
-            hook.remove()
-        if len({len(step) for step in steps}) == 1:
-            self._generated.append(torch.cat(steps, dim=1))
-        return result
+    # -- TRL's training pass -----------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -433,42 +331,13 @@ class VPPOTrainer(LoggedTrainer):
                     logprobs, entropy = shared_logprobs(self._passes, model, batch, view, options)
                 self._train_logprobs = logprobs
                 return logprobs, entropy, None
-        hook = None
-        if self._recorded is not None and not self._recorded and not self._has_dropout:
-            hook = self._record_hidden(logits_to_keep)
-        try:
-            with fused_head(gathered=not self._dist.is_zero3):
-                result = super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, *args, **with_entries(kwargs, len(input_ids))
-                )
-        finally:
-            if hook is not None:
-                hook.remove()
+        with self._recording(logits_to_keep), fused_head(gathered=not self._dist.is_zero3):
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **with_entries(kwargs, len(input_ids))
+            )
         if torch.is_grad_enabled():
             self._train_logprobs = result[0]
         return result
-
-    def _record_hidden(self, length: int) -> Any:
-        model = self.accelerator.unwrap_model(self.model)
-        backbone = getattr(model, "get_base_model", lambda: model)().base_model
-        recorded = self._recorded
-
-        def keep(module: Any, args: Any, output: Any) -> None:
-            assert recorded is not None
-            recorded.append(output.last_hidden_state[:, -(length + 1) : -1].clone())  # lets go of the prompt's
-
-        return backbone.register_forward_hook(keep)
-
-    def _take_recorded(self, output: dict[str, Any]) -> Tensor | None:
-        """Hidden states of the clean view, `[B, T, D]`, if a pass of TRL's has left them for every token."""
-        shape = output["completion_ids"].shape
-        # without old log-probabilities it was the reference policy's pass
-        if self._recorded and "old_per_token_logps" in output and sum(map(len, self._recorded)) == shape[0]:
-            return torch.cat(self._recorded)
-        whole = not self.tools and self.rollout_func is None  # those put more into a response than one sampling
-        if whole and len(self._generated) == 1 and self._generated[0].shape[:2] == shape:
-            return self._generated[0]
-        return None
 
     # -- in the loss -------------------------------------------------------------------------------------------------
 
@@ -540,36 +409,3 @@ class VPPOTrainer(LoggedTrainer):
         counts = torch.stack([(mask & (advantages != 0)).sum(), mask.sum()]).float()
         active, total = self.accelerator.reduce(counts, reduction="sum").tolist()
         self._metrics[mode]["vppo/clip_ratio_kept"].append(clipped[-1] * total / max(active, 1.0))
-
-
-def _own_processor(model: Any, args: VPPOConfig) -> Any:
-    """The processor that belongs to a model; None leaves a text model's, where nothing is scored, to TRL."""
-    given = isinstance(model, str)
-    name = model if given else getattr(model.config, "_name_or_path", "")
-    options: Any = args.model_init_kwargs or {}
-    revision = options.get("revision") if given else None
-    try:
-        if not name:
-            raise InputError(
-                "processing_class: got None, takes a processor: the model has no name_or_path to load it from"
-            )
-        return load_processor(name, revision=revision or "main", trust_remote_code=args.trust_remote_code)
-    except InputError:
-        if args.scores_tokens:
-            raise
-        return None
-
-
-def _has_dropout(model: Any) -> bool:
-    """Whether a pass in training mode may be random: by a module, or by a rate that attention reads from the config."""
-
-    def rates(config: dict[str, Any]) -> Iterator[float]:
-        for name, value in config.items():
-            if isinstance(value, dict):
-                yield from rates(value)
-            elif "drop" in str(name) and isinstance(value, (int, float)):
-                yield value
-
-    return any(rate > 0 for rate in rates(model.config.to_dict())) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    )
