@@ -118,7 +118,7 @@ def generation_batch(trainer: VPPOTrainer, data: list[dict[str, Any]]) -> dict[s
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     repeated = [row for row in data for _ in range(trainer.num_generations)]
-    vars(trainer)["given_images"] = [row["images"] for row in repeated]
+    vars(trainer)["given_images"] = [row.get("images") for row in repeated]
     return trainer._generate_and_score_completions(repeated)
 
 

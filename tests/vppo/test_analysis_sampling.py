@@ -38,7 +38,7 @@ def settings(model: Any, **changes: Any) -> Sampling:
     return Sampling(**{**values, "forbidden": placeholder_tokens(model.config), **changes})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "internvl"])
 def test_responses_belong_to_their_keys(name: str) -> None:
     """Whatever else is in the batch, and however large it is."""
     model, processor = families.build(name)

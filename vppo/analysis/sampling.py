@@ -63,7 +63,7 @@ def with_transformers(model: Any) -> Sampler:
         for part in fill(range(len(rows)), costs, sampling.memory):
             inputs = prompts.join([rows[i] for i in part], [[]] * len(part), model.device)
             names = {"prompt_ids": "input_ids", "prompt_mask": "attention_mask"}
-            left_out = ("completion_ids", "completion_mask", "num_images")
+            left_out = ("completion_ids", "completion_mask", "num_images", "num_tiles")
             inputs = {names.get(name, name): value for name, value in inputs.items() if name not in left_out}
             processors = LogitsProcessorList()
             if sampling.temperature > 0:
