@@ -57,12 +57,11 @@ test-wheel: wheel
 	.ci/test-wheel dist/*.whl
 
 # the trainer's tests on the oldest and on the newest versions that pyproject.toml accepts
-TRAINER_TESTS := tests/vppo/test_trainer.py tests/vppo/test_trainer_recipes.py tests/vppo/test_training_pass.py \
-	tests/vppo/test_passes.py tests/vppo/test_scoring.py tests/vppo/test_rewards.py tests/vppo/test_data.py \
-	tests/vppo/test_extras.py
+TRAINER_TESTS := $(addprefix tests/vppo/test_,$(addsuffix .py,trainer trainer_recipes training_pass passes scoring \
+	loading card extras))
 
 test-oldest test-newest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 $(TRAINER_TESTS)
+	.venv-$*/bin/python -m pytest --quiet --numprocesses auto --maxprocesses 4 $(TRAINER_TESTS)
 
 .venv-%/.installed: $(SOURCES) $(VENV)/.installed-dev
 	$(BIN)/python -m uv venv --quiet --clear --python $(BIN)/python .venv-$*

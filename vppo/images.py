@@ -60,6 +60,8 @@ def read_picture(item: Any) -> Image.Image:
         OSError: It cannot be read.
         ValueError: See `to_rgb`.
     """
+    if isinstance(item, Image.Image):
+        return to_rgb(item)  # older versions of datasets decode no picture twice
     if isinstance(item, str | Path):
         item = {"path": str(item), "bytes": None}
     elif isinstance(item, bytes):

@@ -145,7 +145,7 @@ def test_what_cannot_be_compared_is_named(folders: list[Path], tmp_path: Path) -
         (([folders[0]], tmp_path), "compare: got 1 run, takes two or more"),
         (([folders[0], folders[0]], tmp_path), f"compare: got {folders[0].resolve()} twice"),
         ((folders, folders[1]), f"--out: got {folders[1]}, which is one of the analyses"),
-        (([folders[0], tmp_path], tmp_path / "c"), "summary.json: does not exist"),
+        (([folders[0], tmp_path], tmp_path / "c"), f"{tmp_path}: has no summary.json"),
     ]:
         with pytest.raises(InputError, match=re.escape(message)):
             compare(*arguments)

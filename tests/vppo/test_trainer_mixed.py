@@ -13,6 +13,8 @@ import torch
 import torch.multiprocessing as mp
 from runs import FAMILY, fix_rollouts, rows, trainer
 
+from vppo.completions import CompletionLog
+
 LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5)
 PLAIN = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_steps": 1, "shuffle_dataset": False}
 WORLDS = (2, 3)
@@ -59,9 +61,11 @@ def train(path: Path, case: str, way: str, world: int, processes: int) -> dict[s
     data = rows(2 * world, images=images_of(case, world))
     run = trainer(path, data, per_device_train_batch_size=2, **settings)
     fix_rollouts(run, LENGTHS)
+    size = 8 * world
+    run._completions["train"] = CompletionLog(run.reward_func_names, rows=size, images=size)  # as loggers of images ask
     run.train()
     weights = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
-    return {"weights": weights, "log": run.state.log_history, "images": list(run._logs["images"])}
+    return {"weights": weights, "log": run.state.log_history, "images": run._completions["train"].pictures()}
 
 
 def process(rank: int, world: int, port: int, path: Path) -> None:

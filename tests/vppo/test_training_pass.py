@@ -154,6 +154,7 @@ def test_rows_without_a_prompt_in_common_pass_whole(tmp_path: Path) -> None:
     assert seen[:1] == whole(inputs)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8's tracer fails by itself (InternalTorchDynamoError)")
 def test_a_compiled_model(tmp_path: Path) -> None:
     """Which has no truth value."""
     weights = []
