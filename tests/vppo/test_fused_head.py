@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import trl.trainer.utils as seam
+from accelerate import PartialState
 from peft import LoraConfig
 from runs import fix_rollouts, generation_batch, rows, trainer
 from torch import Tensor
@@ -78,6 +79,7 @@ def test_filtered_tokens_meet_no_product_of_the_backward(tmp_path: Path, monkeyp
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     fused_head._warn.cache_clear()
+    PartialState()  # its logger needs one, whichever tests have run before
     caplog.set_level(logging.WARNING, logger="vppo.fused_head")
     return caplog
 
