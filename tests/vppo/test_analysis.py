@@ -317,7 +317,7 @@ def test_no_room_for_a_response(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         ('{"query": "?", "image": "0.png"}', r"no column 'problem', it has \['image', 'query'\]"),
         ('{"problem": "?", "picture": "0.png"}', r"no column 'images', it has \['picture', 'problem'\]"),
-        ("", "not valid JSON"),
+        ("", "has no rows"),
     ],
 )
 def test_data_that_cannot_be_used(saved: Path, tmp_path: Path, lines: str, message: str) -> None:
