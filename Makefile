@@ -84,7 +84,7 @@ $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
-	@touch $@
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed  # it holds both
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info
