@@ -140,6 +140,13 @@ def sum_ranks(value: Tensor, group: str) -> Tensor:
     return value
 
 
+def max_ranks(value: Tensor, group: str) -> Tensor:
+    """The largest `value` of all ranks, in place."""
+    if group:
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=_group(group))
+    return value
+
+
 def gather_columns(local: Tensor, shard: Shard) -> Tensor:
     """`[rows, V]` from every rank's `[rows, columns]`."""
     if not shard.group:

@@ -439,6 +439,35 @@ def test_from_hidden_states_in_the_dtypes_of_training(backend: str, dtype: torch
         assert torch.allclose(a.double(), b.double(), rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("entropy_coef", [0.0, 1e-3])
+def test_float16_under_a_gradient_scaler(backend: str, temperature: float, entropy_coef: float) -> None:
+    """Gradients of 1e-8 survive with a factor of 65536 on the loss: float16 holds neither without the other."""
+    views = make_views(rows=24, vocab=500, dtype=torch.float16).grad()
+    targets, advantages = views.targets.view(4, 6), torch.tensor([1e-2, -1e-2, 2e-2, 5e-3])
+    mask, options = torch.ones(4, 6), dict(denominator=1e6, entropy_coef=entropy_coef)
+    old = reference.logprob(views.to(torch.float64).logits()[0] / temperature, views.targets).view(4, 6).float() + 0.1
+    old = old.detach()
+
+    def gradients(leaves: Any, scale: float, fused: bool) -> list[Tensor]:
+        arguments = (leaves.hidden.view(4, 6, -1), leaves.weight, targets)
+        if fused:
+            loss, _ = linear_vppo_loss(
+                *arguments, old, advantages, mask, temperature=temperature, backend=backend, **options
+            )
+        else:
+            head = linear_logprob(*arguments, temperature=temperature, backend="torch")
+            loss, _ = vppo_loss(head.logprobs, old, advantages, mask, entropy=head.entropy, **options)
+        found = torch.autograd.grad(loss * scale, (leaves.hidden, leaves.weight))
+        return [g.double() / scale for g in found]
+
+    ours, plain = (gradients(views, 65536.0, fused) for fused in (True, False))
+    truth = gradients(views.to(torch.float64).grad(), 1.0, fused=False)
+    for got, expected, right in zip(ours, plain, truth, strict=True):
+        assert 0 < right.abs().median() < 2.0**-25  # float16 rounds it to 0
+        assert (got - right).norm() < 1.1 * (expected - right).norm() + 1e-3 * right.norm()
+
+
 @pytest.mark.parametrize("coefficients", [{}, dict(nll_coef=0.1)], ids=["kept rows", "every response token"])
 def test_only_rows_that_can_carry_gradient_meet_the_weight(backend_float64: str, coefficients: dict) -> None:
     given = batch()
