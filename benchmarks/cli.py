@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vppo.cli import clear_errors
+from vppo.command_errors import clear_errors
 from vppo.errors import InputError
 from vppo.files import write_atomic
 
@@ -30,22 +30,18 @@ app = typer.Typer(
 )
 
 
-def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
-    """Run the command line, and leave the process.
-
-    Args:
-        arguments: Without the program's name; those of the process if None.
-        program: What was typed before them.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    app(args=_repeat("--rows", arguments), prog_name=program, obj=f"{program} {shlex.join(arguments)}")
+def main() -> None:
+    """Run the command line, and leave the process."""
+    arguments = sys.argv[1:]
+    app(args=_repeat("--rows", arguments), prog_name=PROGRAM, obj=f"{PROGRAM} {shlex.join(arguments)}")
 
 
 @app.command("list")
 def list_() -> None:
     """Show the suites with their peers, and the presets."""
-    from benchmarks.contest import load_suite, peers, suite_names
     from benchmarks.inputs import PRESETS
+    from benchmarks.peers import peers
+    from benchmarks.suites import load_suite, suite_names
 
     console = Console()
     for name in suite_names():
@@ -86,12 +82,13 @@ def run(
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         import torch
 
-        from benchmarks.contest import Setting, load_suite, suite_names
-        from benchmarks.contest import peers as peers_of
+        from benchmarks.contest import Setting
         from benchmarks.harness import run_case
         from benchmarks.machine import machine, versions
+        from benchmarks.peers import peers as peers_of
         from benchmarks.plot import png
         from benchmarks.report import LEGEND, CaseResult, Result, case_view
+        from benchmarks.suites import load_suite, suite_names
 
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: torch sees no such device here")

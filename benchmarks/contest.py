@@ -5,16 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from pkgutil import iter_modules
 from statistics import median
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-import benchmarks.peers
-import benchmarks.suites
 from benchmarks.inputs import PRESETS
 
 Role = Literal["floor", "ours", "peer"]
@@ -130,19 +125,3 @@ class Record:
     @property
     def median(self) -> float:
         return median(self.seconds)
-
-
-def suite_names() -> list[str]:
-    return [module.name for module in iter_modules(benchmarks.suites.__path__)]
-
-
-def load_suite(name: str) -> Suite:
-    suite: Suite = import_module(f"benchmarks.suites.{name}").SUITE
-    return suite
-
-
-def peers(suite: str) -> dict[str, ModuleType]:
-    """The peers of a suite by name: the files of `peers/` that have a function of the suite's name."""
-    names = [module.name for module in iter_modules(benchmarks.peers.__path__)]
-    modules = {name: import_module(f"benchmarks.peers.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, suite)}

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.contest import Case, Contestant, Setting, load_suite, peers, suite_names
+from benchmarks.contest import Case, Contestant, Setting
+from benchmarks.peers import peers
+from benchmarks.suites import load_suite, suite_names
 
 CPU = torch.device("cpu")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from vppo.command_errors import clear_errors
 from vppo.errors import InputError
-from vppo.extras import named_extras
 
 main = typer.Typer(
     name="vppo",
@@ -22,17 +22,6 @@ main = typer.Typer(
     pretty_exceptions_enable=False,  # a defect shows Python's own traceback, whole
     rich_markup_mode=None,
 )
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """What a user can put right ends as one red line and exit code 2; anything else keeps its traceback."""
-    try:
-        with named_extras():
-            yield
-    except InputError as error:
-        typer.secho(f"Error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -245,8 +234,7 @@ def bench(context: typer.Context) -> None:
                 "bench: the benchmarks are not in the installed package; run it in a checkout of the repository, "
                 "installed with pip install --editable"
             )
-        if str(checkout) not in sys.path:
-            sys.path.insert(0, str(checkout))
-        from benchmarks.cli import main as run
-
-        run(context.args or ["--help"], program="vppo bench")
+        # a program of its own: the benchmarks use this package, which imports nothing of theirs
+        paths = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "benchmarks", *(context.args or ["--help"])]
+        raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import gate
-from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict, peers
+from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict
 from benchmarks.floor import head_products
 from benchmarks.pair import Pair, Truth, differentiated, make_pair
-from benchmarks.peers import plain
+from benchmarks.peers import peers, plain
 from vppo_kernels import backends, linear_divergence
 from vppo_kernels.backends import narrow_product, resolve
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import gate
-from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict, peers
+from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict
 from benchmarks.floor import head_products
 from benchmarks.pair import differentiated
+from benchmarks.peers import peers
 from benchmarks.rollout import Rollouts, make_rollouts
 from benchmarks.slopes import GradientJudge
 from vppo.errors import InputError

@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict, peers
+from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict
+from benchmarks.peers import peers
 from benchmarks.scores import Scores, make_scores
 from vppo_kernels import backends, topk_mask_, vppo_advantages
 

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 import vppo.cli
 from benchmarks.cli import app
-from benchmarks.contest import Case, Contestant, Verdict, load_suite, suite_names
+from benchmarks.contest import Case, Contestant, Verdict
 from benchmarks.harness import run_case
 from benchmarks.report import Result
+from benchmarks.suites import load_suite, suite_names
 
 CPU = torch.device("cpu")
 runner = CliRunner()
@@ -127,9 +128,14 @@ def test_our_own_gate_catches_one_bad_row() -> None:
     assert "negative" in judge_divergence("ours", truth.float() - 1.0, truth)[1]
 
 
-def test_vppo_bench_is_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "divergence" in runner.invoke(vppo.cli.main, ["bench", "list"]).output
-    assert "compare" in runner.invoke(vppo.cli.main, ["bench", "--help"]).output
+def test_vppo_bench_is_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the benchmarks are found from anywhere
+    assert runner.invoke(vppo.cli.main, ["bench", "--help"]).exit_code == 0
+    assert "compare" in capfd.readouterr().out
+    assert runner.invoke(vppo.cli.main, ["bench", "plot", "nowhere.json"]).exit_code == 2
+    assert "nowhere.json" in capfd.readouterr().err
     monkeypatch.setattr(vppo.cli, "__file__", "/elsewhere/vppo/cli.py")
     missing = runner.invoke(vppo.cli.main, ["bench", "list"])
     assert missing.exit_code == 2 and "checkout" in missing.output

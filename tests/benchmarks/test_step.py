@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.contest import Case, Setting, load_suite
+from benchmarks.contest import Case, Setting
 from benchmarks.harness import run_case
 from benchmarks.plot import png
 from benchmarks.policy import POLICIES, model_of, rollouts_of
 from benchmarks.report import CaseResult, Result, case_view
+from benchmarks.suites import load_suite
 
 CPU = torch.device("cpu")
 SUITE = load_suite("step")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.contest import Case, Setting, load_suite, peers
+from benchmarks.contest import Case, Setting
 from benchmarks.harness import run_case
+from benchmarks.peers import peers
 from benchmarks.report import CaseResult, case_view
 from benchmarks.scores import Scores
+from benchmarks.suites import load_suite
 from benchmarks.suites.selection import judge
 from vppo.errors import InputError
 

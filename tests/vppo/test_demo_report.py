@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from responses import SUMMARY, metrics, response, responses
 
-from vppo.demo.report import _chosen, facts, headline, pick, write_report
+from vppo.demo.report import _chosen, headline, pick, write_report
+from vppo.pages.facts import facts
 from vppo.pages.page import duration
 
 ATTACK = "<script>document.body.dataset.attacked = 1</script>"

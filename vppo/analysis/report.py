@@ -16,8 +16,8 @@ from vppo.analysis.figures import perception_plots
 from vppo.analysis.folder import AnalysisFolder, read_analysis
 from vppo.analysis.perception import ESTIMATORS, response_starts, summarise_run
 from vppo.analysis.pictures import picture_paths
-from vppo.demo.report import facts
 from vppo.files import write_atomic
+from vppo.pages.facts import facts
 from vppo.pages.page import NBSP, embedded, render, ticks, write_figures
 from vppo.pages.plot import nats, percent
 from vppo.pages.theme import DependencyScale

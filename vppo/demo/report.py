@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from vppo.demo.figures import run_plots
 from vppo.demo.scored import KEEP_RATIO, ScoredResponse, token_values
 from vppo.demo.token_picture import token_picture
 from vppo.files import write_atomic
+from vppo.pages.facts import facts
 from vppo.pages.page import NBSP, duration, embedded, percentage, render, ticks, write_figures
 from vppo.pages.plot import nats, percent
 from vppo.pages.theme import DependencyScale
@@ -34,18 +34,6 @@ REQUIRED = (
     "seconds_train",
 )
 DIVERGENCES = {"kl": "exact KL", "reverse_kl": "exact reverse KL", "jsd": "exact JSD", "k3": "k3 estimate"}
-LABELS = {
-    "accuracy_before": "accuracy before",
-    "accuracy_after": "accuracy after",
-    "held_out": "held-out questions",
-    "dependency_digits": "dependency at digits read",
-    "dependency_other": "dependency elsewhere",
-    "seconds_warmup": "warm-up",
-    "seconds_train": "training",
-    "seconds_per_step": "a step",
-    "peak_rss_mib": "peak memory",
-    "warmup_steps": "warm-up steps",
-}
 
 
 def write_report(
@@ -110,18 +98,6 @@ def headline(summary: dict[str, Any]) -> str:
     )
 
 
-def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """The summary as labels and values for a table: all its keys, and last, one by one, those of its dicts."""
-    plain = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
-    nested = [
-        (name if key == "versions" else f"{key} {name}", str(entry))
-        for key, value in summary.items()
-        if isinstance(value, dict)
-        for name, entry in value.items()
-    ]
-    return [(LABELS.get(key, key.replace("_", " ")), _fact(key, value)) for key, value in plain] + nested
-
-
 def pick(responses: Sequence[ScoredResponse], count: int) -> list[ScoredResponse]:
     """The first `count` responses, the last of them replaced by later wrong ones until a quarter is wrong."""
     wrong = [index for index, response in enumerate(responses) if not response.correct][: count // 4]
@@ -181,17 +157,3 @@ def _chosen(responses: Sequence[ScoredResponse]) -> str:
 
 def _ratio(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
-
-
-def _fact(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return str(value)
-    if key.startswith("accuracy"):
-        return percent(value)
-    if key.startswith("dependency"):
-        return f"{nats(value)}{NBSP}nats"
-    if key.startswith("seconds"):
-        return duration(value)
-    if key.endswith("_mib"):
-        return f"{value:,.0f}{NBSP}MiB"
-    return f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)

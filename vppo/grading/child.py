@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from vppo.grading.pool import _DIFFERENT, _EQUAL, _READY, _TOO_LARGE
+from vppo.grading.verdicts import DIFFERENT, EQUAL, READY, TOO_LARGE
 
 
 def serve() -> None:
@@ -23,15 +23,15 @@ def serve() -> None:
     logging.disable(logging.WARNING)
     _limit_memory(memory)
     equal("x^2+1/2", r"\frac{2x^2+1}{2}")  # the parser builds its tables at the first formula
-    os.write(answers, _READY)
+    os.write(answers, READY)
     for line in sys.stdin.buffer:
         # The parent ends a slow process itself; this is for when the parent is gone. One second more, so that it wins.
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         reference, predicted = json.loads(line)
         try:
-            verdict = _EQUAL if equal(reference, predicted) else _DIFFERENT
+            verdict = EQUAL if equal(reference, predicted) else DIFFERENT
         except MemoryError:
-            verdict = _TOO_LARGE
+            verdict = TOO_LARGE
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(answers, verdict)
 

@@ -19,14 +19,13 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from vppo.grading.verdicts import DIFFERENT, EQUAL
+
 SECONDS_PER_ANSWER = 5.0
 SECONDS_TO_START = 120.0  # importing sympy, on a machine that is busy with something else
 SECONDS_PER_ORDINARY_ANSWER = 0.5  # a formula takes 30 ms on a quiet machine; a busy one must not make it wrong
 MEMORY_PER_PROCESS = 2 << 30  # address space, in bytes; sympy and math-verify take 0.2 GiB of it
 LONGEST_ANSWER = 2000  # characters; two of them fit into a pipe's buffer, so that no write can block
-
-# From child to parent, one byte each.
-_READY, _EQUAL, _DIFFERENT, _TOO_LARGE = b"r", b"1", b"0", b"x"
 
 
 class VerifierPool:
@@ -83,8 +82,8 @@ class VerifierPool:
                     for key, _ in events:
                         child = key.data
                         pair, verdict = child.receive()
-                        if verdict in (_EQUAL, _DIFFERENT):
-                            verdicts[pair], left_without_verdict = verdict == _EQUAL, 2 * SECONDS_PER_ANSWER
+                        if verdict in (EQUAL, DIFFERENT):
+                            verdicts[pair], left_without_verdict = verdict == EQUAL, 2 * SECONDS_PER_ANSWER
                         elif verdict == b"":  # it was ended: by a lack of memory, by somebody, or by its own alarm
                             self._end(child, children, selector)
                             if pair is None and not child.ready:
