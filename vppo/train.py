@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vppo.checkpoints import last_complete_checkpoint, saved_step
-from vppo.data import INSTRUCTION, SYSTEM_PROMPT, BadRowError, DataOptions, load_training_data
+from vppo.data import BadRowError, DataOptions, RowOptions, load_training_data
 from vppo.data.bad_rows import read_bad_rows, write_bad_rows
 from vppo.errors import InputError
 from vppo.evaluation_options import evaluation_defaults
@@ -36,9 +36,11 @@ STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")
 NOT_KEYS = {"model_name_or_path": "model", "resume_from_checkpoint": "resume"}  # two names for one thing
 
 
-@dataclass
-class ScriptArguments:
+@dataclass(frozen=True, kw_only=True)
+class ScriptArguments(RowOptions):
     """The keys of a config that are neither `VPPOConfig`'s nor TRL's `ModelConfig`'s.
+
+    Both sets of data are read by the fields of `vppo.data.RowOptions`, which are keys too.
 
     Attributes:
         model: A model on the hub, or a folder as `save_pretrained` writes it.
@@ -46,8 +48,7 @@ class ScriptArguments:
         output_dir: Where metrics, config, checkpoints and the trained model go.
         eval_dataset: What the model is evaluated on while it trains; None for no evaluation. Without `eval_strategy`,
             see `vppo.evaluation_options.evaluation_defaults`.
-        dataset_split, eval_dataset_split, system_prompt, instruction, problem_key, answer_key, image_key, image_dir,
-            trust_image_paths, image_pixel_limit: How both are read, see `vppo.data.DataOptions`.
+        dataset_split, eval_dataset_split: Which rows of them, see `vppo.data.DataOptions`.
         bad_rows: "error" refuses data with rows that cannot be used; "skip" goes on without them and lists them in
             `skipped_rows.jsonl`.
         min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
@@ -65,14 +66,6 @@ class ScriptArguments:
     dataset_split: str = "train"
     eval_dataset: str | None = None
     eval_dataset_split: str = "test"
-    system_prompt: str = SYSTEM_PROMPT
-    instruction: str = INSTRUCTION
-    problem_key: str | None = None
-    answer_key: str | None = None
-    image_key: str | None = None
-    image_dir: str | None = None
-    trust_image_paths: bool = False
-    image_pixel_limit: int | None = None
     bad_rows: typing.Literal["error", "skip"] = "error"
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -80,7 +73,8 @@ class ScriptArguments:
     resume: bool | str = False
 
     def __post_init__(self) -> None:
-        self.model = os.path.expanduser(self.model)
+        super().__post_init__()
+        object.__setattr__(self, "model", os.path.expanduser(self.model))
         for name in ("min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -91,8 +85,8 @@ class ScriptArguments:
     @property
     def data(self) -> DataOptions:
         """How the dataset is read."""
-        shared = {field.name: getattr(self, field.name) for field in fields(DataOptions) if field.name != "split"}
-        return DataOptions(split=self.dataset_split, **shared)
+        rows = {field.name: getattr(self, field.name) for field in fields(RowOptions)}
+        return DataOptions(split=self.dataset_split, **rows)
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------
@@ -170,6 +164,7 @@ def _hints() -> dict[str, Any]:
             choices = (*field.metadata.get("choices", ()), *([None] if field.default is None else []))
             if field.init:
                 hints[field.name] = typing.Literal[choices] if "choices" in field.metadata else types_of[field.name]
+    hints["image_dir"] = str | None  # a config holds no Path
     hints["lora_target_modules"] = str | list[str] | None  # TRL's hint leaves out "all-linear"
     return {key: hint for key, hint in hints.items() if key not in NOT_KEYS}
 

@@ -169,7 +169,7 @@ def test_every_option_of_analyze_arrives(analyze_calls: list[dict[str, Any]]) ->
         "seed": 6, "memory": 2.5, "split": "test", "system_prompt": "", "instruction": "Think.", "min_pixels": 784,
         "max_pixels": 7840, "device": "cuda:1", "dtype": "bfloat16", "attn_implementation": "eager",
         "revision": "v2", "sampler": "vllm", "problem_key": "question", "answer_key": "key", "image_key": "picture",
-        "image_dir": "pictures", "image_pixel_limit": 1000,
+        "image_dir": "/", "image_pixel_limit": 1000,
     }  # fmt: skip
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     given = [

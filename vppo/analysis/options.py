@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from vppo.analysis.token_scores import DIVERGENCES
-from vppo.data import INSTRUCTION, SYSTEM_PROMPT, DataOptions
+from vppo.data import DataOptions
 from vppo.errors import InputError
 from vppo.perturbations import Perturbation
 
 SAMPLERS = ("auto", "vllm", "transformers")
 
 
-@dataclass(frozen=True)
-class AnalysisOptions:
-    """What `vppo.analyze` can be told.
+@dataclass(frozen=True, kw_only=True)
+class AnalysisOptions(DataOptions):
+    """What `vppo.analyze` can be told, beside how the data is read (the fields of `vppo.data.DataOptions`).
 
     Attributes:
         limit: Only the first problems of the data; None for all.
@@ -32,8 +32,6 @@ class AnalysisOptions:
             and scores at 1.
         seed: Of sampling and perturbation.
         memory: GiB that sampling and scoring may use for caches and activations, beside the weights.
-        split, system_prompt, instruction, problem_key, answer_key, image_key, image_dir, trust_image_paths,
-            image_pixel_limit: How the data is read, see `vppo.data.DataOptions`.
         min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
         max_pixels: Larger images are reduced to this many pixels; None keeps the processor's own limit.
         device: "cpu", "cuda", ..., "auto" to spread the model over all GPUs; None for a GPU where there is one.
@@ -61,15 +59,6 @@ class AnalysisOptions:
     temperature: float = 1.0
     seed: int = 0
     memory: float = 4.0
-    split: str = "train"
-    system_prompt: str = SYSTEM_PROMPT
-    instruction: str = INSTRUCTION
-    problem_key: str | None = None
-    answer_key: str | None = None
-    image_key: str | None = None
-    image_dir: str | None = None
-    trust_image_paths: bool = False
-    image_pixel_limit: int | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
     device: str | None = None
@@ -80,6 +69,7 @@ class AnalysisOptions:
     sampler: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("limit", "samples", "draws", "max_tokens"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1) and not (name == "limit" and value is None):

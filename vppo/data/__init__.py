@@ -2,7 +2,7 @@
 
 from vppo.data.bad_rows import BadRowError
 from vppo.data.files import read_file
-from vppo.data.options import INSTRUCTION, SYSTEM_PROMPT, DataOptions
+from vppo.data.options import INSTRUCTION, SYSTEM_PROMPT, DataOptions, RowOptions
 from vppo.data.problems import Problem, Problems
 from vppo.data.training import load_training_data
 
@@ -13,6 +13,7 @@ __all__ = [
     "DataOptions",
     "Problem",
     "Problems",
+    "RowOptions",
     "load_training_data",
     "read_file",
 ]

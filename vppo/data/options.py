@@ -14,13 +14,11 @@ INSTRUCTION = (
 )
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """How problems are read.
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """How a row becomes a problem; training, its evaluations and analyses share these.
 
     Attributes:
-        split: A split of a hub dataset; in a folder, the files whose name starts with it, or all if none does. A single
-            file is taken whole.
         system_prompt: First message before a problem that is a text; empty for none.
         instruction: What follows a problem that is a text; may be empty.
         problem_key: The column of the problem, where `a.b` is field `b` of column `a`; None finds it, see
@@ -36,7 +34,6 @@ class DataOptions:
         InputError: `image_dir` is not a folder, or `image_pixel_limit` not a positive number.
     """
 
-    split: str = "train"
     system_prompt: str = SYSTEM_PROMPT
     instruction: str = INSTRUCTION
     problem_key: str | None = None
@@ -51,3 +48,15 @@ class DataOptions:
             raise InputError(f"image_dir: {self.image_dir}: no such folder")
         if self.image_pixel_limit is not None and self.image_pixel_limit < 1:
             raise InputError(f"image_pixel_limit: got {self.image_pixel_limit}, takes a number of pixels from 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(RowOptions):
+    """How problems are read: which of them, and how a row becomes one (the fields of `RowOptions`).
+
+    Attributes:
+        split: A split of a hub dataset; in a folder, the files whose name starts with it, or all if none does. A single
+            file is taken whole.
+    """
+
+    split: str = "train"
