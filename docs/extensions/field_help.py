@@ -1,4 +1,4 @@
-"""For the API reference: fields of a dataclass that say what they are in `metadata={"help": ...}`, as TRL's configs do."""
+"""For the API reference: fields of a dataclass that say in their metadata what they are, as those of TRL do."""
 
 from __future__ import annotations
 
