@@ -12,10 +12,10 @@ from torch import Tensor
 from benchmarks import gate
 from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict
 from benchmarks.floor import head_products
+from benchmarks.gradient_truth import GradientJudge
 from benchmarks.pair import differentiated
 from benchmarks.peers import peers
 from benchmarks.rollout import Rollouts, make_rollouts
-from benchmarks.slopes import GradientJudge
 from vppo.errors import InputError
 from vppo_kernels import backends, linear_vppo_loss, reference
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.gate import judge_logprob
+from benchmarks.gradient_truth import GradientJudge
 from benchmarks.rollout import GROUP, Rollouts, make_plan, make_rollouts
-from benchmarks.slopes import GradientJudge
 from vppo.errors import InputError
 from vppo_kernels import reference, vppo_advantages
 
