@@ -15,10 +15,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vppo.batch import Batch, View
 from vppo.data import Problem
+from vppo.data.prompts import Prompts
 from vppo.demo.batches import forbidden_tokens
 from vppo.demo.model import CELL, SPECIAL, build_model, build_processor
 from vppo.perturbations import Perturbation, seeded
-from vppo.prompts import Prompts
 
 SEED = 0
 

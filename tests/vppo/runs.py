@@ -16,9 +16,9 @@ from torch import Tensor
 import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
 from vppo.data import Problem
+from vppo.data.prompts import Prompts
 from vppo.evaluation import KEY
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
-from vppo.prompts import Prompts
 from vppo_kernels import reference, sampled_divergence
 
 FAMILY = "qwen2_5_vl"  # for whatever does not depend on the family

@@ -21,8 +21,8 @@ from vppo.analysis.sampling import (
     with_vllm,
 )
 from vppo.data import Problem
+from vppo.data.prompts import Prompts
 from vppo.processors import placeholder_tokens
-from vppo.prompts import Prompts
 
 NAMES = [f.name for f in families.FAMILIES]
 EOS = families.VOCABULARY["<eos>"]

@@ -12,9 +12,9 @@ from runs import FAMILY, rows
 
 from vppo.analysis.token_scores import Scoring, score_tokens
 from vppo.data import Problem
+from vppo.data.prompts import Prompts
 from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation
-from vppo.prompts import Prompts
 
 
 def scored(passes: ResponsePasses, prompts: Prompts, **options: Any) -> list[Any]:

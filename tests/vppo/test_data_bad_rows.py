@@ -8,7 +8,7 @@ import families
 import pytest
 from datafiles import Row, broken_stream, jsonl, parquet, picture, png
 
-import vppo.prompts
+import vppo.data.prompts
 from vppo.data import BadRowError, Problems, load_training_data
 from vppo.data.bad_rows import read_bad_rows, write_bad_rows
 from vppo.data.checks import ENOUGH, placeholders
@@ -191,8 +191,8 @@ def test_the_processor_meets_every_kind_of_row_once(
     tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     met = []
-    prompts = vppo.prompts.Prompts
-    monkeypatch.setattr(vppo.prompts, "Prompts", lambda *given: met.append(given) or prompts(*given))
+    prompts = vppo.data.prompts.Prompts
+    monkeypatch.setattr(vppo.data.prompts, "Prompts", lambda *given: met.append(given) or prompts(*given))
     rows = []
     for number in range(100):
         picture(tmp_path / f"{number}.png", size=(20 + number, 20))

@@ -47,6 +47,7 @@ from vppo.analysis.tables import (
 from vppo.analysis.token_scores import Scoring, TokenScores, score_tokens
 from vppo.data import Problem, Problems
 from vppo.data.checks import placeholder_in, placeholders
+from vppo.data.prompts import Prompts
 from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.folders import kind_of, read_object
@@ -54,7 +55,6 @@ from vppo.passes import GIB
 from vppo.perturbations import PixelLayout
 from vppo.processors import placeholder_tokens
 from vppo.progress import columns, say
-from vppo.prompts import Prompts
 from vppo.rewards import accuracy_reward
 from vppo.views import ImageViews
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vppo.data.prompts import Prompts, chat_text
 from vppo.passes import Footprint, fill
 from vppo.perturbations import seeded
-from vppo.prompts import Prompts, chat_text
 
 Key = tuple[int, int]  # sample, response
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from vppo.batch import Batch, View
+from vppo.data.prompts import Prompts
 from vppo.heads import LogitOptions, logit_options
 from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, seeded
-from vppo.prompts import Prompts
 from vppo_kernels import linear_divergence, sampled_divergence, topk_mask
 
 EXACT = ("kl", "reverse_kl", "jsd")

@@ -125,7 +125,7 @@ class ProcessorCheck:
 
     def _refusal(self, prompt: list[Message], sizes: Sequence[Size]) -> str | None:
         from vppo.data.problems import Problem
-        from vppo.prompts import Prompts
+        from vppo.data.prompts import Prompts
 
         try:
             Prompts(self._processor, [Problem(prompt, [Image.new("RGB", size) for size in sizes], None)])

@@ -12,10 +12,10 @@ from PIL import Image
 from vppo.analysis.tables import token_texts
 from vppo.analysis.token_scores import Scoring, score_tokens
 from vppo.data import Problem
+from vppo.data.prompts import Prompts
 from vppo.images import to_rgb
 from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout
-from vppo.prompts import Prompts
 
 KEEP_RATIO = 0.4  # as VPPO trains
 AT_ONCE = 128  # rows whose images are in memory together

@@ -12,7 +12,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad, unsplit_pixel_values_by_grid
 
 from vppo.batch import TOKEN_INPUTS, Batch
-from vppo.data import Problem
+from vppo.data.problems import Problem
 from vppo.perturbations import Perturbation
 from vppo.views import ImageViews, in_tiles
 
