@@ -22,7 +22,7 @@ from vppo.errors import InputError
 from vppo.evaluation_options import evaluation_defaults
 from vppo.files import write_atomic
 from vppo.loading import load_processor
-from vppo.named_rewards import beside, load_rewards
+from vppo.rewards.named import beside, load_rewards
 from vppo.words import load_yaml, parse_word
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ScriptArguments(RowOptions):
             `skipped_rows.jsonl`.
         min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
         max_pixels: Larger images are reduced to this many pixels; None keeps the processor's own limit.
-        reward: "accuracy" (`vppo.rewards.accuracy_reward`), "format" (`vppo.format_reward.format_reward`),
+        reward: "accuracy" (`vppo.rewards.accuracy_reward`), "format" (`vppo.rewards.format_reward`),
             `module:function` or `file.py:function`, called as TRL calls rewards; or a list of such, weighted by TRL's
             `reward_weights`.
         resume: True goes on from the last complete checkpoint in `output_dir` (from the beginning if it has none); a

@@ -33,7 +33,7 @@ from vppo.measured import Measured
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import seeded
 from vppo.processors import placeholder_tokens
-from vppo.reward_checks import checked
+from vppo.rewards.checks import checked
 from vppo.scoring import score
 from vppo.sight import ImageWatch
 from vppo.views import ImageViews
@@ -128,7 +128,7 @@ class VPPOTrainer(ListeningTrainer):
         return prompt_ids, images and [group or [] for group in images], fields
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
-        """TRL's; see `vppo.reward_checks` for what a reward function may return."""
+        """TRL's; see `vppo.rewards.checks` for what a reward function may return."""
         rewards: Tensor = super()._calculate_rewards(inputs, *args)
         if rewards.isnan().all():
             names = ", ".join(self.reward_func_names)

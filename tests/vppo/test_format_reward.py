@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vppo.format_reward import format_reward
+from vppo.rewards.format import format_reward
 
 GOOD = [
     r"<think>3 and 5.</think> \boxed{8}",

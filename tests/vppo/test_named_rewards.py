@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from vppo.errors import InputError
-from vppo.format_reward import format_reward
-from vppo.named_rewards import load_reward, load_rewards
 from vppo.rewards import accuracy_reward
+from vppo.rewards.format import format_reward
+from vppo.rewards.named import load_reward, load_rewards
 from vppo.train import load_config
 
 MODULE = """

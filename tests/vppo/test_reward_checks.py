@@ -12,7 +12,7 @@ import torch
 from runs import fix_rollouts, rows, trainer
 
 from vppo.errors import InputError
-from vppo.reward_checks import checked
+from vppo.rewards.checks import checked
 
 ROWS = {"prompts": ["a"] * 3, "completions": [[{"content": text}] for text in ("one", "two", "three")]}
 TAKES = "takes a number or None for each of 3 rows"

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vppo import rewards
-from vppo.rewards import accuracy_reward, last_boxed
+from vppo.rewards import accuracy, accuracy_reward, last_boxed
 
 
 def reward(completion: object, answer: object) -> float:
@@ -84,7 +83,7 @@ def test_an_endless_comparison_is_wrong_and_the_next_one_still_works() -> None:
 
 def test_a_batch_is_graded_quickly() -> None:
     assert reward(r"\boxed{1/3}", "2") == 0.0  # the verifier is started
-    rewards._verdicts.clear()
+    accuracy._verdicts.clear()
     completions = [rf"{i} \boxed{{{i * 7 % 28}}}" for i in range(128)]
     start = time.monotonic()
     graded = accuracy_reward(completions, [str(i % 27) for i in range(128)])

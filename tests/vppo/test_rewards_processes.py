@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vppo import rewards
 from vppo.grading import pool as pools
 from vppo.grading.pool import VerifierPool
-from vppo.rewards import accuracy_reward, equal_answers
+from vppo.rewards import accuracy, accuracy_reward, equal_answers
 
 TOWER = r"{}^{{9^{{9^{{9}}}}}}"
 
@@ -169,17 +168,17 @@ def test_threads_get_their_own_verdicts(pool: VerifierPool) -> None:
 def test_a_forked_process_has_children_of_its_own() -> None:
     program = """
 import os
-from vppo import rewards
-print(rewards.accuracy_reward([r"\\boxed{0.5}"], [r"\\frac12"]), flush=True)
-before = {c._process.pid for c in rewards._pool._idle}
+from vppo.rewards import accuracy
+print(accuracy.accuracy_reward([r"\\boxed{0.5}"], [r"\\frac12"]), flush=True)
+before = {c._process.pid for c in accuracy._pool._idle}
 forked = os.fork()
 pairs = [rf"\\boxed{{{i}.0}}" for i in range(9)], [str(i + i % 2) for i in range(9)]
-verdicts = rewards.accuracy_reward(*pairs)
-own = {c._process.pid for c in rewards._pool._idle}
+verdicts = accuracy.accuracy_reward(*pairs)
+own = {c._process.pid for c in accuracy._pool._idle}
 assert verdicts == [1.0, 0.0] * 4 + [1.0], verdicts
 if forked == 0:
     assert own and not own & before
-    rewards._pool.close()
+    accuracy._pool.close()
     os._exit(0)
 assert os.waitpid(forked, 0)[1] == 0
 print("both", flush=True)
@@ -193,14 +192,14 @@ print("both", flush=True)
 def test_nothing_is_left_of_the_processes(end: str) -> None:
     program = """
 import json, os, sys, time, threading
-from vppo import rewards
-rewards.equal_answers([("1/2", "x"), ("1/3", "y")])
-children = [c._process.pid for c in rewards._pool._idle]
+from vppo.rewards import accuracy
+accuracy.equal_answers([("1/2", "x"), ("1/3", "y")])
+children = [c._process.pid for c in accuracy._pool._idle]
 if "forked" in sys.argv[1] and os.fork() == 0:
     sys.stdout.close(); os.close(1); os.close(2); time.sleep(20); os._exit(0)
 if "compares" in sys.argv[1]:
     threading.Timer(0.3, lambda: print(json.dumps(children), flush=True)).start()
-    rewards.equal_answers([("5", r"9^{9^{9^{9}}}"), ("5", r"8^{9^{9^{9}}}")])
+    accuracy.equal_answers([("5", r"9^{9^{9^{9}}}"), ("5", r"8^{9^{9^{9}}}")])
 print(json.dumps(children), flush=True)
 if sys.argv[1] != "exit":
     time.sleep(60)
@@ -220,6 +219,6 @@ if sys.argv[1] != "exit":
 
 
 def test_the_newest_verdicts_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewards, "_REMEMBERED", 3)
+    monkeypatch.setattr(accuracy, "_REMEMBERED", 3)
     equal_answers([("7", f"{i}.5") for i in range(5)])
-    assert list(rewards._verdicts) == [("7", "2.5"), ("7", "3.5"), ("7", "4.5")]
+    assert list(accuracy._verdicts) == [("7", "2.5"), ("7", "3.5"), ("7", "4.5")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vppo.rewards import _text, last_boxed
+from vppo.rewards.accuracy import _text, last_boxed
 
 OPENING, CLOSING = "<think>", "</think>"
 

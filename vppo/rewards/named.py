@@ -25,7 +25,7 @@ def _accuracy() -> Reward:
 
 
 def _format() -> Reward:
-    from vppo.format_reward import format_reward
+    from vppo.rewards.format import format_reward
 
     return format_reward
 
