@@ -45,7 +45,7 @@ def accuracy_reward(completions: Sequence[Any], answer: Sequence[Any], **kwargs:
     if len(completions) != len(answer):
         raise ValueError(f"answer must have one entry per completion: got {len(answer)} for {len(completions)}")
     references = [_reference(value, row) for row, value in enumerate(answer)]
-    predicted = [last_boxed(_text(completion)) for completion in completions]
+    predicted = [last_boxed(response_text(completion)) for completion in completions]
     return [float(v) for v in equal_answers([(r, p or "") for r, p in zip(references, predicted, strict=True)])]
 
 
@@ -109,7 +109,7 @@ def _at_once(reference: str, predicted: str) -> bool | None:
     return False if max(len(reference), len(predicted)) > LONGEST_ANSWER else None
 
 
-def _text(completion: Any) -> str:
+def response_text(completion: Any) -> str:
     """What the assistant wrote, of whatever a completion holds."""
     if isinstance(completion, str):
         return completion

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vppo.rewards.accuracy import _text, last_boxed
+from vppo.rewards.accuracy import last_boxed, response_text
 
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -26,7 +26,7 @@ def format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float]:
     Returns:
         `n` rewards.
     """
-    return [float(has_format(_text(completion))) for completion in completions]
+    return [float(has_format(response_text(completion))) for completion in completions]
 
 
 def has_format(text: str) -> bool:

@@ -14,23 +14,12 @@ from types import ModuleType
 from typing import Any
 
 from vppo.errors import InputError
+from vppo.rewards.accuracy import accuracy_reward
+from vppo.rewards.format import format_reward
 
 Reward = Callable[..., Any]
 
-
-def _accuracy() -> Reward:
-    from vppo.rewards import accuracy_reward
-
-    return accuracy_reward
-
-
-def _format() -> Reward:
-    from vppo.rewards.format import format_reward
-
-    return format_reward
-
-
-BUILT_IN: dict[str, Callable[[], Reward]] = {"accuracy": _accuracy, "format": _format}
+BUILT_IN: dict[str, Reward] = {"accuracy": accuracy_reward, "format": format_reward}
 TAKES = f"{', '.join(map(repr, BUILT_IN))}, 'module:function' or 'file.py:function'"
 
 
@@ -74,7 +63,7 @@ def load_reward(name: str) -> Reward:
         InputError: There is no such module, file or function.
     """
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        return BUILT_IN[name]
     module_name, _, function_name = name.rpartition(":")
     if not module_name or not function_name:
         close = difflib.get_close_matches(name, BUILT_IN, n=1)
