@@ -9,7 +9,7 @@ from vppo.card import METHODS, corrected
 from vppo.checkpoints import check_resuming, check_saving, restore_weights
 from vppo.config import VPPOConfig
 from vppo.files import write_atomic
-from vppo.logged_trainer import LoggedTrainer
+from vppo.monitoring.logged_trainer import LoggedTrainer
 from vppo.sampler import EpochSampler
 
 

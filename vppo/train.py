@@ -19,9 +19,9 @@ from vppo.checkpoints import last_complete_checkpoint, saved_step
 from vppo.data import BadRowError, DataOptions, RowOptions, load_training_data
 from vppo.data.bad_rows import read_bad_rows, write_bad_rows
 from vppo.errors import InputError
-from vppo.evaluation_options import evaluation_defaults
 from vppo.files import write_atomic
 from vppo.loading import load_processor
+from vppo.monitoring.evaluation_options import evaluation_defaults
 from vppo.rewards.named import beside, load_rewards
 from vppo.words import load_yaml, parse_word
 
@@ -47,7 +47,7 @@ class ScriptArguments(RowOptions):
         dataset: See `vppo.data.load_training_data`.
         output_dir: Where metrics, config, checkpoints and the trained model go.
         eval_dataset: What the model is evaluated on while it trains; None for no evaluation. Without `eval_strategy`,
-            see `vppo.evaluation_options.evaluation_defaults`.
+            see `vppo.monitoring.evaluation_options.evaluation_defaults`.
         dataset_split, eval_dataset_split: Which rows of them, see `vppo.data.DataOptions`.
         bad_rows: "error" refuses data with rows that cannot be used; "skip" goes on without them and lists them in
             `skipped_rows.jsonl`.

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
-from vppo import evaluation
 from vppo.batch import Batch, View, in_rows, with_entries, without_no_images
 from vppo.config import VPPOConfig
 from vppo.errors import InputError
@@ -29,7 +28,8 @@ from vppo.images import rgb_prompt, rgb_row, rgb_tool
 from vppo.listening_trainer import ListeningTrainer
 from vppo.loading import own_processor
 from vppo.logprobs import shared_logprobs
-from vppo.measured import Measured
+from vppo.monitoring import evaluation
+from vppo.monitoring.measured import Measured
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import seeded
 from vppo.processors import placeholder_tokens

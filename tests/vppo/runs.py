@@ -17,7 +17,7 @@ import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
 from vppo.data import Problem
 from vppo.data.prompts import Prompts
-from vppo.evaluation import KEY
+from vppo.monitoring.evaluation import KEY
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
 from vppo_kernels import reference, sampled_divergence
 

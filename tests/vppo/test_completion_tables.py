@@ -19,9 +19,9 @@ from rich.console import Console
 from runs import rows as problems
 from runs import trainer, varied_reward
 
-from vppo.completion_view import chosen, show
-from vppo.completions import CompletionLog, images_of, plain_text
-from vppo.loggers import log_completions, markdown
+from vppo.monitoring.completion_view import chosen, show
+from vppo.monitoring.completions import CompletionLog, images_of, plain_text
+from vppo.monitoring.loggers import log_completions, markdown
 
 NAN = float("nan")
 PICTURE = families.picture(0)

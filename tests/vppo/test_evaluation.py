@@ -14,7 +14,7 @@ from runs import fix_rollouts, generation_batch, plain_dependency, rows, trainer
 from test_trainer_resume import logged
 
 from vppo import VPPOTrainer
-from vppo.evaluation import KEY, fingerprint, random_numbers
+from vppo.monitoring.evaluation import KEY, fingerprint, random_numbers
 
 LENGTHS = (6, 3, 5, 1)
 

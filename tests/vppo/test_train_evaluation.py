@@ -13,7 +13,7 @@ import yaml
 from test_train import config_file, metrics, run_tiny, tiny_run, weights  # noqa: F401  fixtures among them
 
 from vppo.errors import InputError
-from vppo.evaluation_options import evaluation_defaults
+from vppo.monitoring.evaluation_options import evaluation_defaults
 from vppo.train import load_config, make_arguments
 
 Write = Callable[..., Path]

@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from runs import FAMILY, fix_rollouts, rows, trainer
 
-from vppo.completions import CompletionLog
+from vppo.monitoring.completions import CompletionLog
 
 LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5)
 PLAIN = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_steps": 1, "shuffle_dataset": False}

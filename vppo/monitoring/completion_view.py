@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
-from vppo.completions import Row, plain_text
+from vppo.monitoring.completions import Row, plain_text
 
 WIDTH = 6  # of a number, so that those of all completions stand in line
 FEW = 8  # of an evaluation's completions, where the config does not say how many

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from vppo.completions import Row, plain_text
+from vppo.monitoring.completions import Row, plain_text
 
 WITH_IMAGES = ("wandb", "trackio")
 WITH_TEXT = "tensorboard"

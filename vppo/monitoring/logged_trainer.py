@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from trl import GRPOTrainer
 
-from vppo import loggers
-from vppo.completion_view import FEW, chosen, show
-from vppo.completions import CompletionLog, plain_text
-from vppo.evaluation import random_numbers
-from vppo.measured import Measured
+from vppo.monitoring import loggers
+from vppo.monitoring.completion_view import FEW, chosen, show
+from vppo.monitoring.completions import CompletionLog, plain_text
+from vppo.monitoring.evaluation import random_numbers
+from vppo.monitoring.measured import Measured
 
 
 class LoggedTrainer(GRPOTrainer):
@@ -87,7 +87,7 @@ class LoggedTrainer(GRPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with completion tables of our own: see `vppo.completions` and `vppo.loggers`."""
+        """TRL's, with completion tables of our own: see `vppo.monitoring.completions` and `vppo.monitoring.loggers`."""
         wanted, self.log_completions = self.log_completions, False
         try:
             super().log(logs, start_time)
