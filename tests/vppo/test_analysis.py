@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import families
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runs import FAMILY, plain_views, rows
+from support import families
+from support.runs import FAMILY, plain_views, rows
 
 import vppo.analysis.run
 from vppo import Analysis, analyze

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from analyses import write_analysis
+from support.analyses import write_analysis
 from typer.testing import CliRunner
 
 from vppo.analysis.comparison import compare, labelled, matched, paired, per_question

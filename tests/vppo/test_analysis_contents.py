@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import families
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image, ImageOps
-from runs import FAMILY, rows
 from safetensors.torch import load_file, save_file
+from support import families
+from support.runs import FAMILY, rows
 
 import vppo.analysis.run
 from vppo import Analysis, analyze

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import families
-from datafiles import broken_stream, picture
+from support import families
+from support.datafiles import broken_stream, picture
 
 from vppo import analyze
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from analyses import write_analysis
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from support.analyses import write_analysis
 
 from vppo.analysis import figures
 from vppo.analysis.folder import read_analysis

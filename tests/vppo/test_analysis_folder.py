@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from analyses import write_analysis
+from support.analyses import write_analysis
 
 from vppo.analysis.comparison import compare
 from vppo.analysis.folder import read_analysis

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from analyses import kept_by_definition, write_analysis
+from support.analyses import kept_by_definition, write_analysis
 
 from vppo.analysis import perception
 from vppo.analysis.perception import FLOOR, Run, runs_of, summarise

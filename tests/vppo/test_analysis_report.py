@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from analyses import kept_by_definition, write_analysis
 from PIL import Image
+from support.analyses import kept_by_definition, write_analysis
 
 import vppo.pages
 from vppo.analysis.folder import read_analysis

@@ -6,11 +6,11 @@ import sys
 import types
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 import torch
-from runs import FAMILY, plain_views, rows
+from support import families
+from support.runs import FAMILY, plain_views, rows
 
 from vppo.analysis.sampling import (
     Sampling,

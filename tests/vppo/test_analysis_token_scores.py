@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 import torch
-from runs import FAMILY, rows
+from support import families
+from support.runs import FAMILY, rows
 
 from vppo.analysis.token_scores import Scoring, score_tokens
 from vppo.data import Problem

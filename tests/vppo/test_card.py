@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import families
 import pytest
 from peft import LoraConfig
-from runs import FAMILY, trainer
+from support import families
+from support.runs import FAMILY, trainer
 
 TITLES = {
     "vppo": "Spotlight on Token Perception for Multimodal Reinforcement Learning",

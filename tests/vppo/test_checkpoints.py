@@ -40,8 +40,8 @@ def test_other_names_are_not_checkpoints(tmp_path: Path) -> None:
 
 
 def test_weights_come_back_under_any_names(tmp_path: Path) -> None:
-    from families import build
     from safetensors.torch import load_file
+    from support.families import build
 
     model, _ = build("qwen2_5_vl", seed=0)
     other, _ = build("qwen2_5_vl", seed=1)

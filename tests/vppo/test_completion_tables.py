@@ -12,12 +12,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import families
 import pandas as pd
 import pytest
 from rich.console import Console
-from runs import rows as problems
-from runs import trainer, varied_reward
+from support import families
+from support.runs import rows as problems
+from support.runs import trainer, varied_reward
 
 from vppo.monitoring.completion_view import chosen, show
 from vppo.monitoring.completions import CompletionLog, images_of, plain_text

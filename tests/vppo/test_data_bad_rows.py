@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
-from datafiles import Row, broken_stream, jsonl, parquet, picture, png
+from support import families
+from support.datafiles import Row, broken_stream, jsonl, parquet, picture, png
 
 import vppo.data.prompts
 from vppo.data import BadRowError, Problems, load_training_data

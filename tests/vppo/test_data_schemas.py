@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datafiles import Row, jsonl, parquet, picture, png, shades
 from PIL import Image
+from support.datafiles import Row, jsonl, parquet, picture, png, shades
 
 from vppo.data import INSTRUCTION, SYSTEM_PROMPT, Problems, load_training_data
 from vppo.errors import InputError

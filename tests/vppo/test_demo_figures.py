@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from responses import SUMMARY, metrics, response, responses
+from support.responses import SUMMARY, metrics, response, responses
 
 from vppo.demo.figures import (
     _interval_95,

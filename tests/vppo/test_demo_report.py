@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from responses import SUMMARY, metrics, response, responses
+from support.responses import SUMMARY, metrics, response, responses
 
 from vppo.demo.report import _chosen, headline, pick, write_report
 from vppo.pages.facts import facts

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import families
 import numpy as np
 import pytest
-import responses
 import torch
-from runs import FAMILY, plain_views, rows
+from support import families, responses
+from support.runs import FAMILY, plain_views, rows
 from torch import Tensor
 
 from vppo.demo.scored import score_responses, token_values

@@ -7,7 +7,7 @@ import warnings
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from responses import response, responses
+from support.responses import response, responses
 
 from vppo.demo.token_picture import token_picture
 from vppo.pages.theme import DARK, LIGHT, DependencyScale

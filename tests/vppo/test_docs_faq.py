@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import trainer
+from support.runs import trainer
 
 FAQ = Path(__file__).parents[2] / "docs/faq.md"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runs import fix_rollouts, generation_batch, plain_dependency, rows, trainer, varied_reward
+from support.runs import fix_rollouts, generation_batch, plain_dependency, rows, trainer, varied_reward
 from test_trainer_resume import logged
 
 from vppo import VPPOTrainer

@@ -12,7 +12,7 @@ import pytest
 import trl.trainer.utils as seam
 from accelerate import PartialState
 from peft import LoraConfig
-from runs import fix_rollouts, generation_batch, rows, trainer
+from support.runs import fix_rollouts, generation_batch, rows, trainer
 from torch import Tensor
 
 import vppo.trainer

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, Features, List
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
-from runs import generation_batch, rows, trainer
+from support.runs import generation_batch, rows, trainer
 
 from vppo.data import Problems, load_training_data
 from vppo.demo.scored import score_responses

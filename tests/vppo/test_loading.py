@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from families import build, picture
-from runs import options, rows, varied_reward
+from support.families import build, picture
+from support.runs import options, rows, varied_reward
 from trl import GRPOTrainer
 
 import vppo.loading

@@ -9,13 +9,13 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-import families
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from runs import FAMILY, batch_inputs
+from support import families
+from support.runs import FAMILY, batch_inputs
 from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 

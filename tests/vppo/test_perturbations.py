@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from support import families
 from torch import Tensor
 
 from vppo.perturbations import Normalisation, Perturbation, PixelLayout, perturb, seeded

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import fix_rollouts, rows, trainer
+from support.runs import fix_rollouts, rows, trainer
 
 from vppo.errors import InputError
 from vppo.rewards.checks import checked

@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import families
 import pytest
 import torch
 from accelerate import cpu_offload
-from runs import FAMILY, batch_inputs, rows
+from support import families
+from support.runs import FAMILY, batch_inputs, rows
 from torch import Tensor
 
 from vppo.batch import Batch, View

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, Features, Image, List
-from families import picture
-from runs import rows, trainer
+from support.families import picture
+from support.runs import rows, trainer
 
 from vppo.sight import missing_images
 

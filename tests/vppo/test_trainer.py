@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import (
+from support import families
+from support.runs import (
     FAMILY,
     fix_rollouts,
     generation_batch,

@@ -7,11 +7,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 import torch.multiprocessing as mp
-from runs import FAMILY, batch_inputs, fix_rollouts, rows, trainer, varied_reward
+from support import families
+from support.runs import FAMILY, batch_inputs, fix_rollouts, rows, trainer, varied_reward
 from torch import Tensor
 
 from vppo.batch import Batch, View

@@ -6,10 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
-from runs import (
+from support import families
+from support.runs import (
     fix_rollouts,
     generation_batch,
     group_advantages,

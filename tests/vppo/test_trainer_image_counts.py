@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
-from runs import batch_inputs, fix_rollouts, listen, plain_model, plain_views, response, rows, trainer
+from support import families
+from support.runs import batch_inputs, fix_rollouts, listen, plain_model, plain_views, response, rows, trainer
 from torch import Tensor
 
 from vppo import VPPOTrainer

@@ -7,11 +7,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 import torch.multiprocessing as mp
-from runs import FAMILY, fix_rollouts, rows, trainer
+from support import families
+from support.runs import FAMILY, fix_rollouts, rows, trainer
 
 from vppo.monitoring.completions import CompletionLog
 

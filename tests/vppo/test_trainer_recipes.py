@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import (
+from support.runs import (
     fix_rollouts,
     generation_batch,
     group_advantages,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 from peft import LoraConfig
-from runs import FAMILY, rows, trainer
+from support import families
+from support.runs import FAMILY, rows, trainer
 from transformers import TrainerCallback
 
 from vppo import VPPOTrainer

@@ -9,13 +9,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from runs import FAMILY, generation_batch, listen, options, plain_dependency, rows
+from support import families
+from support.runs import FAMILY, generation_batch, listen, options, plain_dependency, rows
 from torch import Tensor
 from trl.chat_template_utils import qwen3_vl_chat_template
 

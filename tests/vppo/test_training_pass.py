@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 from peft import LoraConfig
-from runs import fix_rollouts, rows, trainer
+from support import families
+from support.runs import fix_rollouts, rows, trainer
 from test_passes import linear_attention
 from torch import Tensor
 

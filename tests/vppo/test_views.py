@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import families
 from torch import Tensor
 
 from vppo.batch import Batch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.views import ABSOLUTE, Views, divergence_bound, make_views, relative_error, tiles_of, worst
 from torch import Tensor
-from views import ABSOLUTE, Views, divergence_bound, make_views, relative_error, tiles_of, worst
 
 from vppo_kernels import divergence, linear_divergence, reference, sampled_divergence
 from vppo_kernels.statistics import DivergenceOutput

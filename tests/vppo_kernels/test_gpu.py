@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.views import Views, make_views, relative_error, worst
 from torch import Tensor
-from views import Views, make_views, relative_error, worst
 
 from vppo_kernels import (
     divergence,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.views import ABSOLUTE, Views, counted_products, make_views, tiles_of, worst
 from torch import Tensor
-from views import ABSOLUTE, Views, counted_products, make_views, tiles_of, worst
 
 from vppo_kernels import (
     divergence,

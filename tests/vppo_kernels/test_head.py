@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from views import make_views
+from support.views import make_views
 
 from vppo_kernels import reference
 from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform

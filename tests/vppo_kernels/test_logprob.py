@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.views import ABSOLUTE, Views, counted_products, make_views, relative_error, tiles_of
 from torch import Tensor
-from views import ABSOLUTE, Views, counted_products, make_views, relative_error, tiles_of
 
 from vppo_kernels import linear_logprob, reference
 from vppo_kernels.statistics import LogprobOutput

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.views import counted_products, make_views, tiles_of
 from torch import Tensor
-from views import counted_products, make_views, tiles_of
 
 from vppo_kernels import (
     TrajectoryStats,

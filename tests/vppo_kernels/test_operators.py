@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.views import make_views
 from torch import Tensor
-from views import make_views
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob
 from vppo_kernels.ops import sweep, sweep_backward

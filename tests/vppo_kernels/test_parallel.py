@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.views import Views, make_views, relative_error, tiles_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from views import Views, make_views, relative_error, tiles_of
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob, linear_vppo_loss, workspace_limit
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.views import make_views, worst
 from torch import Tensor
-from views import make_views, worst
 
 from vppo_kernels import linear_divergence, linear_logprob, reference
 from vppo_kernels.backends import available, native_library

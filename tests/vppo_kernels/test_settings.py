@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.views import make_views
 from torch import Tensor
-from views import make_views
 
 from vppo_kernels import (
     divergence,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.views import ABSOLUTE, divergence_bound
 from torch import Tensor
-from views import ABSOLUTE, divergence_bound
 
 from vppo_kernels import reference
 from vppo_kernels.backends import resolve

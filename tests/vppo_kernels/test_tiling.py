@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from views import (
+from support.views import (
     PeakMemory,
     Views,
     counted_products,
@@ -21,6 +20,7 @@ from views import (
     tiles_of,
     worst,
 )
+from torch import Tensor
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob, topk_mask, workspace_limit
 from vppo_kernels.statistics import DivergenceOutput

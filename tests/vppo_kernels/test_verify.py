@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
+from support.views import make_views
 from torch import Tensor
-from views import make_views
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob, linear_vppo_loss
 from vppo_kernels.backends import resolve

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 import vppo.trainer
+from support import families
 from vppo import VPPOConfig, VPPOTrainer
 from vppo.data import Problem
 from vppo.data.prompts import Prompts
