@@ -9,13 +9,13 @@ CPU_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pyto
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(CPU_INDEX)
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test gpu lint sanitize resolve wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 # For a machine with a GPU: everything is right first, then timed.
 gpu: $(VENV)/.installed-test
@@ -27,6 +27,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# the site of the documentation, in build/site; a warning is an error
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # the native library under AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own
 SANITIZED := build/sanitized

@@ -28,6 +28,8 @@ from vppo.demo.scored import ScoredResponse
 from vppo.errors import InputError
 from vppo.progress import read_lines
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
+
 STEPS = 5
 KILL_POINTS = ("warm-up", "step 3", "checkpoint", "evaluation")
 

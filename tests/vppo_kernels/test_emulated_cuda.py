@@ -40,7 +40,11 @@ CPU_ONLY = (  # what asks the CPU's library for more than the operations, or for
     "auto_takes_it_on_a_cpu",
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group(__name__),
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module")
