@@ -16,6 +16,7 @@ namespace vppo {
 
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kFloor = -1.0e30f;  // stands for an infinite distance: its exponential, and 0 times it, are 0
+constexpr float kApart = 16.0f;     // how far apart maxima are measured from before views are compared
 
 // `exp(x) - 1 - x` as a series, for |x| < 0.5: there the difference would lose its digits (error 1e-9 of the value).
 VPPO_BOTH float phi_near(float x) {
@@ -77,8 +78,9 @@ VPPO_BOTH Pair merge(const Pair& a, const Pair& b) {
   const float weight_a = expf(down_a) * a.p.sum, weight_b = expf(down_b) * b.p.sum;
   const float total = fmaxf(p.sum, FLT_MIN);
   // from the heavier part's side: a large gap in a part without weight must not round the other's away
-  const float gap = weight_a > weight_b ? gap_a + weight_b / total * (gap_b - gap_a)
-                                        : gap_b + weight_a / total * (gap_a - gap_b);
+  const float mean = weight_a > weight_b ? gap_a + weight_b / total * (gap_b - gap_a)
+                                         : gap_b + weight_a / total * (gap_a - gap_b);
+  const float gap = a.gap == INFINITY || b.gap == INFINITY ? INFINITY : p.sum > 0.0f ? mean : 0.0f;
   return {p, q, gap,
           move_excess(a, gap - gap_a, down_a, lower_a + (gap - a.gap)) +
               move_excess(b, gap - gap_b, down_b, lower_b + (gap - b.gap))};

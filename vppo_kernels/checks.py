@@ -133,13 +133,22 @@ def indices(name: str, value: Tensor, leading: torch.Size, size: int, device: to
 
 def all_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None:
     """Raise on NaN or inf among the entries that `mask`, over the leading dimensions, calls valid (synchronises)."""
-    bad = ~torch.isfinite(value)
+    _none_of(~torch.isfinite(value), name, value, mask, "finite values")
+
+
+def logits(name: str, value: Tensor) -> None:
+    """The same for what may hold -inf, for a masked word (synchronises)."""
+    bad = ~(torch.isfinite(value) | (value == -torch.inf))
+    _none_of(bad, name, value, None, "finite values, and -inf for a masked word")
+
+
+def _none_of(bad: Tensor, name: str, value: Tensor, mask: Tensor | None, takes: str) -> None:
     if mask is not None:
         bad &= mask.view(*mask.shape, *(1,) * (bad.dim() - mask.dim()))
     if bad.any():
         index = bad.nonzero()[0].tolist()
         worst = "NaN" if bool(torch.isnan(value[tuple(index)])) else "inf"
-        raise ValueError(f"{name}: got {worst} at row {index[0]} (index {index}), takes finite values")
+        raise ValueError(f"{name}: got {worst} at row {index[0]} (index {index}), takes {takes}")
 
 
 def summable(name: str, value: Tensor, mask: Tensor) -> None:
@@ -157,10 +166,10 @@ def summable(name: str, value: Tensor, mask: Tensor) -> None:
 
 
 def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> None:
-    """Raise on NaN or inf in the vocabulary's part of a head."""
+    """Raise on NaN or inf in the vocabulary's part of a head; a bias of -inf masks its word."""
     all_finite("weight", weight[:vocab_size])
     if bias is not None:
-        all_finite("bias", bias[:vocab_size])
+        logits("bias", bias[:vocab_size])
 
 
 def wanted(check: bool | None, value: Tensor) -> bool:

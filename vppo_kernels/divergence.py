@@ -155,8 +155,8 @@ def divergence(
         targets = targets.reshape(-1).long().contiguous()
     look = checks.wanted(check, logits)
     if look:
-        checks.all_finite("logits", views[0][:, : shard.columns])
-        checks.all_finite("logits_perturbed", views[1][:, : shard.columns])
+        checks.logits("logits", views[0][:, : shard.columns])
+        checks.logits("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
         views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), wants_gradient(*views),
@@ -165,7 +165,8 @@ def divergence(
         with torch.no_grad():
             rows = verify.sample_rows(len(views[0]), logits.device)
             z_p, z_q = (verify.exact_transform(z[rows, : shard.columns], transform, shard) for z in views)
-            verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind)
+            given = transform == LogitTransform()
+            verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind, given=given)
     return _output(values, leading)
 
 

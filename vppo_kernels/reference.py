@@ -1,6 +1,7 @@
 """The definitions, written plainly on materialised logits: the truth that every test and `check=True` compare with.
 
 Nothing here is fast or saves memory. Every function takes any floating dtype and computes in it; float64 is the truth.
+Logits of -inf are masked words: they have no probability and no part in any sum.
 """
 
 from __future__ import annotations
@@ -39,28 +40,38 @@ def transform(z: Tensor, *, temperature: float = 1.0, logit_scale: float = 1.0, 
     return z / temperature
 
 
+def _sum(p: Tensor, logarithm: Tensor, masked: Tensor) -> Tensor:
+    """`sum p log(...)` over the last dimension, of the words that are not masked (0 log 0 = 0)."""
+    return (p * logarithm.masked_fill(masked, 0.0)).sum(-1)
+
+
 def entropy(z: Tensor) -> Tensor:
     """`-sum p log p` over the last dimension, in nats."""
     logp = z.log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+    return -_sum(logp.exp(), logp, logp == -math.inf)
 
 
 def logprob(z: Tensor, targets: Tensor) -> Tensor:
-    """`log p(target)`."""
-    return z.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    """`log p(target)`; that of a masked word is -inf, without gradient."""
+    value = z.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return torch.where(value == -math.inf, -math.inf, value)
 
 
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
-    """`KL(p || q)` over the last dimension (VPPO, Eq. 3), in nats."""
+    """`KL(p || q)` over the last dimension (VPPO, Eq. 3), in nats; +inf, without gradient, where q alone masks a word."""
     logp, logq = z_p.log_softmax(-1), z_q.log_softmax(-1)
-    return (logp.exp() * (logp - logq)).sum(-1)
+    hidden = (logq == -math.inf) & (logp > -math.inf)
+    value = _sum(logp.exp(), logp - logq.masked_fill(hidden, 0.0), logp == -math.inf)
+    return torch.where(hidden.any(-1), math.inf, value)
 
 
 def jsd(z_p: Tensor, z_q: Tensor) -> Tensor:
     """`KL(p || m) / 2 + KL(q || m) / 2` with `m = (p + q) / 2`."""
     logp, logq = z_p.log_softmax(-1), z_q.log_softmax(-1)
-    logm = torch.logaddexp(logp, logq) - math.log(2)
-    return 0.5 * (logp.exp() * (logp - logm) + logq.exp() * (logq - logm)).sum(-1)
+    no_p, no_q = logp == -math.inf, logq == -math.inf
+    neither = no_p & no_q
+    logm = torch.logaddexp(logp.masked_fill(neither, 0.0), logq.masked_fill(neither, 0.0)) - math.log(2)
+    return 0.5 * (_sum(logp.exp(), logp - logm, no_p) + _sum(logq.exp(), logq - logm, no_q))
 
 
 def divergence(z_p: Tensor, z_q: Tensor, targets: Tensor | None = None, kind: str = "kl") -> DivergenceOutput:

@@ -12,6 +12,10 @@ and for `c = E_p[g]` the first term vanishes: `KL = log1p(E_p[phi(c - g)])` with
 term of that sum is non-negative, so nothing cancels however small the divergence is, and it cannot turn negative. A
 part therefore carries its own mean gap and its excess `sum w phi(c - g)` about that mean; merging two parts moves both
 to the common mean (the step by which Chan's formula merges two variances).
+
+A logit of -inf is a masked word: it has no weight and no part in any sum, so a part that is masked whole is the empty
+part. A word that only the second view masks makes the divergence infinite, however little probability it has; its gap
+of +inf is the part's, and stays in every merge. A row without any word has no distribution: its results are NaN.
 """
 
 from __future__ import annotations
@@ -23,6 +27,11 @@ from torch import Tensor
 
 # a stand-in for an infinite distance: exp(-EXP_FLOOR) and EXP_FLOOR * 0 are 0, and no logits lie further apart
 EXP_FLOOR = 1.0e30
+
+# Sums with a term beyond this are rounded by more than alike views may differ. So where the two maxima lie further apart,
+# views are measured from them before they are compared (nearer ones are compared first, which leaves no rounding where
+# they are alike); and where the divergence is larger, `log(p / q)` is the difference of the logarithms.
+APART = 16.0
 
 
 class LogprobOutput(NamedTuple):
@@ -65,7 +74,8 @@ class PairStats(NamedTuple):
         p: Statistics of the first view.
         q: Statistics of the second view.
         gap: Mean of `g = (z_p - m_p) - (z_q - m_q)` under this part's share of `p`. Measured from the maxima: a mean of
-            the size of the logits themselves would be rounded by more than a small divergence.
+            the size of the logits themselves would be rounded by more than a small divergence. +inf where q alone masks
+            a word, 0 where p masks all.
         excess: `sum exp(z_p - m_p) phi(gap - g)`, `phi(x) = exp(x) - 1 - x`.
     """
 
@@ -89,7 +99,10 @@ class Softmax(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two views over the whole vocabulary: `gap = E_p[(z_p - m_p) - (z_q - m_q)]` and `kl = KL(p || q)`, `[rows]`."""
+    """Two views over the whole vocabulary: `gap = E_p[(z_p - m_p) - (z_q - m_q)]` and `kl = KL(p || q)`, `[rows]`.
+
+    `log(p / q)` is a word's gap less `gap` plus `kl`. Where `kl` is infinite there is no mean, and `gap` is 0.
+    """
 
     p: Softmax
     q: Softmax
@@ -167,6 +180,8 @@ def merge_pair(a: PairStats, b: PairStats) -> PairStats:
         gap_a + weight_b / total * (gap_b - gap_a),
         gap_b + weight_a / total * (gap_a - gap_b),
     )
+    gap = torch.where(p.sum > 0, gap, 0.0)
+    gap = torch.where((a.gap == torch.inf) | (b.gap == torch.inf), torch.inf, gap)
     excess_a = _move_excess(a, gap - gap_a, down_a, lower_a + (gap - a.gap))
     excess_b = _move_excess(b, gap - gap_b, down_b, lower_b + (gap - b.gap))
     return PairStats(p, q, gap, excess_a + excess_b)
@@ -184,7 +199,7 @@ def _move_excess(part: PairStats, d: Tensor, down: Tensor, both: Tensor) -> Tens
 
 def finish(stats: SoftmaxStats) -> Softmax:
     """Normaliser, entropy and target log-probability of a view whose statistics cover the whole vocabulary."""
-    log_sum = stats.sum.log()
+    log_sum = torch.where(stats.sum > 0, stats.sum, torch.nan).log()
     logprobs = (stats.target - stats.max) - log_sum
     return Softmax(stats.max, log_sum, log_sum - stats.moment / stats.sum, logprobs)
 
@@ -196,4 +211,4 @@ def finish_pair(stats: PairStats) -> Pair:
     # some z_q lies about 88 above its place in p, so the divergence is large and the plain form has digits to spare
     plain = stats.gap + (q.log_sum - p.log_sum)
     kl = torch.where(torch.isfinite(exact), exact, plain).clamp_min(0.0)
-    return Pair(p, q, stats.gap, kl)
+    return Pair(p, q, torch.where(kl == torch.inf, 0.0, stats.gap), kl)

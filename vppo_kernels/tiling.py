@@ -224,6 +224,22 @@ def forward_pair(
     return torch.cat(blocks, dim=1), torch.cat(halves, dim=1) if jsd else None
 
 
+def _of_finite(values: Tensor, grads: Tensor) -> Tensor:
+    """Upstream gradients of these outputs; what is infinite, whatever the logits do, has none."""
+    return torch.where(torch.isinf(values), 0.0, grads)
+
+
+def _of_view(view: Tensor, grads: Tensor) -> Tensor:
+    """Upstream gradients of (log-probability, entropy) that a view's tiles are to be given."""
+    return torch.cat([_of_finite(view[3:4], grads[:1]), grads[1:]])
+
+
+def _of_pair(pair: Tensor, grads: Tensor, jsd: bool) -> Tensor:
+    """Those of (divergence, both entropies, both log-probabilities), the last two if there are targets."""
+    divergence = grads[:1] if jsd else _of_finite(pair[9:], grads[:1])
+    return torch.cat([divergence, grads[1:3], _of_finite(pair[3:8:4], grads[3:]) if len(grads) > 3 else grads[3:]])
+
+
 def _backward_tiles(source: Source, backend: ModuleType, workspace: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Recomputed tiles, all rows of a column tile before the next column tile; none where there are no rows."""
     tiling = choose_tiling(source, backend, workspace)
@@ -244,6 +260,7 @@ def backward(source: Source, backend: ModuleType, view: Tensor, targets: Tensor,
         grads: `[2, rows]`, upstream of log-probability and entropy.
         backend, workspace: As in the forward.
     """
+    grads = _of_view(view, grads)
     for rows, columns, tile in _backward_tiles(source, backend, workspace):
         first = source.first + columns.start
         backend.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
@@ -280,7 +297,7 @@ def forward_backward(
         blocks.append(pack(finish(unpack_stats(merge_ranks(stats, source.group, _merge)))))
         kept.append(tiles)
     view = torch.cat(blocks, dim=1)
-    grads = derivative(view)
+    grads = _of_view(view, derivative(view))
     for index, columns in enumerate(column_tiles):
         for rows, tiles in zip(row_blocks, kept, strict=True):
             tile, first = tiles[index], source.first + columns.start
@@ -298,6 +315,7 @@ def backward_pair(
     workspace: int,
 ) -> None:
     """The same for two views; `grads` is upstream of (divergence, both entropies, both log-probabilities)."""
+    grads = _of_pair(pair, grads, halves is not None)
     for rows, columns, tile in _backward_tiles(source, backend, workspace):
         backend.gradient_pair_(
             tile,

@@ -1,5 +1,6 @@
 // Folding a tile into the statistics of its rows: one view, two views, and the halves of the Jensen-Shannon divergence.
 //
+// What lies behind the end of a row is -INFINITY, as the logit of a masked word is: neither has a part in any sum.
 // A row is read once. Its threads take a chunk into registers, agree on the chunk's maxima, then on its sums and mean
 // gap, then on the excess about that gap; the first thread merges the chunk with what came before.
 #include <cmath>
@@ -77,8 +78,8 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     float sum[2] = {};  // of weights, and of weights times distances from the maximum
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const bool inside = chunk.inside(i);
-      const float shifted = inside ? z[i] - top[0] : 0.0f, weight = inside ? expf(shifted) : 0.0f;
+      const bool seen = z[i] != -INFINITY;
+      const float shifted = seen ? z[i] - top[0] : 0.0f, weight = seen ? expf(shifted) : 0.0f;
       sum[0] += weight;
       sum[1] += weight * shifted;
     }
@@ -123,20 +124,20 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     float sum[5] = {};  // weights and moment of p, of q, and the gaps under p
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const bool inside = chunk.inside(i);
-      const float log_p = inside ? z_p[i] - top[0] : 0.0f, log_q = inside ? z_q[i] - top[1] : 0.0f;
-      const float weight_q = inside ? expf(log_q) : 0.0f;
-      weight[i] = inside ? expf(log_p) : 0.0f;
-      gap[i] = inside ? (z_p[i] - z_q[i]) - (top[0] - top[1]) : 0.0f;
+      const bool seen_p = z_p[i] != -INFINITY, seen_q = z_q[i] != -INFINITY;
+      const float log_p = seen_p ? z_p[i] - top[0] : 0.0f, log_q = seen_q ? z_q[i] - top[1] : 0.0f;
+      const float weight_q = seen_q ? expf(log_q) : 0.0f;
+      weight[i] = seen_p ? expf(log_p) : 0.0f;
+      gap[i] = seen_p && seen_q ? gap_of(z_p[i], z_q[i], top[0], top[1]) : seen_q ? kFloor : 0.0f;
       sum[0] += weight[i];
       sum[1] += weight[i] * log_p;
       sum[2] += weight_q;
       sum[3] += weight_q * log_q;
-      sum[4] += weight[i] * gap[i];
+      sum[4] += seen_p && !seen_q ? INFINITY : weight[i] * gap[i];
     }
     reduce(sum, sums, Add());
 
-    const float mean = sum[4] / sum[0];
+    const float mean = sum[0] > 0.0f ? sum[4] / sum[0] : 0.0f;
     bool near = true;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) near &= fabsf(mean - gap[i]) < 0.5f;
@@ -183,9 +184,11 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     const auto z_p = load<WIDTH>(p_row + column), z_q = load<WIDTH>(q_row + column);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-      const float d = both.centred_gap(z_p.at[i], z_q.at[i]) + both.kl;
-      half[0] += expf(both.p.log_probability(z_p.at[i])) * log_share(d);
-      half[1] += expf(both.q.log_probability(z_q.at[i])) * log_share(-d);
+      const float p = finite(z_p.at[i]), q = finite(z_q.at[i]);
+      const float log_p = both.p.log_probability(p), log_q = both.q.log_probability(q);
+      const float d = both.log_ratio(both.centred_gap(p, q), log_p, log_q);
+      half[0] += expf(log_p) * log_share(d);
+      half[1] += expf(log_q) * log_share(-d);
     }
   }
   reduce(half, sums, Add());

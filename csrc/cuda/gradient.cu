@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kThreads)
     auto z = load<WIDTH>(z_row + column);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
+      z.at[i] = finite(z.at[i]);
       const float log_p = softmax.log_probability(z.at[i]);
       float grad = expf(log_p) * (-of_entropy * (log_p + softmax.entropy) - of_logprob);
       if (column + i == target) grad += of_logprob;
@@ -70,9 +71,11 @@ __global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fiel
     auto z_p = load<WIDTH>(p_row + column), z_q = load<WIDTH>(q_row + column);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
+      z_p.at[i] = finite(z_p.at[i]);
+      z_q.at[i] = finite(z_q.at[i]);
       const float log_p = both.p.log_probability(z_p.at[i]), log_q = both.q.log_probability(z_q.at[i]);
       const float p = expf(log_p), q = expf(log_q);
-      const float centred = both.centred_gap(z_p.at[i], z_q.at[i]), d = centred + both.kl;  // d is log(p / q)
+      const float centred = both.centred_gap(z_p.at[i], z_q.at[i]), d = both.log_ratio(centred, log_p, log_q);
       float grad_p, grad_q;
       if constexpr (JSD) {
         grad_p = p * (log_share(d) - half_p);

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vppo_kernels.head import LogitTransform
 from vppo_kernels.statistics import (
+    APART,
+    EXP_FLOOR,
     Pair,
     PairStats,
     Softmax,
@@ -61,7 +63,12 @@ def _part(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> 
     top = tile.amax(1)
     torch.sub(tile, top.unsqueeze(1), out=shifted)
     torch.exp(shifted, out=weights)
-    return SoftmaxStats(top, weights.sum(1), _dot(weights, shifted, out=shifted), _target_logit(tile, targets, first))
+    total, moment = weights.sum(1), _dot(weights, shifted, out=shifted)
+    if not bool(torch.isfinite(moment).all()):  # 0 times the -inf of a masked word
+        torch.sub(tile, top.clamp_min(-EXP_FLOOR).unsqueeze(1), out=shifted).clamp_min_(-EXP_FLOOR)
+        torch.exp(shifted, out=weights)
+        total, moment = weights.sum(1), _dot(weights, shifted, out=shifted)
+    return SoftmaxStats(top, total, moment, _target_logit(tile, targets, first))
 
 
 def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> PairStats:
@@ -70,24 +77,37 @@ def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor
     q = _part(z_q, targets, first, scratch)
     p = _part(z_p, targets, first, scratch)
     x, weights, phi = scratch[0], scratch[1], scratch[2]
-    torch.sub(z_p, z_q, out=x).sub_((p.max - q.max).unsqueeze(1))
+    between = p.max - q.max
+    torch.sub(z_p, z_q, out=x).sub_(between.unsqueeze(1))
     gap = _dot(weights, x, out=phi) / p.sum
     torch.sub(gap.unsqueeze(1), x, out=x)
     torch.expm1(x, out=phi).sub_(x)
     excess = _dot(weights, phi, out=phi)
-    overflowed = ~torch.isfinite(excess)
-    if overflowed.any():
-        excess[overflowed] = _excess_of_far_views(
-            x[overflowed], weights[overflowed], (z_q - q.max.unsqueeze(1))[overflowed] + gap[overflowed].unsqueeze(1)
-        )
+    rare = ~torch.isfinite(excess) | (between.abs() > APART)
+    if bool(rare.any()):
+        gap[rare], excess[rare] = _gap_and_excess(z_p[rare], z_q[rare], weights[rare], p.max[rare], q.max[rare])
     return PairStats(p, q, gap, excess)
 
 
-def _excess_of_far_views(x: Tensor, weights: Tensor, both: Tensor) -> Tensor:
-    """The excess where `exp(x)` overflows; `both`, `x` plus the weight's logarithm, stays where q has any weight."""
-    near = weights * (torch.expm1(x.clamp_max(1.0)) - x)
-    far = both.exp() - weights * (1 + x)
-    return torch.where(x < 1.0, near, far).sum(1)
+def _gap_and_excess(z_p: Tensor, z_q: Tensor, weights: Tensor, max_p: Tensor, max_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean gap and excess of any rows: with masked words, with maxima far apart, with gaps whose exponential overflows.
+
+    Overwrites `z_p` and `z_q`.
+    """
+    hidden = ((z_q == -math.inf) & (z_p != -math.inf)).any(1)  # by the second view alone
+    # where all words are masked: far below the others, far above a masked word
+    max_p, max_q = (top.clamp_min(-0.1 * EXP_FLOOR).unsqueeze(1) for top in (max_p, max_q))
+    z_p, z_q, between = z_p.clamp_min_(-EXP_FLOOR), z_q.clamp_min_(-EXP_FLOOR), max_p - max_q
+    log_q, apart = z_q - max_q, between.abs() > APART
+    x = z_p.sub_(torch.where(apart, max_p, 0.0)).sub_(torch.where(apart, log_q, z_q))
+    x.sub_(torch.where(apart, 0.0, between))
+    total = weights.sum(1)
+    gap = torch.where(total > 0, torch.mul(weights, x, out=z_q).sum(1) / total, 0.0)
+    d = torch.sub(gap.unsqueeze(1), x, out=x)
+    near = d.clamp_max(1.0).expm1_().sub_(d).mul_(weights)
+    # exp(d) alone could overflow; exp(log_q + gap), its product with the weight, stays where q has any weight
+    far = log_q.add_(gap.unsqueeze(1)).exp_().sub_(torch.add(d, 1.0, out=z_q).mul_(weights))
+    return torch.where(hidden, math.inf, gap), torch.where(d < 1.0, near, far).sum(1)
 
 
 def _log_share(d: Tensor) -> Tensor:
@@ -97,19 +117,28 @@ def _log_share(d: Tensor) -> Tensor:
 
 def fold_jsd(tile: Tensor, pair: Tensor, halves: Tensor) -> Tensor:
     """`(KL(p || m), KL(q || m))`, `[2, rows]`, with one more tile; their mean is the Jensen-Shannon divergence."""
-    p, q, d = _probabilities(tile, unpack_pair(pair))
-    return halves.add_(torch.stack([p.mul_(_log_share(d)).sum(1), q.mul_(_log_share(-d)).sum(1)]))
+    tile, both = tile.clamp_min(-EXP_FLOOR), unpack_pair(pair)
+    logp, logq = _log_softmax(tile[0], both.p), _log_softmax(tile[1], both.q)
+    d = _log_ratio(_centred_gap(tile, both), both.kl, logp, logq)
+    return halves.add_(torch.stack([logp.exp_().mul_(_log_share(d)).sum(1), logq.exp_().mul_(_log_share(-d)).sum(1)]))
 
 
-def _probabilities(tile: Tensor, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """`p`, `q` and `log(p / q)` of a tile."""
-    d = _centred_gap(tile, pair).add_(pair.kl.unsqueeze(1))
-    return _log_softmax(tile[0], pair.p).exp_(), _log_softmax(tile[1], pair.q).exp_(), d
+def _log_ratio(centred: Tensor, kl: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    """`log(p / q)` of a tile, from the gaps about their mean where that has more digits."""
+    d, large = centred + kl.unsqueeze(1), kl > APART
+    if bool(large.any()):
+        d[large] = logp[large] - logq[large]
+    return d
 
 
 def _centred_gap(tile: Tensor, pair: Pair) -> Tensor:
     """`log(p / q) - KL(p || q)`: the gap of each logit from the mean gap."""
-    gap = (tile[0] - tile[1]).sub_((pair.p.max - pair.q.max).unsqueeze(1))
+    between = pair.p.max - pair.q.max
+    gap = (tile[0] - tile[1]).sub_(between.unsqueeze(1))
+    apart = between.abs() > APART
+    if bool(apart.any()):
+        of_p, of_q = (tile[view, apart] - pair[view].max[apart].unsqueeze(1) for view in (0, 1))
+        gap[apart] = of_p.sub_(of_q)
     return gap.sub_(pair.gap.unsqueeze(1))
 
 
@@ -141,6 +170,7 @@ def gradient_(
 
     `view` is a packed `Softmax`, `[4, rows]`.
     """
+    tile.clamp_min_(-EXP_FLOOR)  # a masked word: a finite logit whose probability is 0
     slope, softmax = transform.slope(tile), unpack_softmax(view)
     logp = _log_softmax(tile, softmax)
     tile.copy_(_view_gradient(logp, softmax, grads[1], grads[0], 0.0))
@@ -168,12 +198,13 @@ def gradient_pair_(
         grads: `[5, rows]`, of divergence, entropy of p and q, log-probability of p and q; `[3, rows]` without targets.
         transform: Of raw logits to these.
     """
+    tile.clamp_min_(-EXP_FLOOR)  # a masked word: a finite logit whose probability is 0
     slope, both = transform.slope(tile), unpack_pair(pair)
     z_p, z_q = tile[0], tile[1]
     scale = grads[0].unsqueeze(1)
     centred = _centred_gap(tile, both)
     logp, logq = _log_softmax(z_p, both.p), _log_softmax(z_q, both.q)
-    d = centred + both.kl.unsqueeze(1)  # log(p / q)
+    d = _log_ratio(centred, both.kl, logp, logq)
     if halves is None:
         # q - p over q: the difference of two exponentials would lose the digits of a small gap
         inner_p, inner_q = scale * centred, scale * -torch.expm1(d.clamp_max(1.0))

@@ -11,14 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from vppo_kernels.backends.triton_math import (
+    APART,
+    FLOOR,
+    expm1,
     fold_block,
     fold_block_pair,
+    gap_of,
     load_pair,
     load_view,
     log_share,
     merge,
     merge_pair,
-    phi,
     store_pair,
     store_view,
 )
@@ -44,7 +47,7 @@ def _fold_kernel(
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
         z = tl.load(z_ptr[:, None] + column, mask=inside, other=float("-inf"))
-        part_top, part_total, part_moment, _, _ = fold_block(z, inside)
+        part_top, part_total, part_moment, _, _ = fold_block(z)
         top, total, moment = merge(top, total, moment, part_top, part_total, part_moment)
     store_view(stats, rows, there, top, total, moment)
     if HAS_TARGETS:
@@ -67,7 +70,7 @@ def _fold_pair_kernel(
         inside = there[:, None] & (column < columns)
         z_p = tl.load(p_ptr[:, None] + column, mask=inside, other=float("-inf"))
         z_q = tl.load(q_ptr[:, None] + column, mask=inside, other=float("-inf"))
-        a, b, c, d, e, f, g, h = fold_block_pair(z_p, z_q, inside)
+        a, b, c, d, e, f, g, h = fold_block_pair(z_p, z_q)
         max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
             max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c, d, e, f, g, h
         )
@@ -86,12 +89,20 @@ def _field(packed, index, stride, there):
 
 
 @triton.jit
+def _load_finite(z_ptr, inside):
+    """Logits, and of a masked word a finite one whose probability is 0."""
+    z = tl.load(z_ptr, mask=inside, other=0.0)
+    return tl.where(z < FLOOR, FLOOR, z)
+
+
+@triton.jit
 def _log_probabilities(z_p, z_q, pair, stride, there):
-    """`log p`, `log q`, and the gap of each column from the mean gap, `log(p / q) - KL`."""
+    """`log p`, `log q`, `log(p / q)`, and the gap of each column from the mean gap, `log(p / q) - KL`."""
     max_p, max_q = _field(pair, 0, stride, there), _field(pair, 4, stride, there)
-    centred = (z_p - z_q) - (max_p - max_q) - _field(pair, 8, stride, there)
+    centred = gap_of(z_p, z_q, max_p, max_q) - _field(pair, 8, stride, there)
     log_p, log_q = (z_p - max_p) - _field(pair, 1, stride, there), (z_q - max_q) - _field(pair, 5, stride, there)
-    return log_p, log_q, centred
+    kl = _field(pair, 9, stride, there)
+    return log_p, log_q, tl.where(kl > APART, log_p - log_q, centred + kl), centred
 
 
 @triton.jit
@@ -106,10 +117,8 @@ def _fold_jsd_kernel(
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
-        z_p = tl.load(p_ptr[:, None] + column, mask=inside, other=0.0)
-        z_q = tl.load(q_ptr[:, None] + column, mask=inside, other=0.0)
-        log_p, log_q, centred = _log_probabilities(z_p, z_q, pair, pair_stride, there)
-        d = centred + _field(pair, 9, pair_stride, there)
+        z_p, z_q = _load_finite(p_ptr[:, None] + column, inside), _load_finite(q_ptr[:, None] + column, inside)
+        log_p, log_q, d, _ = _log_probabilities(z_p, z_q, pair, pair_stride, there)
         half_p += tl.sum(tl.where(inside, tl.exp(log_p) * log_share(d), 0.0), 1)
         half_q += tl.sum(tl.where(inside, tl.exp(log_q) * log_share(-d), 0.0), 1)
     tl.store(halves_ptr + row, half_p, mask=there)
@@ -135,7 +144,7 @@ def _gradient_kernel(
     there = row < rows
     inside = there[:, None] & (column < columns)
     z_ptr, view, grads = z_ptr + (row * columns)[:, None] + column, view_ptr + row, grads_ptr + row
-    z = tl.load(z_ptr, mask=inside, other=0.0)
+    z = _load_finite(z_ptr, inside)
     log_p = (z - _field(view, 0, view_stride, there)) - _field(view, 1, view_stride, there)
     grad_logprob, grad_entropy = _field(grads, 0, grads_stride, there), _field(grads, 1, grads_stride, there)
     grad = tl.exp(log_p) * (-grad_entropy * (log_p + _field(view, 2, view_stride, there)) - grad_logprob)
@@ -156,19 +165,17 @@ def _gradient_pair_kernel(
     inside = there[:, None] & (column < columns)
     p_ptr, q_ptr = z_ptr + (row * columns)[:, None] + column, z_ptr + ((rows + row) * columns)[:, None] + column
     pair, grads = pair_ptr + row, grads_ptr + row
-    z_p, z_q = tl.load(p_ptr, mask=inside, other=0.0), tl.load(q_ptr, mask=inside, other=0.0)
-    log_p, log_q, centred = _log_probabilities(z_p, z_q, pair, pair_stride, there)
-    d = centred + _field(pair, 9, pair_stride, there)  # log(p / q)
+    z_p, z_q = _load_finite(p_ptr, inside), _load_finite(q_ptr, inside)
+    log_p, log_q, d, centred = _log_probabilities(z_p, z_q, pair, pair_stride, there)
     p, q = tl.exp(log_p), tl.exp(log_q)
     upstream = _field(grads, 0, grads_stride, there)
     if JSD:
         grad_p = 0.5 * upstream * p * (log_share(d) - _field(halves_ptr + row, 0, halves_stride, there))
         grad_q = 0.5 * upstream * q * (log_share(-d) - _field(halves_ptr + row, 1, halves_stride, there))
     else:
-        near = tl.minimum(d, 1.0)
         grad_p = upstream * p * centred
         # q - p over q: the difference of two exponentials would lose the digits of a small gap
-        grad_q = upstream * tl.where(d > 1.0, q - p, -q * (phi(near) + near))
+        grad_q = upstream * tl.where(d > 1.0, q - p, -q * expm1(tl.minimum(d, 1.0)))
     grad_p -= _field(grads, 1, grads_stride, there) * p * (log_p + _field(pair, 2, pair_stride, there))
     grad_q -= _field(grads, 2, grads_stride, there) * q * (log_q + _field(pair, 6, pair_stride, there))
     if HAS_TARGETS:

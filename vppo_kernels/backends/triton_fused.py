@@ -116,12 +116,12 @@ def _sweep_kernel(
             z_q = tl.where(inside, z_q, outside)
             if HAS_TARGETS:
                 target_q = tl.maximum(target_q, tl.max(tl.where(hit, z_q, outside), 1))
-            c, d, e, f, g, i, j, l = fold_block_pair(z_p, z_q, inside)  # noqa: E741
+            c, d, e, f, g, i, j, l = fold_block_pair(z_p, z_q)  # noqa: E741
             max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
                 max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, c, d, e, f, g, i, j, l
             )
         else:
-            c, d, e, _, _ = fold_block(z_p, inside)
+            c, d, e, _, _ = fold_block(z_p)
             max_p, sum_p, moment_p = merge(max_p, sum_p, moment_p, c, d, e)
 
     fields: tl.constexpr = 10 if PAIR else 4

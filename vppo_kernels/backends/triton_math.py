@@ -1,6 +1,6 @@
 """The statistics of `vppo_kernels.statistics` inside a kernel: folding a block of logits, merging two parts.
 
-`z` is a `[rows, columns]` block of logits, -inf outside; statistics are `[rows]` vectors. Formulas and their reasons
+`z` is a `[rows, columns]` block of logits, -inf outside as where a word is masked; statistics are `[rows]` vectors. Formulas and their reasons
 are those of `statistics.py` and `backends/torch.py`; only what hardware exponentials lack is added here.
 """
 
@@ -10,14 +10,27 @@ import triton
 import triton.language as tl
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+APART: tl.constexpr = tl.constexpr(16.0)
+FLOOR: tl.constexpr = tl.constexpr(-1.0e30)  # -EXP_FLOOR
+
+
+@triton.jit
+def _phi_near(x):
+    """`exp(x) - 1 - x` as a series for |x| < 0.5, where the difference would lose its digits (error 1e-9 of the value)."""
+    series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880)))
+    return x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
 
 
 @triton.jit
 def phi(x):
-    """`exp(x) - 1 - x`; a series where the difference would lose its digits (error 1e-9 of the value)."""
-    series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880)))
-    series = 0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series)))
-    return tl.where(tl.abs(x) < 0.5, x * x * series, tl.exp(x) - 1 - x)
+    """`exp(x) - 1 - x`"""
+    return tl.where(tl.abs(x) < 0.5, _phi_near(x), tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def expm1(x):
+    """`exp(x) - 1`"""
+    return tl.where(tl.abs(x) < 0.5, x + _phi_near(x), tl.exp(x) - 1)
 
 
 @triton.jit
@@ -29,32 +42,41 @@ def log_share(d):
 
 
 @triton.jit
-def fold_block(z, inside):
+def fold_block(z):
     """One view: (max, sum, moment), and of each column its weight and its distance from the maximum."""
-    top = tl.max(z, 1)
-    shifted = tl.where(inside, z - top[:, None], 0.0)
-    weights = tl.where(inside, tl.exp(shifted), 0.0)
+    top, seen = tl.max(z, 1), z != float("-inf")
+    shifted = tl.where(seen, z - top[:, None], 0.0)
+    weights = tl.where(seen, tl.exp(shifted), 0.0)
     return top, tl.sum(weights, 1), tl.sum(weights * shifted, 1), weights, shifted
 
 
 @triton.jit
-def fold_block_pair(z_p, z_q, inside):
+def gap_of(z_p, z_q, max_p, max_q):
+    """`(z_p - m_p) - (z_q - m_q)`, in the order that loses least."""
+    between = max_p - max_q
+    return tl.where(tl.abs(between) > APART, (z_p - max_p) - (z_q - max_q), (z_p - z_q) - between)
+
+
+@triton.jit
+def fold_block_pair(z_p, z_q):
     """Two views: (max, sum, moment) of p and of q, gap, excess."""
-    max_p, sum_p, moment_p, weights, _ = fold_block(z_p, inside)
-    max_q, sum_q, moment_q, _, shifted_q = fold_block(z_q, inside)
-    x = tl.where(inside, (z_p - z_q) - (max_p - max_q)[:, None], 0.0)
-    gap = tl.sum(weights * x, 1) / sum_p
+    max_p, sum_p, moment_p, weights, _ = fold_block(z_p)
+    max_q, sum_q, moment_q, _, shifted_q = fold_block(z_q)
+    seen_p, seen_q = z_p != float("-inf"), z_q != float("-inf")
+    x = tl.where(seen_p & seen_q, gap_of(z_p, z_q, max_p[:, None], max_q[:, None]), FLOOR)
+    gaps = tl.where(seen_p & (z_q == float("-inf")), float("inf"), weights * x)
+    gap = tl.where(sum_p > 0, tl.sum(gaps, 1) / sum_p, 0.0)
     d = gap[:, None] - x
     near = weights * phi(tl.minimum(d, 1.0))
     far = tl.exp(shifted_q + gap[:, None]) - weights * (1 + d)  # exp(d) alone could overflow
-    excess = tl.sum(tl.where(inside, tl.where(d < 1.0, near, far), 0.0), 1)
+    excess = tl.sum(tl.where(seen_q, tl.where(d < 1.0, near, far), 0.0), 1)
     return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
 
 
 @triton.jit
 def distance(part, whole):
     """`part - whole <= 0`, finite also where one or both are -inf."""
-    return tl.maximum(tl.where(part == whole, 0.0, part - whole), -1.0e30)
+    return tl.maximum(tl.where(part == whole, 0.0, part - whole), FLOOR)
 
 
 @triton.jit
@@ -94,6 +116,8 @@ def merge_pair(
         mean_a + weight_b / total * (mean_b - mean_a),
         mean_b + weight_a / total * (mean_a - mean_b),
     )
+    gap = tl.where(sum_p > 0, gap, 0.0)
+    gap = tl.where((gap_a == float("inf")) | (gap_b == float("inf")), float("inf"), gap)
     excess = move_excess(excess_a, sum_p_a, gap - mean_a, down_a, lower_a + (gap - gap_a))
     excess += move_excess(excess_b, sum_p_b, gap - mean_b, down_b, lower_b + (gap - gap_b))
     return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess

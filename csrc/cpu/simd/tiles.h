@@ -9,6 +9,7 @@ namespace vppo {
 namespace {
 
 constexpr int64_t kBlock = 4096;   // columns taken together: they stay in a near cache between two looks at them
+constexpr float kMostGap = 80.0f;  // whose exponential is finite, also times the sum of a block
 constexpr float kOut = -FLT_MAX;   // stands for what lies behind the end of a row: without weight, and finite
 
 inline float* row_of(const Tile& tile, int view, int64_t row) {
@@ -36,46 +37,74 @@ inline float largest(const float* z, int64_t columns) {
   return largest(top);
 }
 
+// What distances are measured from: the largest logit; where all words are masked, far below others, far above these.
+inline float base_of(float top) { return fmaxf(top, 0.1f * kFloor); }
+
+// Logits, and of masked words finite ones that have no weight.
+inline Vec load_finite(const float* z, int count) { return max(all(kFloor), load(z, count, kFloor)); }
+
 View view_of(const float* z, int64_t columns) {
-  const float top = largest(z, columns);
+  const float top = largest(z, columns), base = base_of(top);
   Vec total{}, moment{};
   each_vector(columns, [&](int64_t j, int n) {
-    const Vec shifted = below(load(z + j, n, kOut), top), weight = exp_down(shifted);
+    const Vec shifted = below(load(z + j, n, kOut), base), weight = exp_down(shifted);
     total += weight;
     moment += weight * shifted;
   });
   return {top, sum(total), sum(moment)};
 }
 
-// Both views of a block: one look for the maxima, one for the weights, one for the excess about the mean gap.
-Pair pair_of(const float* z_p, const float* z_q, int64_t columns) {
+// Both views of a block: one look for the weights, one for the excess about the mean gap. A block with masked words, or
+// with a gap whose exponential overflows, comes out with a gap that is not finite, or is large, unless it is taken as a
+// RARE one; so is one whose maxima lie apart.
+template <bool kRare>
+Pair pair_of(const float* z_p, const float* z_q, int64_t columns, float top_p, float top_q) {
   alignas(64) float weights_p[kBlock], weights_q[kBlock];
-  const float top_p = largest(z_p, columns), top_q = largest(z_q, columns), between = top_p - top_q;
+  const float base_p = kRare ? base_of(top_p) : top_p, base_q = kRare ? base_of(top_q) : top_q;
+  const float between = base_p - base_q;
+  const bool apart = fabsf(between) > kApart;
+  const auto at = [](const float* z, int n) { return kRare ? load_finite(z, n) : load(z, n, kOut); };
+  const auto gap_of = [&](Vec p, Vec q) {
+    return kRare && apart ? (p - base_p) - (q - base_q) : (p - q) - between;
+  };
   Vec total_p{}, moment_p{}, total_q{}, moment_q{}, gaps{};
   each_vector(columns, [&](int64_t j, int n) {
-    const Vec p = load(z_p + j, n, kOut), q = load(z_q + j, n, kOut);
-    const Vec shifted_p = below(p, top_p), weight_p = exp_down(shifted_p);
-    const Vec shifted_q = below(q, top_q), weight_q = exp_down(shifted_q);
+    const Vec p = at(z_p + j, n), q = at(z_q + j, n);
+    const Vec shifted_p = below(p, base_p), weight_p = exp_down(shifted_p);
+    const Vec shifted_q = below(q, base_q), weight_q = exp_down(shifted_q);
     store(weights_p + j, weight_p, n);
     store(weights_q + j, weight_q, n);
     total_p += weight_p;
     moment_p += weight_p * shifted_p;
     total_q += weight_q;
     moment_q += weight_q * shifted_q;
-    gaps += weight_p * ((p - q) - between);
+    gaps += weight_p * gap_of(p, q);
+    if (kRare) {  // a word that q alone masks
+      const Int hidden = (load(z_q + j, n, -INFINITY) == -INFINITY) & (load(z_p + j, n, -INFINITY) != -INFINITY);
+      gaps = hidden ? all(INFINITY) : gaps;
+    }
   });
   const View p{top_p, sum(total_p), sum(moment_p)}, q{top_q, sum(total_q), sum(moment_q)};
-  const float gap = sum(gaps) / p.sum;
+  const float gap = kRare && !(p.sum > 0.0f) ? 0.0f : sum(gaps) / p.sum;
   // w_p phi(d) of the gap from the mean, d; away from 0 without an exponential: w_p exp(d) = w_q exp(gap)
   const float lift = expf(gap);
   Vec excess{};
   each_vector(columns, [&](int64_t j, int n) {
-    const Vec d = gap - ((load(z_p + j, n, kOut) - load(z_q + j, n, kOut)) - between);
+    const Vec q = at(z_q + j, n), d = gap - gap_of(at(z_p + j, n), q);
     const Vec weight_p = load(weights_p + j, n, 0.0f), weight_q = load(weights_q + j, n, 0.0f);
-    const Vec far = weight_q * lift - weight_p * (d + 1.0f);
-    excess += abs(d) < 0.5f ? weight_p * phi_near(d) : far;
+    const Vec lifted = kRare ? exp((q - base_q) + gap) : weight_q * lift;
+    excess += abs(d) < 0.5f ? weight_p * phi_near(d) : lifted - weight_p * (d + 1.0f);
   });
   return {p, q, gap, sum(excess)};
+}
+
+Pair pair_of(const float* z_p, const float* z_q, int64_t columns) {
+  const float top_p = largest(z_p, columns), top_q = largest(z_q, columns);
+  if (fabsf(top_p - top_q) <= kApart) {
+    const Pair pair = pair_of<false>(z_p, z_q, columns, top_p, top_q);
+    if (fabsf(pair.gap) < kMostGap) return pair;
+  }
+  return pair_of<true>(z_p, z_q, columns, top_p, top_q);
 }
 
 View load_view(const Fields& packed, int first, int64_t row) {
@@ -142,12 +171,18 @@ struct Row {
 struct Rows {
   Row p, q;
   float between, gap, kl;
+  bool apart;
 
   Rows(const Fields& packed, int64_t row)
       : p(packed, 0, row), q(packed, 4, row), between(p.max - q.max), gap(field(packed, 8, row)),
-        kl(field(packed, 9, row)) {}
+        kl(field(packed, 9, row)), apart(fabsf(between) > kApart) {}
 
-  Vec centred(Vec z_p, Vec z_q) const { return ((z_p - z_q) - between) - gap; }
+  Vec centred(Vec z_p, Vec z_q) const {
+    return (apart ? (z_p - p.max) - (z_q - q.max) : (z_p - z_q) - between) - gap;
+  }
+
+  // `log(p / q)`, from the gap about the mean gap where that has more digits.
+  Vec log_ratio(Vec centred, Vec log_p, Vec log_q) const { return kl > kApart ? log_p - log_q : centred + kl; }
 };
 
 void fold_jsd(Tile tile, Fields pair, Fields halves, int64_t begin, int64_t end) {
@@ -156,11 +191,12 @@ void fold_jsd(Tile tile, Fields pair, Fields halves, int64_t begin, int64_t end)
     const Rows both(pair, row);
     Vec half_p{}, half_q{};
     each_vector(tile.columns, [&](int64_t j, int n) {
-      const Vec p = load(z_p + j, n, kOut), q = load(z_q + j, n, kOut);
+      const Vec p = load_finite(z_p + j, n), q = load_finite(z_q + j, n);
+      const Vec log_p = both.p.log(p), log_q = both.q.log(q);
       Vec of_p, of_q;
-      log_shares(both.centred(p, q) + both.kl, of_p, of_q);
-      half_p += exp_down(both.p.log(p)) * of_p;
-      half_q += exp_down(both.q.log(q)) * of_q;
+      log_shares(both.log_ratio(both.centred(p, q), log_p, log_q), of_p, of_q);
+      half_p += exp_down(log_p) * of_p;
+      half_q += exp_down(log_q) * of_q;
     });
     field(halves, 0, row) += sum(half_p);
     field(halves, 1, row) += sum(half_q);
@@ -208,9 +244,9 @@ void gradient_rows(Tile tile, Fields pair, Fields halves, Targets targets, Field
     const float more_p = at_target(z_p, target, of_logprob_p, slope);
     const float more_q = at_target(z_q, target, of_logprob_q, slope);
     each_vector(tile.columns, [&](int64_t j, int n) {
-      const Vec at_p = load(z_p + j, n, kOut), at_q = load(z_q + j, n, kOut);
+      const Vec at_p = load_finite(z_p + j, n), at_q = load_finite(z_q + j, n);
       const Vec log_p = both.p.log(at_p), log_q = both.q.log(at_q), centred = both.centred(at_p, at_q);
-      const Vec p = exp_down(log_p), q = exp_down(log_q), d = centred + both.kl;
+      const Vec p = exp_down(log_p), q = exp_down(log_q), d = both.log_ratio(centred, log_p, log_q);
       Vec factor_p = -of_entropy_p * (log_p + both.p.entropy) - of_logprob_p;
       Vec grad_q = q * (-of_entropy_q * (log_q + both.q.entropy) - of_logprob_q);
       if (kJsd) {
