@@ -16,7 +16,7 @@ namespace vppo {
 
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kFloor = -1.0e30f;  // stands for an infinite distance: its exponential, and 0 times it, are 0
-constexpr float kApart = 16.0f;     // how far apart maxima are measured from before views are compared
+constexpr float kApart = 4.0f;      // how far apart maxima are measured from before views are compared
 
 // `exp(x) - 1 - x` as a series, for |x| < 0.5: there the difference would lose its digits (error 1e-9 of the value).
 VPPO_BOTH float phi_near(float x) {

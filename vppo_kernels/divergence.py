@@ -43,11 +43,17 @@ def linear_divergence(
     The logits `softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature` of both views exist only as tiles:
     working memory stays within `workspace_limit`, whatever the number of rows and of vocabulary entries is.
 
+    A bias of -inf masks its word: it has no probability, no part in any result, and no gradient; its log-probability as
+    a target is -inf. What is infinite has no gradient. A row whose words are all masked is NaN.
+
+    Values do not depend on the number of threads, bit for bit. Gradients of hidden states and weight may, in their last
+    bits: they are torch's matrix products, which sum in another order on other numbers of threads.
+
     Args:
         hidden: `[..., D]` final hidden states given the clean image; float32, bfloat16 or float16.
         hidden_perturbed: The same given the perturbed image, of the same shape.
         weight: `[V, D]` weight of the language-model head.
-        bias: `[V]` or None.
+        bias: `[V]` or None; finite, or -inf.
         targets: `[...]` int64 or int32 sampled tokens, whose log-probabilities are wanted too; None if they are not.
         kind: "kl" is `KL(clean || perturbed)`, "reverse_kl" the other direction, "jsd" the Jensen-Shannon divergence.
         temperature: Divides the logits; above 0.
@@ -59,7 +65,7 @@ def linear_divergence(
             ranks. Results and gradients of hidden states are of the whole vocabulary. None for a whole weight; a
             weight that is a DTensor sharded on dimension 0 brings its own group.
         backend: "auto", "torch", "triton", or "triton_fused" (no logits in memory; see its module).
-        check: Look for NaN and inf in the inputs, and compare up to 16 rows with the float64 definition. Code that
+        check: Look for NaN and inf in the inputs (-inf is allowed in the bias), and compare up to 16 rows with the float64 definition. Code that
             `torch.compile` traces has no values to look at: there nothing is checked but types and shapes.
 
     Returns:
@@ -122,6 +128,9 @@ def divergence(
     check: bool = False,
 ) -> DivergenceOutput:
     """The same as `linear_divergence` for callers that already hold logits.
+
+    A logit of -inf is a masked word of that view. Where the second view alone masks a word, however little probability
+    the first gives it, "kl" is +inf and has no gradient; "reverse_kl" where the first alone does; "jsd" is finite.
 
     Args:
         logits: `[..., V]` given the clean image, any of float32, bfloat16 and float16. Logits that were rounded to 16

@@ -58,7 +58,7 @@ def logprob(z: Tensor, targets: Tensor) -> Tensor:
 
 
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
-    """`KL(p || q)` over the last dimension (VPPO, Eq. 3), in nats; +inf, without gradient, where q alone masks a word."""
+    """`KL(p || q)` over the last dimension (VPPO, Eq. 3), in nats; +inf, without gradient, if q alone masks a word."""
     logp, logq = z_p.log_softmax(-1), z_q.log_softmax(-1)
     hidden = (logq == -math.inf) & (logp > -math.inf)
     value = _sum(logp.exp(), logp - logq.masked_fill(hidden, 0.0), logp == -math.inf)

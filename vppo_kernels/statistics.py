@@ -28,10 +28,10 @@ from torch import Tensor
 # a stand-in for an infinite distance: exp(-EXP_FLOOR) and EXP_FLOOR * 0 are 0, and no logits lie further apart
 EXP_FLOOR = 1.0e30
 
-# Sums with a term beyond this are rounded by more than alike views may differ. So where the two maxima lie further apart,
-# views are measured from them before they are compared (nearer ones are compared first, which leaves no rounding where
-# they are alike); and where the divergence is larger, `log(p / q)` is the difference of the logarithms.
-APART = 16.0
+# A sum with a term beyond this is rounded by more than alike views may differ. So where the two maxima lie further
+# apart, views are measured from them before they are compared (nearer ones are compared first, which leaves no rounding
+# where they are alike); and where the divergence is larger, `log(p / q)` is the difference of the logarithms.
+APART = 4.0
 
 
 class LogprobOutput(NamedTuple):

@@ -135,6 +135,38 @@ def test_a_split_vocabulary(tmp_path: Path, sizes: list[int]) -> None:
     spawn(split_vocabulary, tmp_path, len(sizes), sizes, "torch")
 
 
+def split_masked(rank: int, sizes: list[int]) -> None:
+    """All words of the first rank are masked, by the bias; of logits, the others mask some words in one view each."""
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    whole, part = inputs(), inputs()
+    bias = whole.bias.detach().clone()
+    bias[: sizes[0]] = bias[::5] = -torch.inf
+    whole.targets = part.targets = torch.tensor([sizes[0] + 1, 0, *[PADDED - 1] * 7])
+    weight = whole.weight.detach()[mine].clone().requires_grad_()
+    z_p, z_q = (z.detach().masked_fill(bias == -torch.inf, -torch.inf) for z in whole.logits())
+    z_p[:4, -3:] = z_q[:2, -8:-5] = -torch.inf
+    options: dict[str, Any] = dict(targets=whole.targets, check=True)
+    for kind in ("kl", "reverse_kl", "jsd"):
+        one = linear_divergence(whole.hidden, whole.perturbed, whole.weight, bias, kind=kind, **options)
+        two = linear_divergence(
+            part.hidden, part.perturbed, weight, bias[mine], kind=kind, process_group=dist.group.WORLD, **options
+        )
+        for a, b in zip(two, one, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        expected = gradients([x.nan_to_num(neginf=0.0) for x in one], [whole.hidden, whole.weight])
+        got = gradients([x.nan_to_num(neginf=0.0) for x in two], [part.hidden, weight])
+        assert_same(got, [expected[0], expected[1][mine]], f"{kind}, masked bias")
+        one = divergence(z_p, z_q, kind=kind, **options)
+        two = divergence(z_p[:, mine], z_q[:, mine], kind=kind, process_group=dist.group.WORLD, **options)
+        assert torch.isinf(one.divergence).sum() == {"kl": 2, "reverse_kl": 4, "jsd": 0}[kind]
+        for a, b in zip(two, one, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_masked_words_of_a_split_vocabulary(tmp_path: Path) -> None:
+    spawn(split_masked, tmp_path, 3, [40, 30, 40])
+
+
 def split_bfloat16(rank: int, sizes: list[int]) -> None:
     views = inputs(torch.bfloat16)
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))

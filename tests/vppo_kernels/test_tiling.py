@@ -290,6 +290,22 @@ def test_far_views_stay_within_the_limit_too(backend: str) -> None:
     assert forward.peak <= 2 * MIB
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rare_rows_stay_within_the_limit_too(kind: str) -> None:
+    """All rows take the detours: masked words, maxima far apart, a large divergence. Triton and native have none."""
+    views = make_views(rows=300, vocab=3000, depth=4)
+    z_p, z_q = (z.requires_grad_() for z in views.logits())
+    with torch.no_grad():
+        z_p[:, ::3], z_q[:, ::3] = -math.inf, -math.inf
+        z_p[:, 1] += 60
+    with workspace_limit(2 * MIB):
+        with PeakMemory() as forward:
+            output = divergence(z_p, z_q, kind=kind, backend="torch")
+        with PeakMemory() as backward:
+            gradients = torch.autograd.grad(output.divergence.sum(), (z_p, z_q))
+    assert forward.peak <= 2 * MIB and backward.peak - sum(g.nbytes for g in gradients) <= 2 * MIB
+
+
 @pytest.mark.parametrize("vocab_size", [None, 2990])
 def test_the_weight_gradient_is_not_made_twice(backend: str, vocab_size: int | None) -> None:
     weight, hidden = torch.randn(3000, 256, requires_grad=True), torch.randn(4, 256)

@@ -153,11 +153,20 @@ def _add_at_targets(grad: Tensor, targets: Tensor, first: int, value: Tensor) ->
     grad.scatter_add_(1, column.clamp(0, grad.shape[1] - 1).unsqueeze(1), value.unsqueeze(1))
 
 
+def _times_(tile: Tensor, slope: Tensor | float) -> None:
+    if isinstance(slope, Tensor) or slope != 1.0:
+        tile.mul_(slope)
+
+
 def _view_gradient(
-    logp: Tensor, view: Softmax, grad_entropy: Tensor, grad_logprobs: Tensor | None, inner: Tensor | float
+    logp: Tensor, view: Softmax, grad_entropy: Tensor, grad_logprobs: Tensor | None, inner: Tensor | None
 ) -> Tensor:
-    """`p * (inner - grad_entropy (log p + H) - grad_logprobs)`: what of a view's gradient is a multiple of p."""
-    factor = (logp + view.entropy.unsqueeze(1)).mul_(-grad_entropy.unsqueeze(1)).add_(inner)
+    """`p * (inner - grad_entropy (log p + H) - grad_logprobs)`: what of a view's gradient is a multiple of p.
+
+    Overwrites `inner`; None stands for 0.
+    """
+    factor, slope = logp + view.entropy.unsqueeze(1), -grad_entropy.unsqueeze(1)
+    factor = factor.mul_(slope) if inner is None else inner.addcmul_(factor, slope)
     if grad_logprobs is not None:
         factor.sub_(grad_logprobs.unsqueeze(1))
     return factor.mul_(logp.exp())
@@ -173,9 +182,9 @@ def gradient_(
     tile.clamp_min_(-EXP_FLOOR)  # a masked word: a finite logit whose probability is 0
     slope, softmax = transform.slope(tile), unpack_softmax(view)
     logp = _log_softmax(tile, softmax)
-    tile.copy_(_view_gradient(logp, softmax, grads[1], grads[0], 0.0))
+    tile.copy_(_view_gradient(logp, softmax, grads[1], grads[0], None))
     _add_at_targets(tile, targets, first, grads[0])
-    tile.mul_(slope)
+    _times_(tile, slope)
 
 
 def gradient_pair_(
@@ -207,7 +216,7 @@ def gradient_pair_(
     d = _log_ratio(centred, both.kl, logp, logq)
     if halves is None:
         # q - p over q: the difference of two exponentials would lose the digits of a small gap
-        inner_p, inner_q = scale * centred, scale * -torch.expm1(d.clamp_max(1.0))
+        inner_p, inner_q = scale * centred, d.clamp_max(1.0).expm1_().mul_(-scale)
     else:
         inner_p = 0.5 * scale * (_log_share(d) - halves[0].unsqueeze(1))
         inner_q = 0.5 * scale * (_log_share(-d) - halves[1].unsqueeze(1))
@@ -219,4 +228,4 @@ def gradient_pair_(
     if targets is not None:
         _add_at_targets(z_p, targets, first, grads[3])
         _add_at_targets(z_q, targets, first, grads[4])
-    tile.mul_(slope)
+    _times_(tile, slope)

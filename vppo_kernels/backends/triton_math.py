@@ -1,7 +1,8 @@
 """The statistics of `vppo_kernels.statistics` inside a kernel: folding a block of logits, merging two parts.
 
-`z` is a `[rows, columns]` block of logits, -inf outside as where a word is masked; statistics are `[rows]` vectors. Formulas and their reasons
-are those of `statistics.py` and `backends/torch.py`; only what hardware exponentials lack is added here.
+`z` is a `[rows, columns]` block of logits, -inf outside as where a word is masked; statistics are `[rows]` vectors.
+Formulas and their reasons are those of `statistics.py` and `backends/torch.py`; only what hardware exponentials lack is
+added here.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import triton
 import triton.language as tl
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-APART: tl.constexpr = tl.constexpr(16.0)
+APART: tl.constexpr = tl.constexpr(4.0)
 FLOOR: tl.constexpr = tl.constexpr(-1.0e30)  # -EXP_FLOOR
 
 
 @triton.jit
 def _phi_near(x):
-    """`exp(x) - 1 - x` as a series for |x| < 0.5, where the difference would lose its digits (error 1e-9 of the value)."""
+    """`exp(x) - 1 - x` as a series, for |x| < 0.5: there the difference would lose its digits (error 1e-9 of the value)."""
     series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880)))
     return x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
 
