@@ -46,8 +46,8 @@ def linear_divergence(
     A bias of -inf masks its word: it has no probability, no part in any result, and no gradient; its log-probability as
     a target is -inf. What is infinite has no gradient. A row whose words are all masked is NaN.
 
-    Values do not depend on the number of threads, bit for bit. Gradients of hidden states and weight may, in their last
-    bits: they are torch's matrix products, which sum in another order on other numbers of threads.
+    On a fixed number of threads results repeat bit for bit. Gradients of hidden states and weight may differ in their
+    last bits between one thread and two: they are torch's matrix products, which then sum in another order.
 
     Args:
         hidden: `[..., D]` final hidden states given the clean image; float32, bfloat16 or float16.
@@ -65,8 +65,9 @@ def linear_divergence(
             ranks. Results and gradients of hidden states are of the whole vocabulary. None for a whole weight; a
             weight that is a DTensor sharded on dimension 0 brings its own group.
         backend: "auto", "torch", "triton", or "triton_fused" (no logits in memory; see its module).
-        check: Look for NaN and inf in the inputs (-inf is allowed in the bias), and compare up to 16 rows with the float64 definition. Code that
-            `torch.compile` traces has no values to look at: there nothing is checked but types and shapes.
+        check: Look for NaN and inf in the inputs (-inf is allowed in the bias), and compare up to 16 rows with the
+            float64 definition. Code that `torch.compile` traces has no values to look at: there nothing is checked but
+            types and shapes.
 
     Returns:
         `DivergenceOutput(divergence, entropy, entropy_perturbed, logprobs, logprobs_perturbed)`, each `[...]`, float32

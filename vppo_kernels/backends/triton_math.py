@@ -17,7 +17,7 @@ FLOOR: tl.constexpr = tl.constexpr(-1.0e30)  # -EXP_FLOOR
 
 @triton.jit
 def _phi_near(x):
-    """`exp(x) - 1 - x` as a series, for |x| < 0.5: there the difference would lose its digits (error 1e-9 of the value)."""
+    """`exp(x) - 1 - x` as a series, for |x| < 0.5, where the difference would lose its digits (error 1e-9 of it)."""
     series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880)))
     return x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
 
