@@ -14,7 +14,7 @@ from vppo.grading.pool import LONGEST_ANSWER, VerifierPool
 pytestmark = pytest.mark.fuzz
 
 PIECES = [
-    *"0123456789abcxyzABCDEπ°√∞≤×·{}()[]<>,.;:|/\\^_=+-*%$€&# \n\t\0é中",
+    *"0123456789abcxyzABCDEπ°√∞≤×·{}()[]<>,.;:|/\\^_=+-*%$€&# \n\t\0é中",  # noqa: RUF001
     "\\frac", "\\sqrt", "\\text{", "\\left(", "\\right)", "\\pi", "\\infty", "\\cdot",
     "\\times", "\\pm", "\\cup", "\\boxed{",
     "\\begin{pmatrix}", "\\end{pmatrix}", "\\int", "\\sum", "\\log", "\\sin", "10^{", "9^9^9", "1e5",

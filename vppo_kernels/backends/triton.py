@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vppo_kernels.backends.triton_math import (
     APART,
-    FLOOR,
     expm1,
+    finite,
     fold_block,
     fold_block_pair,
     gap_of,
@@ -47,7 +47,7 @@ def _fold_kernel(
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
         z = tl.load(z_ptr[:, None] + column, mask=inside, other=float("-inf"))
-        part_top, part_total, part_moment, _, _ = fold_block(z)
+        part_top, part_total, part_moment, _, _ = fold_block(finite(z))
         top, total, moment = merge(top, total, moment, part_top, part_total, part_moment)
     store_view(stats, rows, there, top, total, moment)
     if HAS_TARGETS:
@@ -91,8 +91,7 @@ def _field(packed, index, stride, there):
 @triton.jit
 def _load_finite(z_ptr, inside):
     """Logits, and of a masked word a finite one whose probability is 0."""
-    z = tl.load(z_ptr, mask=inside, other=0.0)
-    return tl.where(z < FLOOR, FLOOR, z)
+    return finite(tl.load(z_ptr, mask=inside, other=0.0))
 
 
 @triton.jit

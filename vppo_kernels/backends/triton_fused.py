@@ -28,6 +28,7 @@ from vppo_kernels.backends.triton import (
     gradient_pair_,
 )
 from vppo_kernels.backends.triton_math import (
+    finite,
     fold_block,
     fold_block_pair,
     load_pair,
@@ -121,7 +122,7 @@ def _sweep_kernel(
                 max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, c, d, e, f, g, i, j, l
             )
         else:
-            c, d, e, _, _ = fold_block(z_p)
+            c, d, e, _, _ = fold_block(finite(z_p))
             max_p, sum_p, moment_p = merge(max_p, sum_p, moment_p, c, d, e)
 
     fields: tl.constexpr = 10 if PAIR else 4

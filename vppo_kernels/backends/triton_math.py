@@ -43,11 +43,24 @@ def log_share(d):
 
 
 @triton.jit
+def finite(z):
+    """A logit, or of a masked word one so low that it has no weight."""
+    return tl.where(z < FLOOR, FLOOR, z)
+
+
+@triton.jit
+def base_of(top):
+    """What distances are measured from: the largest logit; where all words are masked, a number far above these."""
+    return tl.where(top < 0.1 * FLOOR, 0.1 * FLOOR, top)
+
+
+@triton.jit
 def fold_block(z):
-    """One view: (max, sum, moment), and of each column its weight and its distance from the maximum."""
-    top, seen = tl.max(z, 1), z != float("-inf")
-    shifted = tl.where(seen, z - top[:, None], 0.0)
-    weights = tl.where(seen, tl.exp(shifted), 0.0)
+    """One view, made finite: (max, sum, moment), and of each column its weight and its distance from the maximum."""
+    top = tl.max(z, 1)
+    shifted = z - base_of(top)[:, None]
+    weights = tl.exp(shifted)
+    top = tl.where(top == FLOOR, float("-inf"), top)
     return top, tl.sum(weights, 1), tl.sum(weights * shifted, 1), weights, shifted
 
 
@@ -61,16 +74,17 @@ def gap_of(z_p, z_q, max_p, max_q):
 @triton.jit
 def fold_block_pair(z_p, z_q):
     """Two views: (max, sum, moment) of p and of q, gap, excess."""
+    z_p, z_q = finite(z_p), finite(z_q)
     max_p, sum_p, moment_p, weights, _ = fold_block(z_p)
     max_q, sum_q, moment_q, _, shifted_q = fold_block(z_q)
-    seen_p, seen_q = z_p != float("-inf"), z_q != float("-inf")
-    x = tl.where(seen_p & seen_q, gap_of(z_p, z_q, max_p[:, None], max_q[:, None]), FLOOR)
-    gaps = tl.where(seen_p & (z_q == float("-inf")), float("inf"), weights * x)
+    x = gap_of(z_p, z_q, base_of(max_p)[:, None], base_of(max_q)[:, None])
+    hidden = (z_q == FLOOR) & (z_p != FLOOR)  # by the second view alone
+    gaps = tl.where(hidden, float("inf"), weights * x)
     gap = tl.where(sum_p > 0, tl.sum(gaps, 1) / sum_p, 0.0)
     d = gap[:, None] - x
     near = weights * phi(tl.minimum(d, 1.0))
     far = tl.exp(shifted_q + gap[:, None]) - weights * (1 + d)  # exp(d) alone could overflow
-    excess = tl.sum(tl.where(seen_q, tl.where(d < 1.0, near, far), 0.0), 1)
+    excess = tl.sum(tl.where(d < 1.0, near, far), 1)
     return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
 
 
