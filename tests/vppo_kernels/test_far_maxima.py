@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from support.views import make_views, relative_error, tiles_of, worst
 from torch import Tensor
-from views import make_views, relative_error, tiles_of, worst
 
 from vppo_kernels import divergence, reference, verify
 from vppo_kernels.statistics import APART, DivergenceOutput

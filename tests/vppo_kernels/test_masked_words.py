@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.views import ABSOLUTE, Views, divergence_bound, make_views, relative_error, tiles_of
 from torch import Tensor
-from views import ABSOLUTE, Views, divergence_bound, make_views, relative_error, tiles_of
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob, linear_vppo_loss, reference
 from vppo_kernels.statistics import DivergenceOutput
