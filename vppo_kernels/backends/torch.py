@@ -137,7 +137,7 @@ def _centred_gap(tile: Tensor, pair: Pair) -> Tensor:
     gap = (tile[0] - tile[1]).sub_(between.unsqueeze(1))
     apart = between.abs() > APART
     if bool(apart.any()):
-        of_p, of_q = (tile[view, apart] - pair[view].max[apart].unsqueeze(1) for view in (0, 1))
+        of_p, of_q = (z[apart] - view.max[apart].unsqueeze(1) for z, view in ((tile[0], pair.p), (tile[1], pair.q)))
         gap[apart] = of_p.sub_(of_q)
     return gap.sub_(pair.gap.unsqueeze(1))
 
