@@ -184,7 +184,7 @@ BROKEN: list[tuple[str, str, str]] = [
     ),
     ("warmup/warmup.json", '{"steps": 3}', r"warmup.json: has no number seconds, accuracy; remove .*warmup"),
     ("model/model.safetensors", "no weights", r"model: cannot be loaded .*; remove .*model, and the same command"),
-    ("metrics.jsonl", '{"step": 1}\n{"st', r"metrics.jsonl: has a line that is no step of a run: '{\"st'; remove that"),
+    ("metrics.jsonl", '{"step": 1}\n{"st', r"metrics.jsonl, line 2: is no step of a run: '{\"st'; remove that"),
 ]
 
 
@@ -202,7 +202,7 @@ def test_a_broken_file_is_named_on_resuming(
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(InputError, match="holds other files"):
+    with pytest.raises(InputError, match="run is a file; takes a new or empty folder"):
         run_demo(DemoOptions(out=tmp_path / "run"))
 
 
