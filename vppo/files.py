@@ -106,8 +106,8 @@ def refusal(error: BaseException) -> str | None:
     """What the disk said, where an error is that of a disk; else None."""
     if isinstance(error, OSError) and error.errno in REFUSALS:
         return str(error.strerror)
-    # torch's file writer, and the Rust library below safetensors and tokenizers
-    if "PytorchStreamWriter" in str(error) or "(os error " in str(error):
+    # torch's file writer, and the Rust libraries of safetensors and tokenizers
+    if "inline_container.cc" in str(error) or "(os error " in str(error):
         return str(error).splitlines()[0]
     return None
 

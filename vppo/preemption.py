@@ -19,9 +19,9 @@ EXIT_CODE = 128 + signal.SIGTERM  # 143: how shells and schedulers write that a 
 
 
 class StopOnSigterm(TrainerCallback):
-    """Ends training at SIGTERM as if it had been killed right behind a checkpoint: it saves one, and stops.
+    """Ends training at SIGTERM as if it had been killed right after a checkpoint: it saves one, and stops.
 
-    The checkpoint falls behind the optimizer step at hand, or, where several are made from the same rollouts, behind
+    The checkpoint is made after the optimizer step at hand, or, where several use the same rollouts, after
     the last of those. One process that was told is enough: all agree on the step. Without it, and before and after
     training, SIGTERM does what it did before.
 
@@ -74,7 +74,7 @@ class StopOnSigterm(TrainerCallback):
     def _tell(self, number: int, frame: FrameType | None) -> None:
         if not self._told:
             with suppress(OSError):  # not print: the signal may have come in the middle of one
-                os.write(2, b"\nSIGTERM: ending behind this step\n")
+                os.write(2, b"\nSIGTERM: ending after this step\n")
         self._told = True
 
     def _anyone_told(self, device: torch.device) -> bool:

@@ -71,7 +71,7 @@ class SavedTrainer(LoggedTrainer):
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with writing(folder, "make room, and go on from the checkpoint before it with resume"):
+            with writing(folder, "make room, and go on with resume from the checkpoint before it"):
                 if self.args.should_save:
                     manifest.begin(folder)
                 super()._save_checkpoint(model, trial)

@@ -482,7 +482,7 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
     if stop.stopped:
         step = trainer.state.global_step
         kept = f"checkpoint-{step} is saved" if stop.saved else "save_strategy is 'no', so nothing is saved"
-        trainer.accelerator.print(f"Ended by SIGTERM behind step {step}; {kept}. Go on with --resume true")
+        trainer.accelerator.print(f"Ended by SIGTERM after step {step}; {kept}. Go on with --resume true")
         raise SystemExit(EXIT_CODE)
 
 
