@@ -17,6 +17,7 @@ from vppo.manifest import MANIFEST_FILE
 STATE_FILE = "trainer_state.json"
 # what a run goes on with beside its weights: without any of it transformers goes on differently, and does not say so
 STATES = {"optimizer": "optimizer*", "learning rate schedule": "scheduler.pt", "random state": "rng_state*.pth"}
+WEIGHTS = ("*.safetensors", "pytorch_model*", "global_step*")  # whole or adapters; FSDP's; DeepSpeed's
 logger = logging.getLogger(__name__)
 
 
@@ -47,10 +48,9 @@ def fault(checkpoint: str | Path) -> str | None:
     folder = Path(checkpoint)
     if not folder.is_dir():
         return "there is no such folder"
-    found = manifest.fault(folder) if (folder / MANIFEST_FILE).exists() else _visible_fault(folder)
-    if found is None and saved_step(folder) is None:
-        return f"it has no readable {STATE_FILE}"
-    return found
+    if (folder / MANIFEST_FILE).exists():
+        return manifest.fault(folder)
+    return f"it has no readable {STATE_FILE}" if saved_step(folder) is None else _visible_fault(folder)
 
 
 def check_whole(checkpoint: str | Path) -> None:
@@ -74,6 +74,8 @@ def _visible_fault(folder: Path) -> str | None:
                 safe_open(path, "pt")
             except (OSError, SafetensorError):
                 return f"its {name} was cut short"
+    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        return "it has no weights"
     missing = missing_states(folder)
     return f"it has no {missing[0]}" if 0 < len(missing) < len(STATES) else None  # save_only_model leaves out all
 

@@ -88,9 +88,9 @@ def test_what_a_disk_refuses_is_told_from_defects(tmp_path: Path) -> None:
     import torch
 
     target = tmp_path / "out"
-    with pytest.raises(InputError, match=r"out: cannot be written: No space left on device.*; make room"):
-        with writing(target, "make room"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = r"out: cannot be written: No space left on device.*; make room"
+    with pytest.raises(InputError, match=said), writing(target, "make room"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(InputError, match=r"out: cannot be written: .*inline_container.cc"), writing(target):
         torch.save(torch.zeros(1 << 16), "/dev/full")
     for defect in (RuntimeError("shapes differ"), KeyError("x"), FileNotFoundError(errno.ENOENT, "no such file")):

@@ -30,9 +30,9 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 def test_another_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = hold(folder)
-    with pytest.raises(InputError, match=rf"^out: {folder} is in use by process {process.pid} on .*; wait until"):
-        with claimed(folder, "out"):
-            pass
+    said = rf"^out: {folder} is in use by process {process.pid} on .*; wait until"
+    with pytest.raises(InputError, match=said), claimed(folder, "out"):
+        pass
     process.communicate("", timeout=60)
     assert process.returncode == 0 and not folder.exists()
     with claimed(folder, "out"):
@@ -89,9 +89,9 @@ def test_who_had_it_removes_the_file_between_opening_and_locking(
 
 def test_a_file_and_a_planted_link_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(InputError, match="out: .*file is a file; takes a new or empty folder"):
-        with claimed(tmp_path / "file", "out"):
-            pass
+    said = r"out: .*file is a file; takes a new or empty folder"
+    with pytest.raises(InputError, match=said), claimed(tmp_path / "file", "out"):
+        pass
     (tmp_path / LOCK_FILE).symlink_to(tmp_path / "file")
     with pytest.raises(OSError, match="symbolic links"), claimed(tmp_path, "out"):
         pass
