@@ -56,6 +56,13 @@ class SavedTrainer(LoggedTrainer):
                 if isinstance(callback, StopOnSigterm):
                     callback.release()
 
+    def _init_training_state(  # as transformers has it
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *resumed: Any
+    ) -> tuple[int, int]:
+        """transformers', which makes one step more of a run that has made all of them."""
+        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *resumed)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else done
+
     def _whole(self, asked: str | bool) -> str:
         if asked is True:
             newest = last_complete_checkpoint(str(self.args.output_dir))

@@ -31,7 +31,7 @@ from vppo.progress import read_lines
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
 
 STEPS = 5
-KILL_POINTS = ("warm-up", "step 3", "checkpoint", "evaluation")
+KILL_POINTS = ("warm-up", "step 3", "checkpoint", "model", "evaluation")
 
 
 def accuracy_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -319,6 +319,8 @@ def _die_at(point: str | None) -> None:
         vppo.progress.TrainingProgress.on_log = log_and_die  # type: ignore[method-assign]
     elif point == "checkpoint":  # with the weights written and the state not
         transformers.TrainerState.save_to_json = die  # type: ignore[method-assign]
+    elif point == "model":  # after the last step, which has no more to do
+        run._save_whole = die
     elif point == "evaluation":
         vppo.demo.scored.score_responses = die  # type: ignore[assignment]
 
