@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faultruns
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import vppo.rewards
@@ -26,6 +28,7 @@ from vppo.demo import run, warmup
 from vppo.demo.run import DemoOptions, run_demo
 from vppo.demo.scored import ScoredResponse
 from vppo.errors import InputError
+from vppo.locks import claimed
 from vppo.progress import read_lines
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
@@ -258,6 +261,28 @@ def test_other_divergences_and_perturbations(tmp_path: Path, small: None) -> Non
         rows += read_lines(out / "metrics.jsonl")
     assert len({row["reward"] for row in rows}) == 1, "the rollouts are the same, only what is made of them differs"
     assert len({row["vppo/dependency_mean"] for row in rows}) == 4
+
+
+def test_sigterm_while_it_trains(
+    finished: tuple[Path, dict[str, Any]], small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("model", "checkpoints", "*.jsonl", "*.html"))
+    options = DemoOptions(out=out, steps=STEPS, resume=True)
+    with pytest.MonkeyPatch.context() as patch:
+        tell = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        faultruns.before(transformers.Trainer, "training_step", tell, patch.setattr, 3)
+        with pytest.raises(SystemExit) as caught:
+            run_demo(options)
+    assert caught.value.code == 143
+    assert "Ended by SIGTERM; checkpoint-3 is saved. Go on with --resume" in capsys.readouterr().out
+    run_demo(options)
+    assert (out / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+
+
+def test_two_demos_in_one_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", "--out"), pytest.raises(InputError, match=r"--out: .*run is in use by process"):
+        run_demo(DemoOptions(out=tmp_path / "run"))
 
 
 @pytest.mark.slow
