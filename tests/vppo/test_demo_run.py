@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import faultruns
 import numpy as np
 import pytest
 import torch
@@ -266,6 +265,8 @@ def test_other_divergences_and_perturbations(tmp_path: Path, small: None) -> Non
 def test_sigterm_while_it_trains(
     finished: tuple[Path, dict[str, Any]], small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from support import faultruns  # not for the script that this file also is
+
     out = tmp_path / "run"
     shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("model", "checkpoints", "*.jsonl", "*.html"))
     options = DemoOptions(out=out, steps=STEPS, resume=True)

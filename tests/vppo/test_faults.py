@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import faultruns
 import pytest
 import torch
 import transformers
 import typer.testing
 import yaml
-from faultruns import STEPS, before, ending, prepare, save_points
+from support import faultruns
+from support.faultruns import STEPS, before, ending, prepare, save_points
 
 import vppo.files
 import vppo.progress

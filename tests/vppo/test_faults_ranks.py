@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from faultruns import before, die, ending, prepare
+from support.faultruns import before, die, ending, prepare
 
 from vppo.checkpoints import last_complete_checkpoint
 
