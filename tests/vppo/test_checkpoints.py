@@ -2,6 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save as serialized
 
 from vppo import manifest
 from vppo.checkpoints import drop_older, last_complete_checkpoint, restore_weights, saved_step
@@ -10,6 +12,7 @@ from vppo.checkpoints import drop_older, last_complete_checkpoint, restore_weigh
 def save(output_dir: Path, name: str, state: str) -> Path:
     folder = output_dir / name
     folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(serialized({"weight": torch.zeros(1)}))
     (folder / "trainer_state.json").write_text(state)
     return folder
 
