@@ -3,49 +3,132 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
+from vppo import manifest
 from vppo.errors import InputError
+from vppo.manifest import MANIFEST_FILE
 
 STATE_FILE = "trainer_state.json"
+# what a run goes on with beside its weights: without any of it transformers goes on differently, and does not say so
+STATES = {"optimizer": "optimizer*", "learning rate schedule": "scheduler.pt", "random state": "rng_state*.pth"}
+WEIGHTS = ("*.safetensors", "pytorch_model*", "global_step*")  # whole or adapters; FSDP's; DeepSpeed's
+logger = logging.getLogger(__name__)
 
 
 def saved_step(checkpoint: str | Path) -> int | None:
-    """The step at which a checkpoint was completely saved, or None where saving was cut short.
-
-    transformers writes `trainer_state.json` after everything else: a folder without a whole one is what a crash left.
+    """The optimizer steps done when a checkpoint was saved, or None where its state file is missing or broken.
 
     Args:
         checkpoint: A folder as transformers' trainer saves it.
-
-    Returns:
-        The optimizer steps done, or None.
     """
     try:
         state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     step = state.get("global_step") if isinstance(state, dict) else None
     return step if isinstance(step, int) else None
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run that was saved to its end.
+def fault(checkpoint: str | Path) -> str | None:
+    """Why no run can go on from a checkpoint, or None if one can.
+
+    `VPPOTrainer` writes a list of all files, with sizes and digests, when everything else is on the disk; what is not
+    as listed is not whole. A checkpoint without a list, as transformers and earlier versions write it, is taken for
+    whole where its state file says so (transformers writes it last) and what can be seen at the files speaks for it.
 
     Args:
-        output_dir: The run's folder, with `checkpoint-N` folders in it. It need not exist.
-
-    Returns:
-        The `checkpoint-N` of highest N whose state says that N steps were done, or None.
+        checkpoint: A folder as transformers' trainer saves it.
     """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (folder / MANIFEST_FILE).exists():
+        return manifest.fault(folder)
+    return f"it has no readable {STATE_FILE}" if saved_step(folder) is None else _visible_fault(folder)
+
+
+def check_whole(checkpoint: str | Path) -> None:
+    """Raises an `InputError` where no run can go on from a checkpoint that was named."""
+    reason = fault(checkpoint)
+    if reason is not None:
+        raise InputError(f"resume: {checkpoint} is not a complete checkpoint ({reason})")
+
+
+def _visible_fault(folder: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if not path.stat().st_size:
+            return f"its {name} is empty"
+        if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            return f"its {name} was cut short"
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, "pt")
+            except (OSError, SafetensorError):
+                return f"its {name} was cut short"
+    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        return "it has no weights"
+    missing = missing_states(folder)
+    return f"it has no {missing[0]}" if 0 < len(missing) < len(STATES) else None  # save_only_model leaves out all
+
+
+def missing_states(checkpoint: Path) -> list[str]:
+    """Which of optimizer, learning rate schedule and random state a checkpoint does not have."""
+    return [name for name, pattern in STATES.items() if not any(checkpoint.glob(pattern))]
+
+
+def checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The folders `checkpoint-N` of a run by their N, in order."""
     numbered = {
         int(suffix): path
         for path in Path(output_dir).glob("checkpoint-*")
         if (suffix := path.name.removeprefix("checkpoint-")).isdecimal()
     }
-    return next((numbered[step] for step in sorted(numbered, reverse=True) if saved_step(numbered[step]) == step), None)
+    return dict(sorted(numbered.items()))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run; of each newer one, a warning says why it is passed over.
+
+    Args:
+        output_dir: The run's folder, with `checkpoint-N` folders in it. It need not exist.
+
+    Returns:
+        The `checkpoint-N` of highest N that is whole and whose state says that N steps were done, or None.
+    """
+    for step, path in reversed(checkpoints(output_dir).items()):
+        reason = fault(path)
+        if reason is None and (done := saved_step(path)) != step:
+            reason = f"its {STATE_FILE} is that of step {done}"
+        if reason is None:
+            return path
+        logger.warning(f"{path} is passed over: {reason}")
+    return None
+
+
+def drop_older(newest: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints of a run beyond a limit, and before them those that are not whole.
+
+    Args:
+        newest: The checkpoint that was just saved; it stays.
+        limit: How many may stay; None or 0 for all.
+        best: A checkpoint that stays whatever its age.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {newest.resolve(), *([Path(best).resolve()] if best else [])}
+    others = [path for path in checkpoints(newest.parent).values() if path.resolve() not in kept]
+    others.sort(key=lambda path: saved_step(path) is not None and not manifest.is_begun(path))  # stable: then by age
+    for path in others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def restore_weights(model: Any, checkpoint: str | Path) -> bool:
@@ -105,10 +188,16 @@ def check_resuming(checkpoint: str | Path, args: Any) -> None:
         checkpoint: A folder as transformers' trainer saves it.
         args: TRL's `GRPOConfig`.
     """
-    if not any(Path(checkpoint).glob("optimizer*")):
+    missing = missing_states(Path(checkpoint))
+    if missing == list(STATES):
         raise InputError(
-            f"resume: {checkpoint} holds weights but no optimizer, as save_only_model leaves it: the run would go on "
-            "differently; give the folder as model to begin a new run from its weights"
+            f"resume: {checkpoint} holds weights but no optimizer, as save_only_model leaves it: the run would go "
+            "on differently; give the folder as model to begin a new run from its weights"
+        )
+    if missing:
+        raise InputError(
+            f"resume: {checkpoint} has no {' and no '.join(missing)}: the run would go on differently; resume from an "
+            "earlier checkpoint, or give the folder as model to begin a new run from its weights"
         )
     updates = updates_per_rollouts(args)
     if (saved_step(checkpoint) or 0) % updates:

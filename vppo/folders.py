@@ -15,6 +15,7 @@ _KINDS = (
     ("a run of `vppo demo`", ("held_out.parquet",)),
     ("a run of `vppo demo`", ("warmup",)),
     ("the beginning of an analysis", ("parts",)),
+    ("a training run", ("options.json", "config.yaml", "metrics.jsonl")),
     ("the beginning of a run", ("options.json",)),
     ("a checkpoint", ("trainer_state.json",)),
     ("a model", ("config.json",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from vppo.errors import InputError
 from vppo.files import write_atomic
 
+logger = logging.getLogger(__name__)
+
 # what the bar shows: a title, and the first of these keys that was logged
 SHOWN = {
     "reward": ("reward",),
@@ -39,36 +42,47 @@ def _is_timing(key: str) -> bool:
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drop the lines after `last_step`, and a line that a crash cut short, from a file of one JSON object a step."""
+    """Drop the lines after `last_step` from a file of one JSON object a step, and what a crash left of a line.
+
+    The latter is said, since nobody asked for it.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or _row(path, line)["step"] > last_step:
-            break
-        kept.append(line)
-    write_atomic(path, "".join(kept))
+    content = path.read_bytes()
+    lines = list(_lines(path, content, cut_short=True))
+    rest = content[sum(len(line) for line, _ in lines) :]
+    if rest:
+        logger.warning(f"{path}, line {len(lines) + 1}: was cut short and is dropped: {_start(rest)}")
+    write_atomic(path, b"".join(line.rstrip(b"\n") + b"\n" for line, row in lines if row["step"] <= last_step))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, *, cut_short: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a file that `TrainingProgress` wrote; none if there is no file.
+
+    Args:
+        path: The file.
+        cut_short: Whether the last line may be half of one, as a crash leaves it, and is left out then.
 
     Raises:
         InputError: A line is no such object; the message names file and line.
     """
-    if not path.exists():
-        return []
-    return [_row(path, line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in _lines(path, path.read_bytes(), cut_short=cut_short)] if path.exists() else []
 
 
-def _row(path: Path, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise InputError(f"{path}: has a line that is no step of a run: {line[:60]!r}; remove that line")
-    return row
+def _lines(path: Path, content: bytes, *, cut_short: bool) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield line, row
+        elif not cut_short or line.endswith(b"\n"):
+            raise InputError(f"{path}, line {number}: is no step of a run: {_start(line)}; remove that line")
+
+
+def _start(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace").rstrip("\n"))
 
 
 def columns() -> list[ProgressColumn]:
@@ -200,5 +214,9 @@ def _plain(value: Any) -> Any:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say of what
+        raise

@@ -5,12 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from vppo import manifest
 from vppo.card import METHODS, corrected
-from vppo.checkpoints import check_resuming, check_saving, restore_weights
+from vppo.checkpoints import (
+    check_resuming,
+    check_saving,
+    check_whole,
+    drop_older,
+    last_complete_checkpoint,
+    restore_weights,
+)
 from vppo.config import VPPOConfig
-from vppo.files import write_atomic
+from vppo.errors import InputError
+from vppo.files import write_atomic, writing
 from vppo.monitoring.logged_trainer import LoggedTrainer
+from vppo.preemption import StopOnSigterm
+from vppo.processes import on_first
 from vppo.sampler import EpochSampler
+
+logger = get_logger(__name__)
 
 
 class SavedTrainer(LoggedTrainer):
@@ -28,6 +44,64 @@ class SavedTrainer(LoggedTrainer):
         self._name, self._paper = method.name, method.paper or super()._paper
         self._tag_names = ["trl", "vppo" if args.scores_tokens else args.algorithm]
         super().__init__(model, reward_funcs, args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers', where True is the newest checkpoint that is whole: the same on every process."""
+        asked = resume_from_checkpoint
+        checkpoint = on_first(lambda: self._whole(asked)) if asked else None
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopOnSigterm):
+                    callback.release()
+
+    def _init_training_state(  # as transformers has it
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *resumed: Any
+    ) -> tuple[int, int]:
+        """transformers', which makes one step more of a run that has made all of them."""
+        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *resumed)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else done
+
+    def _whole(self, asked: str | bool) -> str:
+        if asked is True:
+            newest = last_complete_checkpoint(str(self.args.output_dir))
+            if newest is None:
+                raise InputError(f"resume_from_checkpoint: no checkpoint in {self.args.output_dir} is whole")
+            return str(newest)
+        check_whole(str(asked))
+        return str(asked)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's; then, when every process is done, the list of what was saved. Older ones go only after that."""
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(folder, "make room, and go on with resume from the checkpoint before it"):
+                if self.args.should_save:
+                    manifest.begin(folder)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    manifest.finish(folder)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            drop_older(folder, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()  # a process that ends early has a launcher end the others
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """transformers' passes over a random state that is not there."""
+        world = self.args.world_size
+        if checkpoint is not None and not self.args.save_on_each_node:
+            saved = len(list(Path(checkpoint).glob("rng_state*.pth")))
+            if saved != world:
+                logger.warning(
+                    f"{checkpoint} was saved by {saved} processes, and {world} go on from it: with other random "
+                    "numbers, and so with other rollouts"
+                )
+        super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """transformers' own restores next to nothing of a vision-language model: see `restore_weights`."""

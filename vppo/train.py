@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import enum
+import logging
 import os
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -15,14 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vppo.checkpoints import last_complete_checkpoint, saved_step
+from vppo.checkpoints import check_whole, checkpoints, last_complete_checkpoint
 from vppo.data import BadRowError, DataOptions, RowOptions, load_training_data
 from vppo.data.bad_rows import read_bad_rows, write_bad_rows
 from vppo.errors import InputError
-from vppo.files import write_atomic
+from vppo.files import write_atomic, writing
+from vppo.folders import kind_of
 from vppo.loading import load_processor
+from vppo.locks import claimed
 from vppo.monitoring.evaluation_options import evaluation_defaults
+from vppo.processes import on_first
+from vppo.progress import read_lines
 from vppo.rewards.named import beside, load_rewards
+from vppo.run_record import check_rows, check_same, digest_rows, read_record, write_record
 from vppo.words import load_yaml, parse_word
 
 if TYPE_CHECKING:
@@ -31,8 +38,10 @@ if TYPE_CHECKING:
 
     from vppo.config import VPPOConfig
 
+logger = logging.getLogger(__name__)
 Config = dict[str, Any]
 STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")
+WRITTEN = ("config.yaml", "timings.jsonl", "skipped_rows.jsonl", "completions", "model", "README.md")
 NOT_KEYS = {"model_name_or_path": "model", "resume_from_checkpoint": "resume"}  # two names for one thing
 
 
@@ -57,7 +66,7 @@ class ScriptArguments(RowOptions):
             `module:function` or `file.py:function`, called as TRL calls rewards; or a list of such, weighted by TRL's
             `reward_weights`.
         resume: True goes on from the last complete checkpoint in `output_dir` (from the beginning if it has none); a
-            path goes on from that checkpoint.
+            path goes on from that checkpoint. What is trained must be what the run in `output_dir` was started with.
     """
 
     model: str
@@ -228,8 +237,9 @@ def train(config: Config) -> Path:
     """Trains a model as a config says.
 
     Writes under `output_dir`: `metrics.jsonl` (a line a logged step), `config.yaml` (what was asked for, with what the
-    recipe filled in; `vppo train` takes it again), `checkpoint-N/` and, at the end, `model/`. With `bad_rows: skip`
-    also `skipped_rows.jsonl`; a run that goes on leaves out what it lists.
+    recipe filled in; `vppo train` takes it again), `options.json` (what a run that goes on must have in common with
+    it), `checkpoint-N/` and, at the end, `model/`. With `bad_rows: skip` also `skipped_rows.jsonl`; a run that goes on
+    leaves out what it lists. While it runs, no other run is let into the folder.
 
     Args:
         config: What `load_config` returns, or the same keys and values from Python.
@@ -238,13 +248,26 @@ def train(config: Config) -> Path:
         The folder of the run.
 
     Raises:
-        InputError: Something in the config, the data or the model folder cannot be used; raised before any step.
+        InputError: Something in the config, the data, the model folder or `output_dir` cannot be used; raised before
+            any step. Or the disk takes no more, or another process of the run is gone.
+        SystemExit: With code 143, after SIGTERM; a checkpoint is saved then, unless `save_strategy` is "no".
     """
     _check(config, "config")
     _check_complete(config, "config")
     script, model_args, args = make_arguments(config)
+    with ExitStack() as held:
+        return _train(config, script, model_args, args, held)
+
+
+def _train(config: Config, script: ScriptArguments, model_args: ModelConfig, args: VPPOConfig, held: ExitStack) -> Path:
     output_dir = Path(str(args.output_dir))
-    checkpoint = _find_checkpoint(script.resume, output_dir)
+    checkpoint, record = on_first(lambda: _enter(script.resume, output_dir, held))
+    if record is not None:
+        try:
+            before = make_arguments({**record["config"], "output_dir": script.output_dir})
+        except (InputError, TypeError) as error:
+            raise InputError(f"{output_dir / 'options.json'}: {error}; choose another output_dir") from error
+        check_same(output_dir, before, (script, model_args, args), (record["processes"], args.world_size))
     if checkpoint:
         args.eval_on_start = False  # the run has begun long since
     _check_installed(args)
@@ -276,19 +299,26 @@ def train(config: Config) -> Path:
         if script.eval_dataset is not None and (args.eval_strategy != "no" or args.eval_on_start):
             eval_dataset = load(script.eval_dataset, script.eval_dataset_split)
     _check_length(len(dataset), args)
+    rows = on_first(lambda: digest_rows(dataset))
+    if record is not None:
+        check_rows(output_dir, script.dataset, record["rows"], rows)
     trainer = _make_trainer(script, model_args, args, rewards, dataset, eval_dataset, processor)
     if trainer.is_world_process_zero():
+        write_record(output_dir, config, args.world_size, rows)
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
         if script.bad_rows == "skip":
             write_bad_rows(skipped_path, skipped)
     if skipped:
         count = f"{len(skipped)} row{'s' if len(skipped) > 1 else ''}"
         trainer.accelerator.print(f"Skipped {count}, listed in {skipped_path}; the first: {skipped[0]}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(output_dir / "model"))
-    trainer.create_model_card(model_name=output_dir.name)
-    if trainer.is_world_process_zero():  # the folder that people upload
-        write_atomic(output_dir / "model" / "README.md", (output_dir / "README.md").read_text(encoding="utf-8"))
+    if checkpoint:
+        trainer.accelerator.print(f"Going on from {checkpoint}")
+    _run(trainer, checkpoint)
+    with writing(output_dir / "model", "make room; with resume: true the run then only saves its model"):
+        trainer.save_model(str(output_dir / "model"))
+        trainer.create_model_card(model_name=output_dir.name)
+        if trainer.is_world_process_zero():  # the folder that people upload
+            write_atomic(output_dir / "model" / "README.md", (output_dir / "README.md").read_text(encoding="utf-8"))
     trainer.accelerator.print(f"Done: {output_dir / 'model'}")
     return output_dir
 
@@ -335,16 +365,33 @@ def make_arguments(config: Config) -> tuple[ScriptArguments, ModelConfig, VPPOCo
     return script, model_args, args
 
 
-def _find_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
-    if isinstance(resume, str):
-        if saved_step(resume) is None:
-            raise InputError(f"resume: {resume} is not a complete checkpoint (no readable trainer_state.json)")
-        return Path(resume)
-    if resume:
-        return last_complete_checkpoint(output_dir)
-    if (output_dir / "metrics.jsonl").exists() or any(output_dir.glob("checkpoint-*")):
+def _enter(resume: bool | str, output_dir: Path, held: ExitStack) -> tuple[Path | None, Config | None]:
+    """Claims the folder of a run until `held` is closed.
+
+    Returns:
+        The checkpoint to go on from, and what the run that is gone on with was started with; None for neither.
+    """
+    held.enter_context(claimed(output_dir, "output_dir"))
+    record = read_record(output_dir)
+    trained = (output_dir / "metrics.jsonl").exists() or bool(checkpoints(output_dir))
+    if trained and not resume:
         raise InputError(f"output_dir: {output_dir} already holds a run: go on with resume: true, or choose another")
-    return None
+    taken = [name for name in WRITTEN if (output_dir / name).exists()]
+    if taken and not trained and record is None:
+        raise InputError(
+            f"output_dir: {output_dir} holds {kind_of(output_dir)}, of which {', '.join(taken)} would be overwritten; "
+            "takes a new folder, or that of a run to resume"
+        )
+    if not resume:
+        return None, None  # of a run that did not come to its first step nothing is kept
+    if record is None and trained:
+        logger.warning(f"{output_dir} does not say what its run was started with: make sure that it is the same")
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        read_lines(output_dir / name, cut_short=True)  # before a model is loaded
+    if isinstance(resume, str):
+        check_whole(resume)
+        return Path(resume), record
+    return last_complete_checkpoint(output_dir), record
 
 
 def _check_installed(args: VPPOConfig) -> None:
@@ -386,6 +433,7 @@ def _make_trainer(
     from transformers import PrinterCallback
     from trl import get_peft_config, get_quantization_config
 
+    from vppo.preemption import StopOnSigterm
     from vppo.progress import TrainingProgress
     from vppo.trainer import VPPOTrainer
 
@@ -402,7 +450,7 @@ def _make_trainer(
             processing_class=processor,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,
-            callbacks=[TrainingProgress(Path(str(args.output_dir)) / "metrics.jsonl")],
+            callbacks=[TrainingProgress(Path(str(args.output_dir)) / "metrics.jsonl"), StopOnSigterm()],
         )
     except (
         ImportError,
@@ -412,6 +460,30 @@ def _make_trainer(
         raise InputError(f"config: the trainer cannot be built for {script.model}: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _run(trainer: Any, checkpoint: Path | None) -> None:
+    """Trains to the end, or until SIGTERM."""
+    import torch.distributed as dist
+
+    from vppo.preemption import EXIT_CODE, StopOnSigterm
+
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not lost or trainer.args.world_size == 1:
+            raise
+        raise InputError(
+            f"process {trainer.args.process_index}: another process of this run has ended or does not answer; what it "
+            f"said is the reason; go on with resume: true ({str(error).splitlines()[0]})"
+        ) from error
+    stop = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnSigterm))
+    if stop.stopped:
+        step = trainer.state.global_step
+        kept = f"checkpoint-{step} is saved" if stop.saved else "save_strategy is 'no', so nothing is saved"
+        trainer.accelerator.print(f"Ended by SIGTERM after step {step}; {kept}. Go on with --resume true")
+        raise SystemExit(EXIT_CODE)
 
 
 def _resolved(config: Config, script: ScriptArguments, args: VPPOConfig) -> str:

@@ -25,6 +25,7 @@ from support.runs import FAMILY, plain_views, rows
 import vppo.analysis.run
 from vppo import Analysis, analyze
 from vppo.errors import InputError
+from vppo.locks import claimed
 from vppo_kernels import reference, sampled_divergence
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
@@ -410,6 +411,11 @@ def test_only_the_same_run_goes_on(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "g.jsonl").write_text('{"sample": 1, "response": "4"}\n')
     with pytest.raises(InputError, match=r"--responses: got .*g.jsonl"):
         run(saved, tmp_path / "a", limit=2, responses=tmp_path / "g.jsonl")
+
+
+def test_two_analyses_in_one_folder(saved: Path, tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", "--out"), pytest.raises(InputError, match=r"--out: .*run is in use by process"):
+        run(saved, tmp_path / "run")
 
 
 def test_a_folder_of_other_files_is_refused(saved: Path, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_the_folder_of_a_demo_is_refused_as_such(folder: Path) -> None:
 def test_a_file_in_place_of_the_folder_is_refused(folder: Path) -> None:
     shutil.rmtree(folder / "out")
     (folder / "out").write_text("a file")
-    with pytest.raises(InputError, match="--out: out holds other files"):
+    with pytest.raises(InputError, match="--out: out is a file; takes a new or empty folder"):
         run(folder)
 
 

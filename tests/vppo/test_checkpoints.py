@@ -2,13 +2,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save as serialized
 
-from vppo.checkpoints import last_complete_checkpoint, restore_weights, saved_step
+from vppo import manifest
+from vppo.checkpoints import drop_older, last_complete_checkpoint, restore_weights, saved_step
 
 
 def save(output_dir: Path, name: str, state: str) -> Path:
     folder = output_dir / name
     folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(serialized({"weight": torch.zeros(1)}))
     (folder / "trainer_state.json").write_text(state)
     return folder
 
@@ -30,6 +34,28 @@ def test_what_a_crash_left_is_passed_over(tmp_path: Path, debris: str) -> None:
     save(tmp_path, "checkpoint-20", debris)
     (tmp_path / "checkpoint-30").mkdir()  # killed before the state was written
     assert last_complete_checkpoint(tmp_path) == good
+
+
+def test_older_ones_go_and_broken_ones_before_them(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 5):
+        begun = save(tmp_path, f"checkpoint-{step}", whole(step))
+    manifest.begin(begun)  # of a save at step 5 that was cut short, before the run went on from step 3
+    newest = save(tmp_path, "checkpoint-4", whole(4))
+
+    def left() -> list[str]:
+        return sorted(path.name.removeprefix("checkpoint-") for path in tmp_path.iterdir())
+
+    for limit in (None, 0, 5):
+        drop_older(newest, limit, None)
+        assert left() == ["1", "2", "3", "4", "5"]
+    drop_older(newest, 4, None)
+    assert left() == ["1", "2", "3", "4"]
+    drop_older(newest, 2, str(tmp_path / "checkpoint-1"))
+    assert left() == ["1", "4"]
+    drop_older(newest, 1, str(tmp_path / "checkpoint-1"))
+    assert left() == ["1", "4"]
+    drop_older(newest, 1, None)
+    assert left() == ["4"]
 
 
 def test_other_names_are_not_checkpoints(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import vppo.rewards
@@ -26,12 +27,13 @@ from vppo.demo import run, warmup
 from vppo.demo.run import DemoOptions, run_demo
 from vppo.demo.scored import ScoredResponse
 from vppo.errors import InputError
+from vppo.locks import claimed
 from vppo.progress import read_lines
 
 pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
 
 STEPS = 5
-KILL_POINTS = ("warm-up", "step 3", "checkpoint", "evaluation")
+KILL_POINTS = ("warm-up", "step 3", "checkpoint", "model", "evaluation")
 
 
 def accuracy_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -184,7 +186,7 @@ BROKEN: list[tuple[str, str, str]] = [
     ),
     ("warmup/warmup.json", '{"steps": 3}', r"warmup.json: has no number seconds, accuracy; remove .*warmup"),
     ("model/model.safetensors", "no weights", r"model: cannot be loaded .*; remove .*model, and the same command"),
-    ("metrics.jsonl", '{"step": 1}\n{"st', r"metrics.jsonl: has a line that is no step of a run: '{\"st'; remove that"),
+    ("metrics.jsonl", '{"step": 1}\n{"st', r"metrics.jsonl, line 2: is no step of a run: '{\"st'; remove that"),
 ]
 
 
@@ -202,7 +204,7 @@ def test_a_broken_file_is_named_on_resuming(
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(InputError, match="holds other files"):
+    with pytest.raises(InputError, match="run is a file; takes a new or empty folder"):
         run_demo(DemoOptions(out=tmp_path / "run"))
 
 
@@ -258,6 +260,30 @@ def test_other_divergences_and_perturbations(tmp_path: Path, small: None) -> Non
         rows += read_lines(out / "metrics.jsonl")
     assert len({row["reward"] for row in rows}) == 1, "the rollouts are the same, only what is made of them differs"
     assert len({row["vppo/dependency_mean"] for row in rows}) == 4
+
+
+def test_sigterm_while_it_trains(
+    finished: tuple[Path, dict[str, Any]], small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from support import faultruns  # not for the script that this file also is
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("model", "checkpoints", "*.jsonl", "*.html"))
+    options = DemoOptions(out=out, steps=STEPS, resume=True)
+    with pytest.MonkeyPatch.context() as patch:
+        tell = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        faultruns.before(transformers.Trainer, "training_step", tell, patch.setattr, 3)
+        with pytest.raises(SystemExit) as caught:
+            run_demo(options)
+    assert caught.value.code == 143
+    assert "Ended by SIGTERM; checkpoint-3 is saved. Go on with --resume" in capsys.readouterr().out
+    run_demo(options)
+    assert (out / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+
+
+def test_two_demos_in_one_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", "--out"), pytest.raises(InputError, match=r"--out: .*run is in use by process"):
+        run_demo(DemoOptions(out=tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -319,6 +345,8 @@ def _die_at(point: str | None) -> None:
         vppo.progress.TrainingProgress.on_log = log_and_die  # type: ignore[method-assign]
     elif point == "checkpoint":  # with the weights written and the state not
         transformers.TrainerState.save_to_json = die  # type: ignore[method-assign]
+    elif point == "model":  # after the last step, which has no more to do
+        run._save_whole = die
     elif point == "evaluation":
         vppo.demo.scored.score_responses = die  # type: ignore[assignment]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from vppo.errors import InputError
 from vppo.progress import TrainingProgress, keep_lines, read_lines, say
 
 ARGS: Any = None
@@ -54,6 +55,34 @@ def test_a_run_from_the_beginning_leaves_nothing_of_the_last(tmp_path: Path) -> 
     run(tmp_path, range(1, 8))
     run(tmp_path, range(1, 2))
     assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_half_a_line_is_not_dropped_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
+    assert [row["step"] for row in read_lines(path, cut_short=True)] == [1, 2]
+    keep_lines(path, 2)
+    assert f'{path}, line 3: was cut short and is dropped: \'{{"step": 3, "rew\'' in caplog.text
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    keep_lines(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "broken", [b"{", b"", b"null", b'{"reward": 1}', b"\xff\xfe", b"[" * 100_000, b'{"step": "2"}']
+)
+def test_a_broken_line_is_named(tmp_path: Path, broken: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + broken + b'\n{"step": 3}\n')
+    for reading in (read_lines, lambda file: read_lines(file, cut_short=True), lambda file: keep_lines(file, 3)):
+        with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: is no step of a run: .*; remove that line"):
+            reading(path)
+    assert path.read_bytes().count(b"\n") == 3
 
 
 def test_keep_lines_of_no_file(tmp_path: Path) -> None:

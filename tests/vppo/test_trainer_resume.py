@@ -143,6 +143,7 @@ def test_a_checkpoint_between_two_updates_from_one_batch_is_refused(tmp_path: Pa
     folder = tmp_path / "checkpoint-2"
     assert folder.is_dir()
     odd = folder.rename(tmp_path / "odd")
+    (odd / "manifest.json").unlink()
     state = (odd / "trainer_state.json").read_text()
     (odd / "trainer_state.json").write_text(state.replace('"global_step": 2', '"global_step": 1'))
     with pytest.raises(InputError, match="odd was saved between two of the 2 updates from the same rollouts"):

@@ -51,6 +51,7 @@ from vppo.data.prompts import Prompts
 from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.folders import kind_of, read_object
+from vppo.locks import claimed
 from vppo.passes import GIB
 from vppo.perturbations import PixelLayout
 from vppo.processors import placeholder_tokens
@@ -115,7 +116,8 @@ def analyze(
         if out is None:
             with TemporaryDirectory() as folder:
                 return _Run(model, data, given, Path(folder), chosen, pages=False).finish()
-        return _Run(model, data, given, Path(out), chosen, pages=True).finish()
+        with claimed(Path(out), "--out"):
+            return _Run(model, data, given, Path(out), chosen, pages=True).finish()
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"memory: got {chosen.memory} GiB, which is more than there is; the run goes on with less: {error}"
@@ -179,7 +181,7 @@ class _Run:
             for name, value in self.identity.items():
                 if before.get(name) != value:
                     raise InputError(f"{self._difference(name, before)}; {_ELSEWHERE}")
-        # hidden: what a crash leaves of the marker itself
+        # hidden: the claim, and what a crash leaves of the marker itself
         elif self.out.exists() and (not self.out.is_dir() or any(p.name[0] != "." for p in self.out.iterdir())):
             raise InputError(f"--out: {self.out} holds other files; takes a new or empty folder")
         else:

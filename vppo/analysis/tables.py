@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from vppo.analysis.responses import Response
 from vppo.analysis.token_scores import TokenScores
 from vppo.data import Problem
 from vppo.errors import InputError
-from vppo.files import write_atomic
+from vppo.files import replacing, write_atomic
 
 FLOATS = [field.name for field in fields(TokenScores) if field.name != "kept"]
 TOKENS = pa.schema(
@@ -150,8 +149,6 @@ def join_tables(
     Raises:
         InputError: A part is missing or broken; the message ends with what `remedy` says about it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
         for part in parts:
             writer.write_table(read_table(part, schema, remedy(part)))
-    os.replace(temporary, path)

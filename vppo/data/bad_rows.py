@@ -50,6 +50,18 @@ def write_bad_rows(path: Path, rows: Sequence[BadRowError]) -> None:
 
 
 def read_bad_rows(path: Path) -> list[BadRowError]:
-    """What `write_bad_rows` wrote."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [BadRowError(**json.loads(line)) for line in lines if line]
+    """What `write_bad_rows` wrote.
+
+    Raises:
+        InputError: A line is none of those; the message names file and line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            rows += [BadRowError(**json.loads(line))] if line else []
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(
+                f"{path}, line {number}: is no skipped row: {line[:60].decode(errors='replace')!r}; without that list "
+                "the run cannot go on with the rows that it had"
+            ) from None
+    return rows

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import secrets
 import shutil
 import sys
 import time
@@ -23,8 +24,9 @@ from rich.text import Text
 
 from vppo.checkpoints import last_complete_checkpoint
 from vppo.errors import InputError
-from vppo.files import write_atomic
+from vppo.files import write_atomic, writing
 from vppo.folders import kind_of, read_object
+from vppo.locks import claimed
 
 PROMPTS, ROLLOUTS = 16, 8
 HELD_OUT = 512
@@ -73,13 +75,18 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         The contents of `summary.json`.
 
     Raises:
-        InputError: `out` holds another run, or the device is not there.
+        InputError: `out` holds another run, or the device is not there, or the disk is full.
+        SystemExit: With code 143, after SIGTERM while it trains; a checkpoint is saved then.
     """
-    console = Console()
-    out = options.out
     from vppo.loading import check_device
 
     check_device(options.device)
+    with claimed(options.out, "--out"):
+        return _run(options)
+
+
+def _run(options: DemoOptions) -> dict[str, Any]:
+    console, out = Console(), options.out
     _claim(options)
     if (out / "report.html").exists():  # the last thing that is written
         summary = _finished(out)
@@ -149,10 +156,8 @@ def _claim(options: DemoOptions) -> None:
     """Make the folder this run's, or find that it is another's."""
     marker = options.out / "options.json"
     if not marker.exists():
-        # hidden: what a crash leaves of the marker itself
-        if options.out.exists() and (
-            not options.out.is_dir() or any(not path.name.startswith(".") for path in options.out.iterdir())
-        ):
+        # hidden: the claim, and what a crash leaves of the marker itself
+        if any(not path.name.startswith(".") for path in options.out.iterdir()):
             raise InputError(f"--out: {options.out} holds other files; takes a new or empty folder")
         write_atomic(marker, json.dumps(options.identity(), indent=2) + "\n")
         return
@@ -174,13 +179,19 @@ def _claim(options: DemoOptions) -> None:
 
 def _save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] | None = None) -> None:
     """Save model and processor so that the folder is either whole or not there."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    processor.save_pretrained(part)
-    if extra is not None:
-        write_atomic(part / "warmup.json", json.dumps(extra))
-    os.replace(part, folder)
+    for left in folder.parent.glob(f".{folder.name}.*.part"):  # by a crash
+        shutil.rmtree(left, ignore_errors=True)
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
+    with writing(folder, "make room, and go on with --resume"):
+        part.mkdir()  # fails on whatever stands there, a planted link too
+        try:
+            model.save_pretrained(part)
+            processor.save_pretrained(part)
+            if extra is not None:
+                write_atomic(part / "warmup.json", json.dumps(extra))
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _load(folder: Path, device: str) -> tuple[Any, Any]:
@@ -255,7 +266,8 @@ def _train(console: Console, options: DemoOptions) -> tuple[Any, Any]:
         from vppo.config import VPPOConfig
         from vppo.demo.batches import MAX_NEW_TOKENS, forbidden_tokens
         from vppo.demo.digits import as_dataset, strips
-        from vppo.progress import TrainingProgress
+        from vppo.preemption import EXIT_CODE, StopOnSigterm
+        from vppo.progress import TrainingProgress, say
         from vppo.rewards import accuracy_reward
         from vppo.trainer import VPPOTrainer
 
@@ -282,17 +294,21 @@ def _train(console: Console, options: DemoOptions) -> tuple[Any, Any]:
             report_to="none",
             disable_tqdm=True,
         )
+        stop = StopOnSigterm()
         trainer = VPPOTrainer(
             model=model,
             reward_funcs=accuracy_reward,
             args=args,
             train_dataset=as_dataset(list(strips("train", PROMPTS * options.steps, seed=options.seed + 1))),
             processing_class=processor,
-            callbacks=[TrainingProgress(options.out / "metrics.jsonl", console)],
+            callbacks=[TrainingProgress(options.out / "metrics.jsonl", console), stop],
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = last_complete_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.stopped:
+            say(console, f"Ended by SIGTERM; checkpoint-{trainer.state.global_step} is saved. Go on with --resume")
+            raise SystemExit(EXIT_CODE)
         _save_whole(folder, trainer.model, processor)
     return _load(folder, options.device)
 

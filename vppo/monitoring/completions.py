@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 from trl.trainer.utils import strip_images_from_messages
 
+from vppo.files import replacing
+
 Row = dict[str, Any]
 
 
@@ -97,8 +99,8 @@ class CompletionLog:
 
     def write(self, path: Path, step: int) -> None:
         """Writes the table as parquet; the folder is made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.table(step).to_parquet(path)
+        with replacing(path) as file:
+            self.table(step).to_parquet(file)
 
 
 def images_of(messages: Any) -> list[Any]:

@@ -1,0 +1,147 @@
+"""What a run of `vppo train` was started with, and whether it is gone on with in the same way."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vppo.errors import InputError
+from vppo.files import write_atomic
+from vppo.folders import kind_of, read_object
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RECORD_FILE = "options.json"
+KEYS = ("config", "processes", "rows")
+# what may change without changing what is trained: where things are, and what is logged, saved and evaluated
+FREE_BEGINNINGS = ("log_", "logging_", "save_", "eval_", "hub_", "push_to_hub", "trackio_", "vllm_server_", "do_")
+# fmt: off
+FREE = frozenset((
+    "output_dir", "resume", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm",
+    "num_completions_to_print", "debug", "per_device_eval_batch_size", "num_generations_eval",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "prediction_loss_only",
+    "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "include_for_metrics", "skip_memory_metrics",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "include_num_input_tokens_seen", "scoring_memory", "check_kernels", "torch_empty_cache_steps", "ddp_timeout",
+    "local_rank", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_group_port",
+    "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
+))
+# fmt: on
+LENGTH = ("max_steps", "num_train_epochs")  # a run may be made longer, unless its learning rate follows its length
+
+
+def is_free(key: str) -> bool:
+    """Whether a run may be gone on with under another value of a key."""
+    return key in FREE or key.startswith(FREE_BEGINNINGS)
+
+
+def read_record(output_dir: Path) -> dict[str, Any] | None:
+    """What the run in a folder was started with; None where nothing says so.
+
+    Raises:
+        InputError: The record is broken, or is that of something else than a run of `vppo train`.
+    """
+    path = output_dir / RECORD_FILE
+    if not path.exists():
+        return None
+    record = read_object(path, remedy="choose another output_dir, or remove that folder")
+    if not record.keys() >= set(KEYS) or not isinstance(record["config"], dict):
+        raise InputError(
+            f"output_dir: {output_dir} holds {kind_of(output_dir)}, no run of `vppo train`; choose another output_dir"
+        )
+    return record
+
+
+def write_record(output_dir: Path, config: Mapping[str, Any], processes: int, rows: str) -> None:
+    """Keeps what a run is started with.
+
+    Args:
+        output_dir: The run's folder.
+        config: Keys and values as they were given.
+        processes: How many train.
+        rows: What `digest_rows` says.
+    """
+    kept = {key: _located(key, _plain(value)) for key, value in config.items() if not is_free(key)}
+    record = {"config": kept, "processes": processes, "rows": rows}
+    write_atomic(output_dir / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def check_same(output_dir: Path, before: tuple[Any, ...], now: tuple[Any, ...], processes: tuple[int, int]) -> None:
+    """Raises an `InputError` where a run would be gone on with in another way than it was started.
+
+    Args:
+        output_dir: The run's folder.
+        before: The dataclasses of options that it was started with.
+        now: Those that it would be gone on with, of the same classes.
+        processes: How many trained, and how many would.
+    """
+    for old, new in zip(before, now, strict=True):
+        assert is_dataclass(old)
+        for field in fields(old):
+            values = [_located(field.name, _plain(getattr(options, field.name))) for options in (old, new)]
+            if is_free(field.name) or (
+                field.name in LENGTH and _plain(getattr(new, "lr_scheduler_type", "")) == "constant"
+            ):
+                continue
+            if values[0] != values[1]:
+                raise InputError(_difference(field.name, output_dir, *values))
+    if processes[0] != processes[1]:
+        raise InputError(_difference("processes", output_dir, *processes))
+
+
+def _difference(name: str, output_dir: Path, before: Any, now: Any) -> str:
+    return (
+        f"{name}: got {now!r}, but the run in {output_dir} was started with {before!r}: go on with that, or choose "
+        "another output_dir (with resume: FOLDER/checkpoint-N it begins with the weights and state of this one)"
+    )
+
+
+def check_rows(output_dir: Path, dataset: str, before: str, now: str) -> None:
+    """Raises an `InputError` where the rows of a dataset are others than a run was started with."""
+    if before != now:
+        raise InputError(
+            f"dataset: {dataset} has other problems, answers or images than when the run in {output_dir} was started: "
+            "go on with those, or choose another output_dir"
+        )
+
+
+def digest_rows(dataset: Dataset) -> str:
+    """A fingerprint of the rows of `load_training_data`: of images the bytes, where a row has only a path the path."""
+    found = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(batch_size=256):
+        for row in batch.to_pylist():
+            found.update(json.dumps(row, sort_keys=True, default=_digestible).encode() + b"\n")
+    return found.hexdigest()[:16]
+
+
+def _digestible(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; what has no such form (transformers makes objects of some options) counts as nothing."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else None
+
+
+def _located(name: str, value: Any) -> Any:
+    """The same file is the same however it is named."""
+    if (
+        name in ("model", "dataset", "image_dir")
+        and isinstance(value, str)
+        and os.path.exists(os.path.expanduser(value))
+    ):
+        return os.path.realpath(os.path.expanduser(value))
+    return value
