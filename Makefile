@@ -9,13 +9,22 @@ CPU_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pyto
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(CPU_INDEX)
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
+# training that is killed, told to end, or meets a full disk or a broken file
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q tests/vppo/test_faults.py tests/vppo/test_faults_ranks.py tests/vppo/test_locks.py \
+		tests/vppo/test_files.py
+
+# random inputs to the kernels and the verifier; VPPO_FUZZ_SECONDS is the time that each file takes, 180 by default
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q tests/fuzz/fuzz_kernels.py tests/fuzz/fuzz_grading.py
 
 # For a machine with a GPU: everything is right first, then timed.
 gpu: $(VENV)/.installed-test
