@@ -22,7 +22,7 @@ faults: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q tests/vppo/test_faults.py tests/vppo/test_faults_ranks.py tests/vppo/test_locks.py \
 		tests/vppo/test_files.py
 
-# random inputs to the kernels and the verifier; VPPO_FUZZ_SECONDS is the time that each file takes, 180 by default
+# random inputs to the kernels and the verifier; VPPO_FUZZ_SECONDS is the time that all of them take, 180 by default
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q tests/fuzz/fuzz_kernels.py tests/fuzz/fuzz_grading.py
 
