@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -92,6 +93,10 @@ class VPPOTrainer(ListeningTrainer):
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # it would round what a model returns to 16 bits, and here these are log-probabilities
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         for policy in (self.model, self.ref_model):
             if policy is not None:
                 self.accelerator.unwrap_model(policy).register_forward_pre_hook(without_no_images, with_kwargs=True)
@@ -347,9 +352,11 @@ class VPPOTrainer(ListeningTrainer):
         **images: Any,
     ) -> Any:
         """TRL's; in packs where they are the same to the last digits."""
-        inputs, images = self._train_inputs, with_entries(images, len(input_ids))
+        inputs = self._train_inputs
+        images = {name: value for name, value in images.items() if value is not None}
+        images = with_entries(images, len(input_ids))
         tokens = input_ids, attention_mask, logits_to_keep, batch_size
-        with fused_head(gathered=not self._dist.is_zero3):
+        with fused_head(self.accelerator.unwrap_model(model), gathered=not self._dist.is_zero3):
             if inputs is not None and "prompt" in inputs:
                 result: Any = self._packed_training_pass(model, inputs)
             elif (result := self._packed_old_pass(model, *tokens, images)) is None:
