@@ -214,6 +214,17 @@ def test_sliding_windows() -> None:
     same(model, batch, view, "cached")
 
 
+def test_flex_attention() -> None:
+    """Its block mask comes from the same function; compiled kernels are a GPU's, here the definition runs."""
+    model, processor = families.build("gemma3")
+    batch, view = grouped(model, processor)
+    plain = hidden(model, batch, view, sharing="off")
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    with torch.compiler.set_stance("force_eager"):
+        shared = hidden(model, batch, view, sharing="on", way="packed")
+    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
+
+
 def linear_attention() -> tuple[Any, Any]:
     """A model with states instead of keys in every second layer."""
     _, processor = families.build("qwen3_vl")

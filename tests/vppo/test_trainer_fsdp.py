@@ -149,8 +149,9 @@ def write_config(path: Path) -> None:
     config |= {
         "model": str(path / "start"), "dataset": str(path / "train.jsonl"), "output_dir": str(path / "run"),
         "reward": "test_trainer_fsdp:length_reward", "attn_implementation": "sdpa", "use_cpu": True,
-        "instruction": "", "min_pixels": 784, "max_pixels": 7840, "generation_batch_size": 16, "gradient_accumulation_steps": 2,
-        "max_completion_length": 6, "generation_kwargs": {"suppress_tokens": forbidden}, "max_steps": 4,
+        "instruction": "", "min_pixels": 784, "max_pixels": 7840, "generation_batch_size": 16,
+        "gradient_accumulation_steps": 2, "max_completion_length": 6, "max_steps": 4,
+        "generation_kwargs": {"suppress_tokens": forbidden},
         "save_steps": 2, "learning_rate": 1e-3,
     }  # fmt: skip
     (path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -217,7 +218,7 @@ def test_two_processes_train_as_one(case: str, ranks: list[dict[str, Any]], tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["old log-probabilities", "16 bits"])
 def test_the_ratio_to_old_logprobs_is_one(case: str, ranks: list[dict[str, Any]]) -> None:
-    """Exactly, until the first update. Under bf16 accelerate would round log-probabilities, and with them later ratios."""
+    """Exactly, until the first update. Under bf16 accelerate would round log-probabilities, and so later ratios."""
     for rank in ranks:
         before, after, *_ = rank[case]["ratios"]
         assert before == 0 and after > 0.1
