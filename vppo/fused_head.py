@@ -40,6 +40,7 @@ class _Function:
     def __init__(self, original: Any, model: Any) -> None:
         self.original, self.model = original, model
 
+    @torch.compiler.disable  # the exchange of a forward is not to be traced; what is inside are kernels already
     def apply(self, *args: Any) -> Any:
         if len(args) != ARGUMENTS or not set(args[8]) <= OUTPUTS:
             _warn(f"this version asks it for what is not known here ({len(args)} arguments, outputs {args[-1]!r})")

@@ -39,46 +39,40 @@ class PackedRows:
         rows: All rows, in the order of the packs.
         inputs: Of the model's forward: `[packs, L]` tokens, padded on the right, and the images of each pack's prompt.
         labels: `[packs, L]` the token that each position predicts, -100 where it is none of a response.
-        tokens: How many really pass.
     """
 
     def __init__(self, model: Any, batch: Batch, packs: Sequence[Sequence[int]], view: View) -> None:
         self.batch, self.config = batch, model.config.get_text_config()
         self.rows = [row for pack in packs for row in pack]
         leaders = [pack[0] for pack in packs]
+        width, total = batch.prompt_ids.shape[1], batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
         self._start: list[tuple[int, int]] = []  # of each row: its pack, and where its response begins to be predicted
-        width = batch.prompt_ids.shape[1]
-        source, segment, place = [], [], []  # of each pack: the column of the batch, the response, the place in its row
+        source, segment, place = (
+            [],
+            [],
+            [],
+        )  # of a pack's tokens: which of the batch, of which response, where in its row
         for number, pack in enumerate(packs):
-            length = batch.prompt_lengths[pack[0]]
-            columns, responses = [(pack[0], width - length, width - 1)], [0]
-            at = length - 1
-            for count, row in enumerate(pack, 1):
-                self._start.append((number, at))
-                if batch.response_lengths[row]:
-                    columns.append((row, width - 1, width - 1 + batch.response_lengths[row]))
-                    responses.append(count)
-                at += batch.response_lengths[row]
-            total = width + batch.completion_ids.shape[1]
-            source.append(torch.cat([torch.arange(row * total + a, row * total + b) for row, a, b in columns]))
-            place.append(torch.cat([torch.arange(a, b) for _, a, b in columns]) - (width - length))
-            sizes = torch.tensor([b - a for _, a, b in columns])
-            segment.append(torch.tensor(responses).repeat_interleave(sizes))
+            first = width - batch.prompt_lengths[pack[0]]
+            parts = [(pack[0], first, width - 1)]
+            parts += [(row, width - 1, width - 1 + batch.response_lengths[row]) for row in pack]
+            sizes = torch.tensor([end - begin for _, begin, end in parts])
+            columns = torch.cat([torch.arange(begin, end) for _, begin, end in parts])
+            rows = torch.tensor([row for row, *_ in parts])
+            source.append((rows * total).repeat_interleave(sizes) + columns)
+            segment.append(torch.arange(len(parts)).repeat_interleave(sizes))
+            place.append(columns - first)
+            self._start += [(number, start) for start in sizes.cumsum(0)[:-1].tolist()]
         device = batch.prompt_ids.device
-        real = pad_sequence([torch.ones_like(s) for s in source], batch_first=True).to(device)
-        self.tokens = sum(map(len, source))
+        filling = leaders[0] * total + width - 1  # any token but an image's
+        self._source = pad_sequence(source, batch_first=True, padding_value=filling).to(device)
         self._segment = pad_sequence(segment, batch_first=True, padding_value=-1).to(device)
         self._place = pad_sequence(place, batch_first=True).to(device)
-        ends = [leader * total + width - 1 for leader in leaders]  # padding is a prompt's last token: never an image's
-        columns_of = [
-            torch.cat([s, s.new_full((real.shape[1] - len(s),), end)]) for s, end in zip(source, ends, strict=True)
-        ]
-        self._source = torch.stack(columns_of).to(device)
 
         prompts = batch.prompts(leaders, view)
         self.inputs = {name: value for name, value in prompts.items() if name not in TOKEN_INPUTS}
         self.inputs["input_ids"] = self._take(torch.cat([batch.prompt_ids, batch.completion_ids], 1))
-        self.inputs["attention_mask"] = real
+        self.inputs["attention_mask"] = (self._segment >= 0).long()
         self.inputs["position_ids"] = self._positions(model, prompts)
         for name in TOKEN_INPUTS:
             if name in prompts:
