@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 import yaml
 from accelerate.state import DistributedType, PartialState
 from peft import LoraConfig
-from runs import fix_rollouts, rows, trainer
+from support.runs import fix_rollouts, rows, trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
