@@ -35,6 +35,7 @@ class Policy:
             `layers` stands for the demo's own model.
         vision_width, vision_inner, vision_depth, vision_heads: Of the vision tower.
         dtype: Of the weights.
+        checkpointing: Whether training recomputes activations instead of keeping them.
     """
 
     cells: tuple[int, int]
@@ -52,6 +53,7 @@ class Policy:
     vision_depth: int = 4
     vision_heads: int = 4
     dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
 
 
 DEMO = Policy(cells=(1, 3), prompt=0, response=16, layers=0)
@@ -71,12 +73,14 @@ THREE_B = Policy(
     vision_depth=32,
     vision_heads=16,
     dtype=torch.bfloat16,
+    checkpointing=True,
 )
 TINY = Policy(cells=(2, 2), prompt=24, response=6, rollouts=4, width=64, inner=128, layers=2, heads=4, vision_depth=1)
 POLICIES = {
     "tiny": TINY,
     "demo": DEMO,
     "small": SMALL,
+    "small-checkpointing": replace(SMALL, checkpointing=True),
     "3b": THREE_B,
     **{
         f"prompt-{prompt}": replace(SMALL, cells=(side, side), prompt=prompt)
@@ -214,7 +218,7 @@ class TrainingStep:
             "generation_kwargs": {"suppress_tokens": never},
             "learning_rate": 1e-6,
             "bf16": policy.dtype == torch.bfloat16,
-            "gradient_checkpointing": policy.dtype == torch.bfloat16,
+            "gradient_checkpointing": policy.checkpointing,
             "use_cpu": device.type == "cpu",
             "seed": SEED,
             "report_to": "none",

@@ -102,12 +102,12 @@ class VPPOConfig(GRPOConfig):
     prefix_sharing: str = field(
         default="auto",
         metadata={
-            "help": "The prompt of a group's rollouts passes once, in scoring and where a training pass holds several "
-            "of them: 'auto' where the model can go on from its cache, 'on' or an error, 'off'."
+            "help": "A prompt of several rollouts passes once, in scoring and in training, whose micro-batches then "
+            "hold neighbouring rollouts: 'auto' where the model can take it, 'on' or an error, 'off'."
         },
     )
     scoring_memory: float = field(
-        default=4.0, metadata={"help": "GiB that scoring may use for repeated caches and activations, above 0."}
+        default=4.0, metadata={"help": "GiB that scoring may use for activations, masks and repeated caches, above 0."}
     )
     patch_size: int | None = field(
         default=None, metadata={"help": "Side of a blackened patch in pixels; None takes the model's own patch, or 14."}

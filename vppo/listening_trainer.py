@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,18 +46,20 @@ class ListeningTrainer(SavedTrainer):
         return result
 
     @contextmanager
-    def _recording(self, length: int) -> Iterator[None]:
-        """Keeps the hidden states that predict the last `length` tokens of each row, of the first pass to be made."""
+    def _recording(self, keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Keeps hidden states that predict the responses' tokens, of the first pass to be made.
+
+        Args:
+            keep: Takes them out of the last layer's, `[B, T, D]`; a new tensor, which lets go of the prompts'.
+        """
         recorded = self._recorded
         if recorded is None or recorded or self._has_dropout:
             yield
             return
 
-        def keep(module: Any, args: Any, output: Any) -> None:
-            recorded.append(output.last_hidden_state[:, -(length + 1) : -1].clone())  # lets go of the prompt's
-
         model = self.accelerator.unwrap_model(self.model)
-        hook = getattr(model, "get_base_model", lambda: model)().base_model.register_forward_hook(keep)
+        base = getattr(model, "get_base_model", lambda: model)().base_model
+        hook = base.register_forward_hook(lambda module, args, output: recorded.append(keep(output.last_hidden_state)))
         try:
             yield
         finally:

@@ -1,32 +1,33 @@
-"""Response tokens through a model, without gradient: what rows have in common passes once.
+"""Response tokens through a model: what rows have in common passes once.
 
-The rollouts of a prompt share its image and its question. One pass over the prompt fills the model's cache, the cache
-is repeated for each rollout, and only responses pass rollout by rollout. Where a model cannot go on from a cache, rows
-pass whole, with the same result.
+The rollouts of a prompt share its image and its question. They pass as one row in which no response sees another
+(`vppo.packed_rows`). Where layers know their past by a state and not by a mask, one pass over the prompt fills the
+model's cache, the cache is repeated for each rollout, and only responses pass rollout by rollout
+(`vppo.cached_prompts`). Where neither can be, rows pass whole. The result is the same.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vppo.batch import Batch, View
+from vppo.cached_prompts import CachedPrompts
 from vppo.heads import head_forward
+from vppo.packed_rows import PackedRows, refusal
 
 logger = logging.getLogger(__name__)
 SHARING = ("auto", "on", "off")
 GIB = 1 << 30
-JOINING = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache that gradients pass: nothing is overwritten
 TOLERANCE, TOLERANCE_16_BIT = 2e-3, 0.1  # relative: rounding stays far below, a token in a wrong place does not
 
 Receive = Callable[[Any, list[int], Tensor], Tensor | None]
@@ -34,15 +35,19 @@ Receive = Callable[[Any, list[int], Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a token takes in a pass, as the model's configuration suggests.
+    """What a token takes in a pass, as the model's configuration suggests.
 
     Attributes:
-        cached: Its keys and values in all layers, and once more in the layer at work.
-        passing: Its activations.
+        cached: Bytes of its keys and values in all layers, and once more in the layer at work.
+        passing: Bytes of its activations.
+        pair: Bytes of the mask that says whether it sees another token: while it is made, and as attention takes it.
+        work: How many tokens it must attend to until that costs as much as its products with the weights.
     """
 
     cached: int
     passing: int
+    pair: int
+    work: int
 
     @classmethod
     def of(cls, model: Any) -> Footprint:
@@ -54,7 +59,12 @@ class Footprint:
         inner = inner if isinstance(inner, int) else 4 * width
         item = model.dtype.itemsize
         at_work = pairs + heads  # joined with the new ones, and spread over all heads
-        return cls(2 * item * depth * (config.num_hidden_layers * pairs + at_work), item * (8 * width + 3 * inner))
+        return cls(
+            cached=2 * item * depth * (config.num_hidden_layers * pairs + at_work),
+            passing=item * (8 * width + 3 * inner),
+            pair=4 + item,
+            work=2 * width + 3 * inner // 2,
+        )
 
 
 def _own(count: int) -> int:
@@ -67,10 +77,10 @@ class ResponsePasses:
 
     Args:
         model: A vision-language model in evaluation mode. Its own forward is called; its head never multiplies.
-        sharing: "auto" passes a prompt of several rows once where the model can go on from a cache: the first such pass
-            is compared with the plain one, and if it fails or differs, one warning names the reason and rows pass whole
-            from then on. "on" raises instead. "off" passes rows whole.
-        memory: Bytes for repeated caches and activations; a single row may exceed it.
+        sharing: "auto" passes a prompt of several rows once where the model can take it: the first such pass is
+            compared with the plain one, and if it fails or differs, one warning names the reason, and rows pass in the
+            next best way from then on. "on" raises if nothing can be shared. "off" passes rows whole.
+        memory: Bytes for activations, masks and repeated caches; a single row may exceed it.
         most: From a count of this process to the largest of all that must join each forward. A sharded model gathers
             its weights in every one, so a process with less to do runs passes of which nothing is kept.
 
@@ -85,15 +95,17 @@ class ResponsePasses:
             raise ValueError(f"sharing: got {sharing!r}, takes one of {list(SHARING)}")
         self.model, self.sharing, self.memory, self.most = model, sharing, memory, most
         self._footprint = Footprint.of(model)
-        self._able = False if sharing == "off" else None  # None: not tried yet
-        self._cache = cache_name(model)
-        self._gradients_pass = False  # through the model's cache
+        self._ways = [] if sharing == "off" else [self._pass_packed, self._pass_cached]  # the first one is to be taken
+        self._tried = False  # whether that one has been compared with the plain pass
         self._warned: set[str] = set()
 
     def portions(self, batch: Batch, rows: Sequence[int], view: View) -> list[list[int]]:
         """The rows in portions of whole prompts that fit the memory; as many, some empty, on every process."""
         groups = _groups(batch, rows, view)
-        costs = [self._prompt_cost(batch, group) + sum(self._row_cost(batch, row) for row in group) for group in groups]
+        if self._ways[:1] == [self._pass_packed]:
+            costs = [sum(self._pack_cost(batch, pack) for pack in self._packs(batch, [group])) for group in groups]
+        else:
+            costs = [self._prompt_cost(batch, g) + sum(self._row_cost(batch, row) for row in g) for g in groups]
         portions = [[row for group in part for row in group] for part in fill(groups, costs, self.memory)]
         return portions + [[] for _ in range(self.most(len(portions)) - len(portions))]
 
@@ -119,31 +131,21 @@ class ResponsePasses:
         if not rows:
             rows, receive = [int(batch.has_image.int().argmax())], _drop
         groups = _groups(batch, rows, view)
-        if self._shares(batch, groups, view):
-            self._pass_shared(batch, groups, view, receive)
-        else:
-            self._pass_whole(batch, [row for group in groups for row in group], view, receive)
+        self._way(batch, groups, view)(batch, groups, view, receive)
 
-    @torch.no_grad()
-    def carry_gradients(self, batch: Batch, view: View) -> bool:
-        """Whether `run_with_gradients` would share a prompt, and can."""
+    def packs_rows(self, batch: Batch, view: View) -> bool:
+        """Whether the rows of a batch may pass in `packs`, of all processes."""
         groups = _groups(batch, range(len(batch)), view)
-        return self._shares(batch, groups, view) and self._gradients_pass
+        return self._way(batch, groups, view) == self._pass_packed
 
-    def run_with_gradients(self, forward: Callable[..., Any], batch: Batch, view: View, receive: Receive) -> None:
-        """Pass all responses once, in one piece and in the mode that the model is in; a prompt of several rows once.
+    def packs(self, batch: Batch, rows: Sequence[int], view: View) -> list[list[int]]:
+        """Rows in packs (see `vppo.packed_rows`), for a forward of the caller's own."""
+        return self._packs(batch, _groups(batch, rows, view), math.inf)
 
-        Args:
-            forward: Called once, for the responses: the model, or what wraps it and prepares for its backward.
-            batch: The rows' tokens and images.
-            view: What they are shown.
-            receive: As for `run`; called once. What it returns is what the model gives as logits.
-        """
-        self._pass_shared(batch, _groups(batch, range(len(batch)), view), view, receive, forward)
+    # -- the three ways ----------------------------------------------------------------------------------------------
 
-    # -- the two ways ------------------------------------------------------------------------------------------------
-
-    def _pass_whole(self, batch: Batch, rows: Sequence[int], view: View, receive: Receive) -> None:
+    def _pass_whole(self, batch: Batch, groups: list[list[int]], view: View, receive: Receive) -> None:
+        rows = [row for group in groups for row in group]
         costs = [self._prompt_cost(batch, [row]) + self._row_cost(batch, row) for row in rows]
         for part, wanted in self._parts(rows, costs, self.memory):
             length = batch.longest(part)
@@ -151,49 +153,60 @@ class ResponsePasses:
             with head_forward(self.model, take):
                 self.model(**batch.whole(part, view), use_cache=False)
 
-    def _pass_shared(
-        self,
-        batch: Batch,
-        groups: list[list[int]],
-        view: View,
-        receive: Receive,
-        forward: Callable[..., Any] | None = None,
-    ) -> None:
-        prompt = batch.prompts([group[0] for group in groups], view)
-        ends: list[Tensor] = []  # a response's first token is predicted by its prompt's last hidden state
-        with _rope_deltas(self.model) as deltas, head_forward(self.model, lambda _, h: ends.append(h[:, -1:])):
-            cache = getattr(self.model(**prompt, use_cache=True), self._cache)
-        if not hasattr(cache, "reorder_cache"):
-            raise NotImplementedError(f"the model's cache is a {type(cache).__name__}, which cannot be repeated")
-        self._gradients_pass = all(type(layer) in JOINING for layer in getattr(cache, "layers", [None]))
-        place = {row: index for index, group in enumerate(groups) for row in group}
-        left = self.memory - sum(self._prompt_cost(batch, group) for group in groups)
-        parts = self._parts(list(place), [self._row_cost(batch, row) for row in place], left)
-        if torch.is_grad_enabled():  # what is passed lives until the backward: parts would save nothing
-            parts = [(list(place), True)]
-        for number, (part, wanted) in enumerate(parts):
-            index = torch.tensor([place[row] for row in part], device=batch.prompt_ids.device)
-            own = cache if number == len(parts) - 1 else copy.deepcopy(cache)
-            own.reorder_cache(index)
-            length = batch.longest(part)
-            given = slice(0, max(length - 1, 1))  # from a response's last token nothing is predicted
-            mask = torch.cat([prompt["attention_mask"][index], batch.completion_mask[part, given]], dim=1)
-            first = ends[0][index.to(ends[0].device)]
-            take = partial(_hand_over, receive if wanted else _drop, part, slice(0, length), before=first)
-            with head_forward(self.model, take):
-                (self.model if forward is None else forward)(
-                    input_ids=batch.completion_ids[part, given],
-                    attention_mask=mask,
-                    position_ids=_positions(mask, prompt["attention_mask"].shape[1], deltas, index),
-                    use_cache=True,
-                    **{self._cache: own},
-                )
+    def _pass_packed(self, batch: Batch, groups: list[list[int]], view: View, receive: Receive) -> None:
+        self._pass_packs(batch, self._packs(batch, groups), view, receive)
 
-    def _parts(self, rows: Sequence[int], costs: list[int], memory: int) -> list[tuple[list[int], bool]]:
-        """Rows in parts that fit, and whether what they give is wanted; as many parts on every process."""
-        parts = fill(rows, costs, memory)
+    def _pass_packs(self, batch: Batch, packs: list[list[int]], view: View, receive: Receive) -> None:
+        for part, wanted in self._parts(packs, [self._pack_cost(batch, pack) for pack in packs], self.memory):
+            packed = PackedRows(self.model, batch, part, view)
+            take = partial(_unpack, receive if wanted else _drop, packed)
+            with packed.masked(), head_forward(self.model, take):
+                self.model(**packed.inputs, use_cache=False)
+
+    def _pass_cached(self, batch: Batch, groups: list[list[int]], view: View, receive: Receive) -> None:
+        prompts = CachedPrompts(self.model, batch, groups, view)
+        rows = [row for group in groups for row in group]
+        left = self.memory - sum(self._prompt_cost(batch, group) for group in groups)
+        parts = self._parts(rows, [self._row_cost(batch, row) for row in rows], left)
+        for number, (part, wanted) in enumerate(parts):
+            whole = slice(0, batch.longest(part))
+            take = partial(_hand_over, receive if wanted else _drop, part, whole, before=prompts.before(part))
+            with head_forward(self.model, take):
+                prompts.go_on(part, last=number == len(parts) - 1)
+
+    def _parts(self, items: Sequence[Any], costs: list[int], memory: int) -> list[tuple[list[Any], bool]]:
+        """Rows or packs in parts that fit, and whether what they give is wanted; as many parts on every process."""
+        parts = fill(items, costs, memory)
         unwanted = self.most(len(parts)) - len(parts)
         return [(part, True) for part in parts] + [(parts[-1], False)] * unwanted
+
+    def _packs(self, batch: Batch, groups: list[list[int]], memory: float | None = None) -> list[list[int]]:
+        """Groups in packs: as many for each as make its pass the least work, or more where one would not fit.
+
+        Attention with a dense mask pays for what is masked too, so that with long responses smaller packs are better.
+        """
+        memory = self.memory if memory is None else memory
+        packs: list[list[int]] = []
+        for group in groups:
+            ways = [_cut(group, count) for count in range(1, len(group) + 1)]
+            fits = [way for way in ways if max(self._pack_cost(batch, pack) for pack in way) <= memory]
+            packs += min(fits or ways[-1:], key=lambda way: sum(self._pack_work(batch, pack) for pack in way))
+        return packs
+
+    def _pack_work(self, batch: Batch, pack: list[int]) -> int:
+        """In products of one token with another; the vision tower is taken to need as much as the language model."""
+        prompt, length = batch.prompt_lengths[pack[0]], self._pack_length(batch, pack)
+        attended = 0 if self.model.config.get_text_config()._attn_implementation == "flex_attention" else length
+        return length * (self._footprint.work + attended) + prompt * self._footprint.work
+
+    def _pack_cost(self, batch: Batch, pack: list[int]) -> int:
+        """Bytes of one pack, its mask among them."""
+        length = self._pack_length(batch, pack)
+        vision = 2 * batch.prompt_lengths[pack[0]]
+        return (length + vision) * self._footprint.passing + length**2 * self._footprint.pair
+
+    def _pack_length(self, batch: Batch, pack: list[int]) -> int:
+        return batch.prompt_lengths[pack[0]] + sum(batch.response_lengths[row] for row in pack)
 
     def _prompt_cost(self, batch: Batch, group: list[int]) -> int:
         """Bytes of one prompt; the vision tower is taken to need as much as the language model."""
@@ -206,32 +219,46 @@ class ResponsePasses:
 
     # -- which of them -----------------------------------------------------------------------------------------------
 
-    def _shares(self, batch: Batch, groups: list[list[int]], view: View) -> bool:
-        """Whether prompts pass once; the same answer on every process."""
-        if self._able is False or self.most(max(map(len, groups))) == 1:
-            return False
+    def _way(self, batch: Batch, groups: list[list[int]], view: View) -> Callable[..., None]:
+        """How these groups pass; the same answer on every process."""
+        if not self._ways or self.most(max(map(len, groups))) == 1:
+            return self._pass_whole
         if self.most(_shows_images(self.model, batch, [row for group in groups for row in group])):
             self._refuse("a response holds image tokens")
-            return False
-        if self._able is None:
-            reason = self._difference(batch, max(groups, key=len), view)
+            return self._pass_whole
+        reasons: list[str] = []
+        while self._ways and not self._tried:
+            reason = self._difference(self._ways[0], batch, max(groups, key=len), view)
             if self.most(bool(reason)):
-                self._able = False
-                self._refuse(reason or "another process found that it cannot be")
+                reasons.append(reason or "another process found that it cannot be")
+                self._ways.pop(0)
             else:
-                self._able = True
-        return self._able
+                self._tried = True
+        if not self._ways:
+            self._refuse("; ".join(reasons))
+            return self._pass_whole
+        if reasons:
+            logger.warning(f"Prompts are shared while scoring, but not in training passes: {reasons[0]}.")
+        return self._ways[0]
 
-    def _difference(self, batch: Batch, group: list[int], view: View) -> str:
-        """What tells a shared pass from the plain one; "" if nothing does."""
+    @torch.no_grad()
+    def _difference(self, way: Callable[..., None], batch: Batch, group: list[int], view: View) -> str:
+        """What tells a way to pass from the plain one; "" if nothing does."""
+        packed = way == self._pass_packed
+        if packed:
+            if reason := refusal(self.model):
+                return reason
+            way = self._pass_packs
         rows = sorted(group, key=lambda row: batch.response_lengths[row])[-2:]
-        plain = _gathered(batch, rows, lambda receive: self._pass_whole(batch, rows, view, receive))
-        try:
-            shared = _gathered(batch, rows, lambda receive: self._pass_shared(batch, [rows], view, receive))
-        except torch.OutOfMemoryError:
-            raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            return f"the model cannot go on from a cache: {type(error).__name__}: {str(error).splitlines()[0]}"
+        with _quiet(self.model):
+            plain = _gathered(batch, rows, lambda receive: self._pass_whole(batch, [rows], view, receive))
+            try:
+                shared = _gathered(batch, rows, lambda receive: way(batch, [rows], view, receive))
+            except torch.OutOfMemoryError:
+                raise
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                cannot = "take packed rows" if packed else "go on from a cache"
+                return f"the model cannot {cannot}: {type(error).__name__}: {str(error).splitlines()[0]}"
         tokens = batch.completion_mask[rows, : plain.shape[1]].bool().to(plain.device)
         expected = plain[tokens].float()
         difference = (shared[tokens].float() - expected).norm() / expected.norm().clamp(min=1e-30)
@@ -239,26 +266,15 @@ class ResponsePasses:
         rounds = plain.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
         if difference <= (TOLERANCE_16_BIT if rounds else TOLERANCE):
             return ""
-        return f"hidden states from a cache differ from the plain pass by {difference:.1e}"
+        source = "packed rows" if packed else "a cache"
+        return f"hidden states from {source} differ from the plain pass by {difference:.1e}"
 
     def _refuse(self, reason: str) -> None:
         if self.sharing == "on":
             raise ValueError(f"prefix_sharing: got 'on', takes 'auto' or 'off' here: {reason}")
         if reason not in self._warned:
             self._warned.add(reason)
-            logger.warning(
-                f"Prompts are not shared while scoring, which is slower and gives the same numbers: {reason}."
-            )
-
-
-def cache_name(model: Any) -> str:
-    """What a model's forward calls its cache: "cache" from transformers 5.24 on, "past_key_values" before.
-
-    Args:
-        model: A `PreTrainedModel`, or one with adapters around it.
-    """
-    own = getattr(model, "get_base_model", lambda: model)()
-    return "cache" if "cache" in inspect.signature(type(own).forward).parameters else "past_key_values"
+            logger.warning(f"Prompts are not shared, which is slower and gives the same numbers: {reason}.")
 
 
 def fill(items: Sequence[Any], costs: Sequence[int], memory: int) -> list[list[Any]]:
@@ -280,6 +296,28 @@ def _groups(batch: Batch, rows: Sequence[int], view: View) -> list[list[int]]:
     for row in rows:
         groups.setdefault((view.keys[row], batch.prompt_bytes[row]), []).append(row)
     return list(groups.values())
+
+
+def _cut(group: list[int], count: int) -> list[list[int]]:
+    """A group in so many packs of neighbours, alike in size."""
+    ends = [len(group) * number // count for number in range(count + 1)]
+    return [group[a:b] for a, b in pairwise(ends)]
+
+
+@contextmanager
+def _quiet(model: Any) -> Iterator[None]:
+    """Evaluation mode, in which nothing is random and no checkpoint of activations forbids a cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _unpack(receive: Receive, packed: PackedRows, head: Any, hidden: Tensor) -> Tensor | None:
+    """What a head's forward does in a packed pass."""
+    return receive(head, packed.rows, packed.responses(hidden))
 
 
 def _drop(head: Any, rows: list[int], hidden: Tensor) -> None:
@@ -310,37 +348,7 @@ def _gathered(batch: Batch, rows: Sequence[int], run: Callable[[Receive], None])
 
 
 def _shows_images(model: Any, batch: Batch, rows: list[int]) -> bool:
-    """Whether a response holds image tokens, as the result of a tool may."""
+    """Whether a response holds image tokens, as the result of a tool may; or a prompt ends with one."""
     ids = [getattr(model.config, name, None) for name in ("image_token_id", "image_token_index")]
-    tokens = torch.where(batch.completion_mask[rows].bool(), batch.completion_ids[rows], -1)
+    tokens = torch.where(batch.completion_mask[rows].bool(), batch.completion_ids[rows], batch.prompt_ids[rows, -1:])
     return any(bool((tokens == token).any()) for token in ids if token is not None)
-
-
-@contextmanager
-def _rope_deltas(model: Any) -> Iterator[list[Tensor]]:
-    """A list that holds, after the block, how far each row's next position lies from its number of tokens.
-
-    Models with positions in an image's height and width remember it for the tokens that follow; others have none.
-    """
-    owner = next((module for module in model.modules() if "rope_deltas" in vars(module)), None)
-    deltas: list[Tensor] = []
-    if owner is None:
-        yield deltas
-        return
-    before, owner.rope_deltas = owner.rope_deltas, None
-    try:
-        yield deltas
-        if owner.rope_deltas is not None:
-            deltas.append(owner.rope_deltas)
-    finally:
-        owner.rope_deltas = before
-
-
-def _positions(mask: Tensor, prompt: int, deltas: list[Tensor], index: Tensor) -> Tensor:
-    """Where the tokens behind `prompt` columns stand: `[3, rows, T]` where images have height and width, else
-    `[rows, T]`.
-    """
-    if deltas:  # counted from the first token that is not padding
-        tokens = mask.cumsum(1)[:, prompt:] - 1
-        return (tokens + deltas[0][index].to(mask.device)).expand(3, -1, -1)
-    return torch.arange(prompt, mask.shape[1], device=mask.device).expand(len(mask), -1)

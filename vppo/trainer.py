@@ -12,12 +12,15 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from accelerate.logging import get_logger
-from torch import Tensor, nn
+from torch import Tensor
+from trl.trainer import grpo_trainer
 
 from vppo.batch import Batch, View, in_rows, with_entries, without_no_images
 from vppo.config import VPPOConfig
@@ -27,9 +30,10 @@ from vppo.heads import logit_options
 from vppo.images import rgb_prompt, rgb_row, rgb_tool
 from vppo.listening_trainer import ListeningTrainer
 from vppo.loading import own_processor
-from vppo.logprobs import shared_logprobs
+from vppo.logprobs import packed_logprobs
 from vppo.monitoring import evaluation
 from vppo.monitoring.measured import Measured
+from vppo.packed_rows import PackedRows
 from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import seeded
 from vppo.processors import placeholder_tokens
@@ -89,6 +93,10 @@ class VPPOTrainer(ListeningTrainer):
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # it would round what a model returns to 16 bits, and here these are log-probabilities
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         for policy in (self.model, self.ref_model):
             if policy is not None:
                 self.accelerator.unwrap_model(policy).register_forward_pre_hook(without_no_images, with_kwargs=True)
@@ -185,7 +193,9 @@ class VPPOTrainer(ListeningTrainer):
         dependency = self._score(batch, scored, hidden_clean, alike)
         stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), stats_group=self._process_group())
         folded_later = self.args.tas_statistics == "micro-batch"
-        output["prompt"] = torch.tensor(alike, device=batch.prompt_ids.device)
+        compared = "old_per_token_logps" in output
+        if self._may_pack(compared) and self._passes.packs_rows(batch, View(alike)):
+            output["prompt"] = torch.tensor(alike, device=batch.prompt_ids.device)
         shaped = shape_advantages(
             output["advantages"],
             dependency,
@@ -320,38 +330,116 @@ class VPPOTrainer(ListeningTrainer):
 
     # -- TRL's training pass -----------------------------------------------------------------------------------------
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's; but rollouts that may share a prompt stay together, and are not shuffled over micro-batches.
+
+        Which prompts meet in a micro-batch is random all the same: the sampler has shuffled them.
+        """
+        if not self._keeps_groups:
+            return super()._prepare_inputs(generation_batch)
+        with mock.patch.object(grpo_trainer, "shuffle_sequence_dict", lambda rows: rows):
+            return super()._prepare_inputs(generation_batch)
+
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
     ) -> Any:
-        if self._train_inputs is not None and self._may_share_training_pass(self._train_inputs):
-            batch, view = Batch(self._train_inputs), View(self._train_inputs["prompt"].tolist())
-            if self._passes.carry_gradients(batch, view):
-                options = logit_options(self.accelerator.unwrap_model(self.model), self.temperature)
-                with self.accelerator.autocast():
-                    logprobs, entropy = shared_logprobs(self._passes, model, batch, view, options)
-                self._train_logprobs = logprobs
-                return logprobs, entropy, None
-        with self._recording(logits_to_keep), fused_head(gathered=not self._dist.is_zero3):
-            result = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **with_entries(kwargs, len(input_ids))
-            )
+        """TRL's; in packs where they are the same to the last digits."""
+        inputs = self._train_inputs
+        images = {name: value for name, value in images.items() if value is not None}
+        images = with_entries(images, len(input_ids))
+        tokens = input_ids, attention_mask, logits_to_keep, batch_size
+        with fused_head(self.accelerator.unwrap_model(model), gathered=not self._dist.is_zero3):
+            if inputs is not None and "prompt" in inputs:
+                result: Any = self._packed_training_pass(model, inputs)
+            elif (result := self._packed_old_pass(model, *tokens, images)) is None:
+                with self._recording(lambda hidden: hidden[:, -(logits_to_keep + 1) : -1].clone()):
+                    result = super()._get_per_token_logps_and_entropies(
+                        model, *tokens, compute_entropy, compute_aux_loss, **images
+                    )
         if torch.is_grad_enabled():
             self._train_logprobs = result[0]
         return result
 
+    def _packed_old_pass(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        length: int,
+        batch_size: int | None,
+        images: dict[str, Any],
+    ) -> tuple[Tensor, None, None] | None:
+        """Log-probabilities of a generation before its training passes, in the same packs; None if it does not pack."""
+        if self._recorded is None or not self.model.training or not self._may_pack(compared=True):
+            return None
+        tokens = {"prompt_ids": input_ids[:, :-length], "completion_ids": input_ids[:, -length:]}
+        masks = {"prompt_mask": attention_mask[:, :-length], "completion_mask": attention_mask[:, -length:]}
+        batch = Batch({**tokens, **masks, **images})
+        view = View(batch.alike(self._prompts(batch)))
+        if not self._passes.packs_rows(batch, view):
+            return None
+        found: list[Tensor] = []
+        with self._recording(lambda hidden: packed.spread(hidden)[part]), self.accelerator.autocast():
+            for start in range(0, len(batch), batch_size or len(batch)):
+                part = slice(start, start + (batch_size or len(batch)))
+                packs = self._passes.packs(batch, range(len(batch))[part], view)
+                packed = PackedRows(self._passes.model, batch, packs, view)
+                found.append(packed_logprobs(model, packed)[0][part])
+        return torch.cat(found), None, None
+
     # -- in the loss -------------------------------------------------------------------------------------------------
 
-    def _may_share_training_pass(self, inputs: dict[str, Any]) -> bool:
-        """Whether nothing but the last digits tells a training pass with shared prompts from TRL's."""
-        sharded = self._dist.is_fsdp or self._dist.is_zero3
-        recomputes = self.args.gradient_checkpointing  # models do not combine it with a cache
-        if "prompt" not in inputs or sharded or recomputes or self._has_dropout or self.aux_loss_enabled:
-            return False
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+    @property
+    def _keeps_groups(self) -> bool:
+        """Whether a micro-batch has the rollouts of a prompt one after the other; the released code's statistics are of
+        micro-batches as TRL shuffles them.
+        """
+        shares = self.args.scores_tokens and self.args.prefix_sharing != "off"
+        return shares and self.args.tas_statistics != "micro-batch"
+
+    def _may_pack(self, compared: bool) -> bool:
+        """Whether nothing but the last digits tells a training pass with packed rows from TRL's.
+
+        Args:
+            compared: Whether its log-probabilities are compared with those of an earlier pass. In 16 bits their ratio
+                is 1 only where both have the same packs.
+        """
         exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        # in 16 bits two passes round differently, and the ratio of their probabilities would not be 1
-        one_pass = "old_per_token_logps" not in inputs and head.weight.dtype != torch.float32
-        return type(head) is nn.Linear and (exact or one_pass)
+        same = self._keeps_groups or exact or not compared
+        return self.args.scores_tokens and same and not self._has_dropout and not self.aux_loss_enabled
+
+    def _packed_training_pass(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, None]:
+        """Log-probabilities and entropies with gradients; packs whose loss is 0 whatever they are do not pass."""
+        batch, view = Batch(inputs), View(inputs["prompt"].tolist())
+        packs = self._passes.packs(batch, range(len(batch)), view)
+        if self._only_advantages_matter:
+            alive = (batch.mask & (inputs["advantages"] != 0)).any(1).tolist()
+            some = [pack for pack in packs if any(alive[row] for row in pack)]
+            packs = some or packs[:1]  # every process joins each forward, and a loss has gradients
+        packed = PackedRows(self._passes.model, batch, packs, view)
+        with self.accelerator.autocast():
+            logprobs, entropy = packed_logprobs(model, packed)
+        passed = torch.zeros(len(batch), 1, dtype=torch.bool, device=logprobs.device)
+        passed[packed.rows] = True
+        if not passed.all():
+            logprobs = torch.where(passed, logprobs, inputs.get("old_per_token_logps", 0.0))  # the ratio there is 1
+            mean = entropy.detach()[batch.mask & passed].mean().nan_to_num()  # so that TRL logs that of the others
+            entropy = torch.where(passed, entropy, mean)
+        return logprobs, entropy, None
+
+    @property
+    def _only_advantages_matter(self) -> bool:
+        """Whether the loss of a row without advantage is 0, and has no gradient."""
+        others = self.beta or self.args.nll_coef or self._entropy_bonus_enabled
+        return not others and self.top_entropy_quantile == 1.0
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"

@@ -46,7 +46,7 @@ def test_the_same_training_as_with_trls_own(
     case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, our_losses = trained(tmp_path / "ours", case)
-    monkeypatch.setattr(vppo.trainer, "fused_head", lambda gathered: nullcontext())
+    monkeypatch.setattr(vppo.trainer, "fused_head", lambda *_, **__: nullcontext())
     trls, trl_losses = trained(tmp_path / "trl", case)
     assert our_losses == pytest.approx(trl_losses, rel=1e-4, abs=1e-6)
     moved = 0
@@ -89,7 +89,7 @@ def test_a_seam_that_is_gone_is_no_error(
 ) -> None:
     monkeypatch.delattr(seam, "_use_triton")
     for _ in range(2):
-        with fused_head.fused_head(gathered=True):
+        with fused_head.fused_head(None, gathered=True):
             assert not isinstance(seam._ChunkedLogProbFunction, fused_head._Function)
     assert warnings.text.count("TRL's own head is used") == 1 and "_use_triton" in warnings.text
 
@@ -97,16 +97,16 @@ def test_a_seam_that_is_gone_is_no_error(
 @pytest.mark.parametrize("arguments", [(1, 2), (*range(8), ("log_probs", "is_top1"))], ids=["signature", "outputs"])
 def test_what_is_not_known_is_left_to_trl(arguments: tuple[Any, ...], warnings: pytest.LogCaptureFixture) -> None:
     original = mock.Mock()
-    assert fused_head._Function(original).apply(*arguments) is original.apply.return_value
+    assert fused_head._Function(original, None).apply(*arguments) is original.apply.return_value
     original.apply.assert_called_once_with(*arguments)
     assert warnings.text.count("TRL's own head is used") == 1
 
 
 def test_sharded_by_zero3_it_is_left_to_trl(warnings: pytest.LogCaptureFixture) -> None:
     before = seam._ChunkedLogProbFunction
-    with fused_head.fused_head(gathered=False):
+    with fused_head.fused_head(None, gathered=False):
         assert seam._ChunkedLogProbFunction is before
     assert "ZeRO-3" in warnings.text
-    with fused_head.fused_head(gathered=True):
+    with fused_head.fused_head(None, gathered=True):
         assert seam._ChunkedLogProbFunction is not before
     assert seam._ChunkedLogProbFunction is before

@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from vppo.batch import Batch, View
+from vppo.cached_prompts import cache_name
 from vppo.heads import logit_options
-from vppo.passes import Footprint, ResponsePasses, cache_name
+from vppo.packed_rows import refusal
+from vppo.passes import Footprint, ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout, seeded
 from vppo.scoring import score
 
@@ -74,15 +76,24 @@ def perturbed(batch: Batch, processor: Any, keys: Sequence[int]) -> View:
     return View(keys, {key: batch.perturbed_pixels(row, layout, draw, seeded(key)) for key, row in first.items()})
 
 
+def passes_of(model: Any, way: str | None = None, **options: Any) -> ResponsePasses:
+    """Passes that know only one way to share, "packed" or "cached"; None lets them choose."""
+    passes = ResponsePasses(model, **options)
+    if way is not None:
+        passes._ways = [getattr(passes, f"_pass_{way}")]
+    return passes
+
+
 def hidden(model: Any, batch: Batch, view: View, rows: Sequence[int] | None = None, **options: Any) -> Tensor:
     """`[tokens, D]` of the response tokens."""
     rows = range(len(batch)) if rows is None else rows
-    found = ResponsePasses(model, **options).hidden(batch, rows, view)
+    found = passes_of(model, **options).hidden(batch, rows, view)
     return found[batch.completion_mask[list(rows), : found.shape[1]].bool()]
 
 
-def same(model: Any, batch: Batch, view: View, **options: Any) -> None:
-    shared, plain = (hidden(model, batch, view, sharing=way, **options) for way in ("on", "off"))
+def same(model: Any, batch: Batch, view: View, way: str | None = "packed", **options: Any) -> None:
+    shared = hidden(model, batch, view, sharing="on", way=way, **options)
+    plain = hidden(model, batch, view, sharing="off", **options)
     assert len(plain) and plain.norm() > 0.1
     torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
 
@@ -111,14 +122,16 @@ def count_passes(model: Any) -> list[SimpleNamespace]:
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [1, 1 << 20, 1 << 32])
+@pytest.mark.parametrize(
+    ("way", "memory"), [("packed", 1 << 17), ("packed", 1 << 32), ("cached", 1), ("cached", 1 << 32)]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_hidden_states_are_the_plain_ones(name: str, memory: int) -> None:
+def test_hidden_states_are_the_plain_ones(name: str, way: str, memory: int) -> None:
     model, processor = built(name)
     batch, view = grouped(model, processor)
-    same(model, batch, view, memory=memory)
-    same(model, batch, perturbed(batch, processor, view.keys), memory=memory)
-    same(model, batch, view, memory=memory, rows=[6, 1, 0])
+    same(model, batch, view, way, memory=memory)
+    same(model, batch, perturbed(batch, processor, view.keys), way, memory=memory)
+    same(model, batch, view, way, memory=memory, rows=[6, 1, 0])
 
 
 @pytest.mark.slow
@@ -151,6 +164,7 @@ def test_text_beside_images(name: str) -> None:
     batch, view = grouped(model, processor, ((2, 1), (3, 0), (2, 1)))
     assert batch.has_image.tolist() == [True] * 2 + [False] * 3 + [True] * 2
     same(model, batch, view)
+    same(model, batch, view, "cached")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,7 +211,18 @@ def test_sliding_windows() -> None:
     batch, view = grouped(model, processor)
     assert batch.prompt_mask.sum(1).min() > 6
     same(model, batch, view)
-    same(model, batch, view, memory=1)
+    same(model, batch, view, "cached")
+
+
+def test_flex_attention() -> None:
+    """Its block mask comes from the same function; compiled kernels are a GPU's, here the definition runs."""
+    model, processor = families.build("gemma3")
+    batch, view = grouped(model, processor)
+    plain = hidden(model, batch, view, sharing="off")
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    with torch.compiler.set_stance("force_eager"):
+        shared = hidden(model, batch, view, sharing="on", way="packed")
+    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
 
 
 def linear_attention() -> tuple[Any, Any]:
@@ -232,7 +257,7 @@ def test_hybrid_caches(memory: int) -> None:
     """Shared or not, whatever this version of transformers can: the numbers are the plain ones."""
     model, processor = linear_attention()
     batch, view = grouped(model, processor)
-    shared = hidden(model, batch, view, sharing="auto", memory=memory)
+    shared = hidden(model, batch, view, sharing="on", memory=memory)
     alone, together = (hidden(model, batch, view, sharing="off", memory=each) for each in (1, 1 << 32))
     # a state is summed in other chunks where a row is padded differently: the plain passes differ by that, too
     rounding = (alone - together).abs().max().item()
@@ -276,13 +301,13 @@ def test_the_model_forgets_the_pass() -> None:
 
 def after_the_check(model: Any, batch: Batch, view: View, **options: Any) -> ResponsePasses:
     """Passes whose first use, with its comparison, lies behind them."""
-    passes = ResponsePasses(model, **options)
+    passes = passes_of(model, **options)
     passes.hidden(batch, range(len(batch)), view)
     return passes
 
 
 def test_tokens_that_pass() -> None:
-    """Prompts and images once for each prompt and view; of the longest response all but its last token."""
+    """Prompts and images once for each prompt and view; what predicts nothing not at all."""
     model, processor = families.build(FAMILY)
     batch, view = grouped(model, processor)
     passes = after_the_check(model, batch, view)
@@ -292,24 +317,45 @@ def test_tokens_that_pass() -> None:
     leaders = [view.keys.index(key) for key in (0, 1, 2)]
     prompts = sum(batch.prompt_lengths[row] for row in leaders)
     images = sum(int((batch.prompt_ids[row] == families.VOCABULARY["<|image_pad|>"]).sum()) for row in leaders)
-    longest = max(batch.response_lengths)
-    responses = sum(min(length, longest - 1) for length in batch.response_lengths)
-    assert [s.tokens for s in seen] == [prompts, responses] * 2
-    assert [s.images for s in seen] == [images, 0] * 2
-    assert [s.patches for s in seen] == [4 * images, 0] * 2, "four patches a token"
+    assert [s.tokens for s in seen] == [prompts - 3 + sum(batch.response_lengths)] * 2
+    assert [s.images for s in seen] == [images] * 2
+    assert [s.patches for s in seen] == [4 * images] * 2, "four patches a token"
 
 
 def test_tokens_that_pass_where_memory_is_short() -> None:
-    """Response by response, and still no prompt of several rollouts twice."""
+    """In as few packs as fit; and from a cache response by response, with no prompt twice."""
     model, processor = families.build(FAMILY)
     batch, view = grouped(model, processor, ((4, 1), (3, 2)), lengths=(5, 2, 6, 4))
-    passes = after_the_check(model, batch, view, memory=1)
-    seen = count_passes(model)
-    for portion in passes.portions(batch, range(7), view):
-        passes.hidden(batch, portion, view)
     first, second = batch.prompt_lengths[0], batch.prompt_lengths[4]
-    assert [s.tokens for s in seen] == [first, 4, 1, 5, 3, second, 4, 1, 5]
-    assert all(s.rows == 1 for s in seen)
+    pair = passes_of(model)._pack_cost(batch, [2, 3])
+    counts = {
+        ("packed", 1): [n - 1 + r for n, r in zip([first] * 4 + [second] * 3, batch.response_lengths, strict=True)],
+        ("packed", pair): [first - 1 + 7, first - 1 + 10, second - 1 + 13],
+        ("cached", 1): [first, 4, 1, 5, 3, second, 4, 1, 5],
+    }
+    for (way, memory), expected in counts.items():
+        passes = after_the_check(model, batch, view, way=way, memory=memory)
+        seen = count_passes(model)
+        for portion in passes.portions(batch, range(7), view):
+            passes.hidden(batch, portion, view)
+        assert [s.tokens for s in seen] == expected, way
+        assert all(s.rows == 1 for s in seen)
+
+
+def test_long_responses_pass_in_smaller_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention with a dense mask pays for what is masked; FlexAttention does not."""
+    model, processor = built(FAMILY)
+    batch, view = grouped(model, processor, ((8, 1),))
+
+    def sizes(length: int) -> list[int]:
+        batch.response_lengths = [length] * 8
+        return [len(pack) for pack in ResponsePasses(model).packs(batch, range(8), view)]
+
+    assert sizes(5) == [8]
+    assert sizes(40) == [2] * 4
+    assert sizes(1000) == [1] * 8
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flex_attention")
+    assert sizes(1000) == [8]
 
 
 def test_without_sharing_every_row_passes_whole() -> None:
@@ -393,28 +439,40 @@ def _refuses(forward: Any) -> Any:
 
 def _misplaces(forward: Any) -> Any:
     def changed(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get(CACHE) is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + 3
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = 2 * kwargs["position_ids"] + 3
+        return forward(*args, **kwargs)
+
+    return changed
+
+
+def _makes_its_own_masks(forward: Any) -> Any:
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("position_ids") is not None:
+            length = kwargs["input_ids"].shape[1]
+            kwargs["attention_mask"] = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
         return forward(*args, **kwargs)
 
     return changed
 
 
 CANNOT = {
-    _no_cache: "the model's cache is a NoneType, which cannot be repeated",
-    _forgets: "differ from the plain pass by|cannot go on from a cache",
-    _refuses: f"TypeError: .*{CACHE}'",
-    _misplaces: "differ from the plain pass by",
+    (_no_cache, "cached"): "the model's cache is a NoneType, which cannot be repeated",
+    (_forgets, "cached"): "differ from the plain pass by|cannot go on from a cache",
+    (_refuses, "cached"): f"TypeError: .*{CACHE}'",
+    (_misplaces, "cached"): "hidden states from a cache differ from the plain pass by",
+    (_misplaces, "packed"): "hidden states from packed rows differ from the plain pass by",
+    (_makes_its_own_masks, "packed"): "NotImplementedError: the model makes its masks in a way of its own",
 }
 
 
-@pytest.mark.parametrize("change", CANNOT)
-def test_one_warning_and_the_same_numbers(change: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("change", "way"), CANNOT)
+def test_one_warning_and_the_same_numbers(change: Any, way: str, caplog: pytest.LogCaptureFixture) -> None:
     model, processor = families.build(FAMILY)
     batch, view = grouped(model, processor)
     plain = hidden(model, batch, view, sharing="off")
     model.forward = change(model.forward)
-    passes = ResponsePasses(model)
+    passes = passes_of(model, way)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found = passes.hidden(batch, range(len(batch)), view)
@@ -422,33 +480,63 @@ def test_one_warning_and_the_same_numbers(change: Any, caplog: pytest.LogCapture
     warnings = [record.message for record in caplog.records if "not shared" in record.message]
     assert len(warnings) == 1 and "\n" not in warnings[0]
     with pytest.raises(
-        ValueError, match=rf"prefix_sharing: got 'on', takes 'auto' or 'off' here: .*({CANNOT[change]})"
+        ValueError, match=rf"prefix_sharing: got 'on', takes 'auto' or 'off' here: .*({CANNOT[change, way]})"
     ):
-        hidden(model, batch, view, sharing="on")
+        hidden(model, batch, view, sharing="on", way=way)
 
 
-def test_running_out_of_memory_is_no_reason() -> None:
+@pytest.mark.parametrize("sharing", ["auto", "on"])
+def test_the_next_best_way(sharing: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A model whose masks are out of reach goes on from its cache."""
+    model, processor = families.build(FAMILY)
+    batch, view = grouped(model, processor)
+    plain = hidden(model, batch, view, sharing="off")
+    forward, changed = model.forward, _makes_its_own_masks(model.forward)
+    model.forward = lambda **given: (forward if CACHE in given else changed)(**given)
+    passes = ResponsePasses(model, sharing=sharing)
+    for _ in range(2):
+        found = passes.hidden(batch, range(len(batch)), view)
+    torch.testing.assert_close(found[batch.completion_mask.bool()], plain, rtol=1e-5, atol=1e-5)
+    assert passes._ways == [passes._pass_cached] and not passes.packs_rows(batch, view)
+    assert caplog.text.count("shared while scoring, but not in training passes: the model cannot take packed rows") == 1
+
+
+def test_what_a_configuration_tells() -> None:
+    model, _ = families.build(FAMILY)
+    assert refusal(model) == ""
+    model.config.text_config._attn_implementation_internal = "flash_attention_2"
+    assert refusal(model) == "attention by flash_attention_2 takes no mask (sdpa, eager, flex_attention do)"
+    states, _ = linear_attention()
+    assert refusal(states) == "the model has layers of linear_attention, which no mask reaches"
+
+
+@pytest.mark.parametrize("way", ["packed", "cached"])
+def test_running_out_of_memory_is_no_reason(way: str) -> None:
     model, processor = families.build(FAMILY)
     batch, view = grouped(model, processor)
     forward = model.forward
 
     def changed(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("use_cache"):
+        if kwargs.get("use_cache") or "position_ids" in kwargs:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
     model.forward = changed
     with pytest.raises(torch.OutOfMemoryError):
-        hidden(model, batch, view)
+        hidden(model, batch, view, way=way)
 
 
 def test_images_in_responses_pass_whole(caplog: pytest.LogCaptureFixture) -> None:
     model, processor = families.build(FAMILY)
     batch, view = grouped(model, processor)
     passes = after_the_check(model, batch, view)
-    batch.completion_ids[0, 0] = families.VOCABULARY["<|image_pad|>"]
-    assert not passes._shares(batch, [[0, 1, 2, 3]], view)
-    assert passes._shares(batch, [[5, 6, 7]], view), "others are shared all the same"
+    image, before = families.VOCABULARY["<|image_pad|>"], batch.completion_ids[0, 0].item()
+    for token in (image, before):
+        batch.completion_ids[0, 0] = token
+        assert (passes._way(batch, [[0, 1, 2, 3]], view) == passes._pass_whole) == (token == image)
+        assert passes._way(batch, [[5, 6, 7]], view) == passes._pass_packed, "others are shared all the same"
+    batch.prompt_ids[0, -1] = image
+    assert passes._way(batch, [[0, 1, 2, 3]], view) == passes._pass_whole
     assert "a response holds image tokens" in caplog.text
 
 

@@ -63,7 +63,7 @@ def one_group_for_nothing(completions: list[Any], answer: list[str], **kwargs: A
 @pytest.mark.parametrize("algorithm", ["dapo", "grpo"])
 def test_without_dependency_it_is_trls_trainer(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, with TRL's own head; that ours does the same is tested in `test_fused_head.py`."""
-    monkeypatch.setattr(vppo.trainer, "fused_head", lambda gathered: nullcontext())
+    monkeypatch.setattr(vppo.trainer, "fused_head", lambda *_, **__: nullcontext())
     run = trainer(tmp_path, algorithm=algorithm)
     run.train()
     model, processor = families.build(FAMILY)
@@ -142,6 +142,7 @@ def test_perturbations(perturbation: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_batch_of_text_alone(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     fix_rollouts(run)
+    generation_batch(run, rows(2, images=(0,)))  # compares the shared pass with the plain one, once in a run
     forwards = count_forwards(run)
     batch = generation_batch(run, rows(2, images=(0,)))
     expected = group_advantages(run, batch).unsqueeze(1) * batch["completion_mask"]
@@ -191,11 +192,12 @@ def test_groups_without_a_signal_are_not_scored(tmp_path: Path, monkeypatch: pyt
 def test_no_group_with_a_signal(tmp_path: Path) -> None:
     run = trainer(tmp_path, reward=lambda completions, **kwargs: [1.0] * len(completions))
     fix_rollouts(run)
+    generation_batch(run, rows(2))  # compares the shared pass with the plain one, once in a run
     forwards = count_forwards(run)
     batch = generation_batch(run, rows(2))
     assert forwards == [] and not batch["advantages"].any()
     assert batch["advantages"].shape == batch["completion_ids"].shape
-    assert run._metrics["train"]["vppo/scored_fraction"] == [0.0]
+    assert run._metrics["train"]["vppo/scored_fraction"] == [0.0, 0.0]
 
 
 def test_truncated_rows_that_are_masked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from support import families
 from support.runs import FAMILY, batch_inputs, fix_rollouts, rows, trainer, varied_reward
+from test_training_pass import tokens_of_forwards
 from torch import Tensor
 
 from vppo.batch import Batch, View
@@ -73,24 +74,20 @@ def evaluated(path: Path, world: int) -> tuple[dict[str, float], list[dict[str, 
     return {name: found[name] for name in found if name.startswith(whole) and not name.endswith(CLOCK)}, table
 
 
-def trained_in_pairs(path: Path, sharing: str) -> tuple[dict[str, Tensor], list[int]]:
-    """Weights after four steps on two rows each, which the shuffle makes rollouts of one prompt or of two; and the
-    forwards of each step's loss.
-    """
+def trained_in_pairs(path: Path, sharing: str) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Weights after four steps on two rows each, of one prompt; and the tokens of the forwards of each step's loss."""
     run = trainer(
         path, rows(8), per_device_train_batch_size=2, num_generations=2, steps_per_generation=2, max_steps=4,
         num_iterations=1, gradient_accumulation_steps=2, prefix_sharing=sharing, optim="sgd", learning_rate=0.1,
     )  # fmt: skip
     fix_rollouts(run, LENGTHS)
-    forwards: list[int] = []
-    compute_loss = run._compute_loss
+    forwards: list[list[int]] = []
+    seen, compute_loss = tokens_of_forwards(run), run._compute_loss
 
     def counting(*args: Any) -> Tensor:
-        seen: list[int] = []
-        hook = run.accelerator.unwrap_model(run.model).base_model.register_forward_pre_hook(lambda *_: seen.append(1))
+        before = len(seen)
         loss = compute_loss(*args)
-        hook.remove()
-        forwards.append(len(seen))
+        forwards.append(seen[before:])
         return loss
 
     run._compute_loss = counting  # type: ignore[method-assign]
@@ -205,14 +202,12 @@ def test_two_processes_train(ranks: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_shared_training_passes(ranks: list[dict[str, Any]]) -> None:
-    """Also in a step in which one process has rows with a prompt in common and the other has none."""
-    shared, plain = (rank["sharing on"][1] for rank in ranks)
-    assert {1, 2} == {*shared, *plain} and any(a != b for a, b in zip(shared, plain, strict=True))
     before = dict(families.build(FAMILY)[0].named_parameters())
     assert max((w - before[name]).abs().max() for name, w in ranks[0]["sharing off"][0].items()) > 1e-3
     for rank in ranks:
-        (weights, _), (expected, forwards) = rank["sharing on"], rank["sharing off"]
-        assert set(forwards) == {1}
+        (weights, shared), (expected, plain) = rank["sharing on"], rank["sharing off"]
+        assert len(shared) == len(plain) == 8
+        assert all(len(a) == len(b) == 1 and a < b for a, b in zip(shared, plain, strict=True))
         for name, weight in expected.items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
             assert torch.equal(weights[name], ranks[0]["sharing on"][0][name]), name
