@@ -10,6 +10,7 @@ from trl import GRPOConfig
 
 from vppo.passes import SHARING
 from vppo.perturbations import KINDS, Perturbation
+from vppo.sampler_guard import GUARDS
 
 ALGORITHMS = ("vppo", "tas", "tgf", "dapo", "grpo")
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "k3")
@@ -43,7 +44,8 @@ class VPPOConfig(GRPOConfig):
     """TRL's `GRPOConfig` with the knobs of VPPO; all of TRL's own keep their meaning.
 
     Defaults that differ from TRL's are the paper's: `epsilon_high=0.28`, `top_p=0.99`, a constant learning rate and
-    weight decay 0.01. Fields whose default is None are filled by the recipe; a value given explicitly wins over it.
+    weight decay 0.01; and `vllm_server_timeout`, so that a missing server is told within a minute. Fields whose default
+    is None are filled by the recipe; a value given explicitly wins over it.
 
     Raises:
         ValueError: A field is out of range; the message names it, what it got and what it takes.
@@ -118,7 +120,24 @@ class VPPOConfig(GRPOConfig):
     check_kernels: bool = field(
         default=False, metadata={"help": "Compare a sample of every divergence with its float64 definition."}
     )
+    sampler_guard: str = field(
+        default="error",
+        metadata={
+            "help": "What happens where the sampler's log-probabilities of its tokens, or its prompts, are not the "
+            "trainer's: 'error', 'warn' or 'off'."
+        },
+    )
+    sampler_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean difference of a step's log-probabilities that the guard accepts, in nats a token, above 0; "
+            "None is 0.05 where sampler and trainer compute in float32, and 0.3 in 16 bits."
+        },
+    )
 
+    vllm_server_timeout: float = field(
+        default=50.0, metadata={"help": "Seconds to wait for a vLLM server before the first step."}
+    )
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "TRL's loss; None takes the recipe's."}
     )
@@ -145,6 +164,9 @@ class VPPOConfig(GRPOConfig):
         _one_of("perturbation", self.perturbation, KINDS)
         _one_of("perturbation_scope", self.perturbation_scope, SCOPES)
         _one_of("prefix_sharing", self.prefix_sharing, SHARING)
+        _one_of("sampler_guard", self.sampler_guard, GUARDS)
+        if self.sampler_tolerance is not None and not 0 < self.sampler_tolerance < math.inf:
+            raise ValueError(f"sampler_tolerance: got {self.sampler_tolerance!r}, takes a finite number above 0")
         if not self.scoring_memory > 0:
             raise ValueError(f"scoring_memory: got {self.scoring_memory!r}, takes a number above 0")
         if not 0 < self.keep_ratio <= 1:

@@ -30,6 +30,7 @@ from vppo.processes import on_first
 from vppo.progress import read_lines
 from vppo.rewards.named import beside, load_rewards
 from vppo.run_record import check_rows, check_same, digest_rows, read_record, write_record
+from vppo.vllm_engine import check_version
 from vppo.words import load_yaml, parse_word
 
 if TYPE_CHECKING:
@@ -313,6 +314,7 @@ def _train(config: Config, script: ScriptArguments, model_args: ModelConfig, arg
         trainer.accelerator.print(f"Skipped {count}, listed in {skipped_path}; the first: {skipped[0]}")
     if checkpoint:
         trainer.accelerator.print(f"Going on from {checkpoint}")
+    trainer.accelerator.print(trainer.describe_sampler())
     _run(trainer, checkpoint)
     with writing(output_dir / "model", "make room; with resume: true the run then only saves its model"):
         trainer.save_model(str(output_dir / "model"))
@@ -405,6 +407,8 @@ def _check_installed(args: VPPOConfig) -> None:
             raise InputError(f"report_to: got {name!r}, which is not installed (or not set up): pip install {name}")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("use_liger_kernel: Liger is not installed: pip install 'vppo-kernels[liger]'")
+    if args.use_vllm:
+        check_version()
 
 
 def _check_length(rows: int, args: VPPOConfig) -> None:

@@ -28,7 +28,6 @@ from vppo.errors import InputError
 from vppo.fused_head import fused_head
 from vppo.heads import logit_options
 from vppo.images import rgb_prompt, rgb_row, rgb_tool
-from vppo.listening_trainer import ListeningTrainer
 from vppo.loading import own_processor
 from vppo.logprobs import packed_logprobs
 from vppo.monitoring import evaluation
@@ -38,6 +37,7 @@ from vppo.passes import GIB, ResponsePasses
 from vppo.perturbations import seeded
 from vppo.processors import placeholder_tokens
 from vppo.rewards.checks import checked
+from vppo.sampled_trainer import SampledTrainer
 from vppo.scoring import score
 from vppo.sight import ImageWatch
 from vppo.views import ImageViews
@@ -48,7 +48,7 @@ logger = get_logger(__name__)
 BLIND = 1e-8  # nats: below this mean dependency the perturbed view has changed nothing
 
 
-class VPPOTrainer(ListeningTrainer):
+class VPPOTrainer(SampledTrainer):
     """`trl.GRPOTrainer` that rewards looking. Takes the same arguments, with a `VPPOConfig` as `args`.
 
     Example:
@@ -63,8 +63,10 @@ class VPPOTrainer(ListeningTrainer):
 
     Beside TRL's metrics it logs, under `vppo/`: dependency_mean, dependency_q50, dependency_q90, dependency_q99 (nats),
     kept_fraction, alpha_min, alpha_mean, alpha_max, scored_fraction (rows that went through the perturbed pass),
-    clip_ratio_kept (clipped among the tokens that carry gradient) and seconds_scoring. An evaluation logs those of
-    the dependency as `eval_vppo/...`, over all of its rows with an image, for every algorithm: they can be compared.
+    clip_ratio_kept (clipped among the tokens that carry gradient), seconds_scoring and, where the sampler tells its
+    log-probabilities, sampler_gap_mean and sampler_gap_max (nats a token, see `vppo.sampler_guard`). An evaluation logs
+    those of the dependency as `eval_vppo/...`, over all of its rows with an image, for every algorithm: they can be
+    compared.
 
     Completion tables (`log_completions`) have three columns more: `dependency` (nats, mean over the response's tokens),
     `kept_fraction` and, where shaping takes the batch's statistics, `alpha`; NaN where a completion was not scored.

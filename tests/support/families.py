@@ -118,6 +118,7 @@ TEXT: dict[str, Any] = {
     "bos_token_id": None,
     "initializer_range": 0.2,
 }
+HEAD = {"head_dim": 16}  # of families whose config does not take it from the width
 MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 QWEN_TOKENS = {
     "image_token_id": VOCABULARY["<|image_pad|>"],
@@ -176,7 +177,7 @@ def _qwen3_vl() -> tuple[Any, Any]:
         "initializer_range": 0.2,
     }
     config = Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        text_config={**TEXT, **HEAD, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         vision_config=vision,
         tie_word_embeddings=True,
         **QWEN_TOKENS,
@@ -250,7 +251,7 @@ def _gemma3() -> tuple[Any, Any]:
         "vision_use_head": False,
     }
     config = Gemma3Config(
-        text_config={**TEXT, "head_dim": 16, "query_pre_attn_scalar": 16},
+        text_config={**TEXT, **HEAD, "query_pre_attn_scalar": 16},
         vision_config=vision,
         mm_tokens_per_image=4,
         boi_token_index=VOCABULARY["<start_of_image>"],

@@ -79,6 +79,7 @@ def trainer(
     family: str = FAMILY,
     model: Any = None,
     peft_config: Any = None,
+    rollout_func: Any = None,
     reward: Any = varied_reward,
     **changes: Any,
 ) -> VPPOTrainer:
@@ -92,6 +93,7 @@ def trainer(
         eval_dataset=None if eval_data is None else Dataset.from_list(eval_data),
         processing_class=processor,
         peft_config=peft_config,
+        rollout_func=rollout_func,
     )
 
 
