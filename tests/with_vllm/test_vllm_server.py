@@ -24,7 +24,7 @@ from vppo.checkpoints import saved_step
 from vppo.errors import InputError
 from vppo.loading import load_processor
 
-STARTING = 240.0  # seconds
+STARTING = 420.0  # seconds
 
 
 @dataclass
