@@ -127,10 +127,10 @@ def answers(url: str, patience: float) -> bool:
     return True
 
 
-def _ask(url: str) -> bytes | None:
+def _ask(url: str, timeout: float = CONNECT) -> bytes | None:
     """The body of a good answer, or None."""
     try:
-        with urlopen(url, timeout=CONNECT) as answer:
+        with urlopen(url, timeout=timeout) as answer:
             return answer.read()
     except (OSError, HTTPException):  # refused, silent, or an answer that is no good one
         return None
@@ -176,7 +176,9 @@ def server_dtype(args: Any) -> str | None:
 
 
 def _server_info(args: Any) -> dict[str, Any] | None:
-    answer = _ask(f"{server_url(args)}/server_info?config_format=json")
+    answer = _ask(
+        f"{server_url(args)}/server_info?config_format=json", timeout=60.0
+    )  # it looks for all that is installed
     return None if answer is None else json.loads(answer)["vllm_config"]
 
 

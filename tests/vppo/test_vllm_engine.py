@@ -172,7 +172,7 @@ def test_a_request_fails_where_its_server_is_gone(server: tuple[str, type[Server
     assert time.monotonic() - started < 60
     kind.status = 500
     before = kind.requests
-    with pytest.raises(requests.RetryError):
+    with pytest.raises(requests.exceptions.RetryError):
         session.get(f"{url}/health")
     assert kind.requests - before == 2
 
