@@ -176,9 +176,8 @@ def server_dtype(args: Any) -> str | None:
 
 
 def _server_info(args: Any) -> dict[str, Any] | None:
-    answer = _ask(
-        f"{server_url(args)}/server_info?config_format=json", timeout=60.0
-    )  # it looks for all that is installed
+    # vLLM looks for all that is installed before it answers
+    answer = _ask(f"{server_url(args)}/server_info?config_format=json", timeout=60.0)
     return None if answer is None else json.loads(answer)["vllm_config"]
 
 
