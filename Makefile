@@ -9,7 +9,7 @@ CPU_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pyto
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(CPU_INDEX)
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-vllm faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test test-vllm faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest test-verl clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
@@ -98,6 +98,20 @@ test-oldest test-newest: test-%: .venv-%/.installed
 	@touch $@
 RESOLUTION_oldest := --resolution lowest-direct
 RESOLUTION_newest := --upgrade
+
+# the plug-in for verl, in verl's own trainer on a CPU; verl does not import beside TRL, so in an environment of its own
+test-verl: .venv-verl/.installed
+	.venv-verl/bin/python -m pytest --quiet tests/verl
+
+VERL ?= 0.9.1
+.venv-verl/.installed: $(SOURCES) $(VENV)/.installed-dev
+	$(BIN)/python -m uv venv --quiet --clear --seed --python $(BIN)/python .venv-verl
+	.venv-verl/bin/python -m pip install --quiet $(CPU_INDEX) torch==$(VERL_TORCH)
+	VPPO_BUILD_CUDA=0 $(BIN)/python -m uv pip install --quiet --python .venv-verl --editable '.[verl]' \
+		torch==$(VERL_TORCH) torchvision==$(VERL_TORCHVISION) verl==$(VERL) 'pytest>=8' 'hypothesis>=6.100'
+	@touch $@
+VERL_TORCH := 2.13.0
+VERL_TORCHVISION := 0.28.0
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or run make PYTHON=/path/to/python"; exit 1; }

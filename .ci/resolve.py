@@ -51,6 +51,7 @@ CASES = [
     Case("trainer and vLLM", ("vppo-kernels[vllm]",)),
     Case("trainer and the newest vLLM that TRL supports", ("vppo-kernels[vllm]", "vllm==0.31.0")),
     Case("trainer and the oldest vLLM that TRL supports", ("vppo-kernels[vllm]", "vllm==0.22.0")),
+    Case("the plug-in for verl", ("vppo-kernels[verl]",)),
     Case("kernels beside verl", ("vppo-kernels", "verl[fsdp]==0.9.1"), expect={"trl": "0.27."}),
     Case("kernels beside transformers 4.57", ("vppo-kernels", "transformers==4.57.*")),
     Case("kernels beside the OpenRLHF that pins it", ("vppo-kernels", "openrlhf<0.10.2", "transformers==4.57.*")),

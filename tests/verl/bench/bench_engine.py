@@ -1,0 +1,139 @@
+"""One rank of verl's engine, without Ray: `bench_engine.py FOLDER OUT LAYOUT ...` with RANK and WORLD_SIZE set.
+
+For each layout, "stock", "padded", "packed" or "ulysses", an engine scores the rows of `FOLDER/rows.pt`, makes one
+update and scores them again; what it returned goes to `OUT/LAYOUT.RANK.pt`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.update(VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_MODULES="bench_platform", HF_HUB_OFFLINE="1")
+
+import torch
+import torch.distributed as dist
+import verl  # noqa: F401  (which loads the bench, and the plug-in)
+from bench_engine_settings import SEED, STEP, TEMPERATURE
+from hydra import compose, initialize_config_module
+from verl.models.transformers.qwen2_vl import get_rope_index
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.engine import EngineRegistry
+from verl.workers.utils.losses import ppo_loss
+
+from vppo.perturbations import Perturbation
+from vppo.verl.engine import ASK, DRAW, VENDOR, Ask
+
+
+def make_engine(folder: str, layout: str, *overrides: str) -> tuple[Any, Any]:
+    """verl's engine, or ours, as its worker builds them; and the config of the actor."""
+    packed = layout in ("packed", "ulysses")
+    config = compose(
+        "ppo_trainer",
+        [
+            f"actor_rollout_ref.model.path={folder}",
+            f"actor_rollout_ref.model.use_remove_padding={packed}",
+            "actor_rollout_ref.model.enable_gradient_checkpointing=False",
+            "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+            "actor_rollout_ref.actor.strategy=fsdp2",
+            "actor_rollout_ref.actor.fsdp_config.strategy=fsdp2",
+            "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
+            "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
+            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={2 if layout == 'ulysses' else 1}",
+            f"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size={2 if layout == 'ulysses' else 1}",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+            "actor_rollout_ref.actor.optim.lr=1e-3",
+            "actor_rollout_ref.actor.optim.total_training_steps=2",
+            *overrides,
+        ],
+    )
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    actor.model_config = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+    actor.engine.use_remove_padding = packed
+    os.environ["VERL_ENGINE_VENDOR"] = "cpu" if layout == "stock" else VENDOR
+    engine = EngineRegistry.new(
+        "language_model", actor.strategy, actor.model_config, actor.engine, actor.optim, actor.checkpoint
+    )
+    engine.initialize()
+    return engine, actor
+
+
+def make_batch(rows: list[dict[str, Any]], processor: Any, **settings: Any) -> Any:
+    """What verl's agent loop and trainer would have made of the rows."""
+    entries = []
+    for row in rows:
+        grid = row["images"].get("image_grid_thw")
+        places = torch.arange(len(row["input_ids"]))[None]
+        seen = places.expand(3, -1) if grid is None else get_rope_index(processor, row["input_ids"], grid)
+        count = row["response"]
+        entries.append(
+            {
+                "input_ids": row["input_ids"],
+                "prompts": row["input_ids"][:-count],
+                "responses": row["input_ids"][-count:],
+                "response_mask": torch.ones(count, dtype=torch.long),
+                "loss_mask": torch.ones(count, dtype=torch.long),
+                "position_ids": torch.cat([places, seen]),
+                "multi_modal_inputs": row["images"],
+                "old_log_probs": row["old_log_probs"],
+                "advantages": row["advantages"],
+                DRAW: torch.tensor(row["draw"]),
+            }
+        )
+    batch = tu.list_of_dict_to_tensordict(entries)
+    tu.maybe_fix_3d_position_ids(batch)
+    tu.assign_non_tensor(batch, temperature=TEMPERATURE, use_dynamic_bsz=False, calculate_entropy=True, **settings)
+    return batch
+
+
+def run(engine: Any, actor: Any, rows: list[dict[str, Any]], packed: bool, asked: dict[str, Ask]) -> dict[str, Any]:
+    """Columns of the rows before an update (with `asked`) and after it, and the norm of its gradient."""
+    rank, ranks = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+    share = len(rows) // ranks
+    own = rows[rank * share : (rank + 1) * share]
+    make = partial(
+        make_batch,
+        own,
+        actor.model_config.get_processor(),
+        micro_batch_size_per_gpu=2,
+        use_remove_padding=packed,
+        global_batch_size=len(rows),
+    )
+
+    def columns(**more: Any) -> dict[str, list[torch.Tensor]]:
+        with engine.eval_mode():
+            output = engine.infer_batch(make(**more))["model_output"]
+        return {name: list(values.unbind()) for name, values in output.items()}
+
+    before = columns(**asked)
+    with engine.train_mode():
+        trained = engine.train_batch(make(), partial(ppo_loss, config=actor))
+    norm = trained["metrics"].get("grad_norm")  # None of a rank whose sequences another one returns
+    return {"before": before, "after": columns(), "norm": norm and float(norm)}
+
+
+def main(folder: str, out: str, *layouts: str) -> None:
+    dist.init_process_group("gloo")
+    rows = torch.load(Path(folder, "rows.pt"), weights_only=False)
+    ask = Ask("kl", Perturbation("patch", 14, 0.5), own_patches=True, seed=SEED, step=STEP, check=False)
+    for layout in layouts:
+        parts = {"all": rows, "shown": [row for row in rows if row["images"]]}
+        if layout == "stock":
+            del parts["all"]  # verl breaks at text alone
+        if dist.get_world_size() > 1:
+            del parts["shown"]
+        for name, part in parts.items():
+            engine, actor = make_engine(folder, layout)
+            found = run(engine, actor, part, layout in ("packed", "ulysses"), {} if layout == "stock" else {ASK: ask})
+            torch.save(found, Path(out, f"{layout}.{name}.{dist.get_rank()}.pt"))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        main(*sys.argv[1:])

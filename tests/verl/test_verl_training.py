@@ -1,0 +1,110 @@
+"""verl's own trainer with VPPO: the same numbers from any number of workers, nodes and layouts, and after a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_torchvision  # noqa: F401  (before transformers)
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from vppo_kernels import vppo_advantages
+
+MODE = "trainer.v1.trainer_mode=vppo"
+PACKED = ("actor_rollout_ref.model.use_remove_padding=True",)
+ULYSSES = (
+    *PACKED,
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2",
+)
+SUMMED = {"rtol": 1e-6, "atol": 1e-7}  # the mean over rows, which a test sorts, is summed in another order
+Run = tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+def probed(train: Callable[..., Any], out: Path, *overrides: str, **options: int) -> Run:
+    """Each step's metrics, and its rows as their advantages were shaped, in an order of their own."""
+    out.mkdir()
+    metrics = train(out, MODE, *overrides, PROBE=str(out), BENCH_MODULES="bench_probe", **options)
+    batches = [torch.load(path, weights_only=False) for path in sorted(out.glob("*.pt"))]
+    return metrics, [sorted(rows, key=lambda row: (row["index"], row["responses"].tolist())) for rows in batches]
+
+
+@pytest.fixture(scope="module")
+def one_worker(train: Callable[..., Any], folder: Path) -> Run:
+    save = ("trainer.save_freq=1", f"trainer.default_local_dir={folder / 'checkpoints'}")
+    return probed(train, folder / "one", *save)
+
+
+@pytest.fixture(scope="module")
+def two_nodes(train: Callable[..., Any], folder: Path) -> Run:
+    return probed(train, folder / "two", *ULYSSES, nodes=2)
+
+
+def norms(run: Run) -> list[float]:
+    return [step["actor/grad_norm"] for step in run[0]]
+
+
+def padded(rows: list[dict[str, Any]], name: str) -> torch.Tensor:
+    values = [row[name].float() for row in rows]
+    if name == "dependency":
+        values = [row[name][-len(row["responses"]) - 1 : -1] for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+
+
+def test_advantages_are_those_of_the_whole_batch(one_worker: Run, tiny: Path) -> None:
+    image = AutoProcessor.from_pretrained(tiny).image_token_id
+    rows = one_worker[1][0]
+    # of the first step's problems, the rewards of 2 are all alike, and 3 is text alone
+    has_image = torch.tensor([row["index"] in (0, 1) for row in rows])
+    assert [bool((row["prompts"] == image).any()) for row in rows] == [row["index"] != 3 for row in rows]
+    mask, dependency = padded(rows, "response_mask").bool(), padded(rows, "dependency")
+    assert ((dependency >= 0).all(1) == has_image).all()
+    expected = vppo_advantages(padded(rows, "returns"), dependency, mask, has_image=has_image)
+    assert (expected != padded(rows, "returns")).any()
+    torch.testing.assert_close(padded(rows, "advantages"), expected, **SUMMED)
+
+
+def test_metrics_have_the_names_of_the_other_trainer(one_worker: Run) -> None:
+    step = one_worker[0][0]
+    names = {name for name in step if name.startswith("vppo/")}
+    quantiles = {f"vppo/dependency_q{percent}" for percent in (50, 90, 99)}
+    factors = {f"vppo/alpha_{which}" for which in ("min", "mean", "max")}
+    others = {"vppo/dependency_mean", "vppo/kept_fraction", "vppo/scored_fraction", "vppo/clip_ratio_kept"}
+    assert names == quantiles | factors | others
+    assert step["vppo/scored_fraction"] == 0.5
+    assert step["vppo/alpha_min"] == pytest.approx(0.9)
+    assert step["vppo/alpha_mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_two_nodes_packed_and_with_sequence_parallelism_train_the_same(one_worker: Run, two_nodes: Run) -> None:
+    assert norms(two_nodes) == pytest.approx(norms(one_worker), rel=1e-4)
+    for one, two in zip(one_worker[1], two_nodes[1], strict=True):
+        assert [row["responses"].tolist() for row in one] == [row["responses"].tolist() for row in two]
+    for name in ("dependency", "advantages"):
+        torch.testing.assert_close(padded(two_nodes[1][0], name), padded(one_worker[1][0], name), rtol=1e-4, atol=1e-6)
+
+
+def test_two_nodes_shape_over_the_batch_of_both(two_nodes: Run) -> None:
+    for rows in two_nodes[1]:
+        mask, dependency = padded(rows, "response_mask").bool(), padded(rows, "dependency")
+        expected = vppo_advantages(padded(rows, "returns"), dependency, mask, has_image=(dependency >= 0).all(1))
+        torch.testing.assert_close(padded(rows, "advantages"), expected, **SUMMED)
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_worker: Run, train: Any, folder: Path) -> None:
+    resume = (
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={folder / 'checkpoints' / 'global_step_1'}",
+    )
+    resumed = probed(train, folder / "resumed", *resume)
+    assert norms(resumed) == pytest.approx(norms(one_worker)[1:], rel=1e-5)
+    for name in ("dependency", "advantages"):
+        torch.testing.assert_close(padded(resumed[1][0], name), padded(one_worker[1][1], name), rtol=1e-5, atol=1e-7)

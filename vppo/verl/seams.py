@@ -1,0 +1,76 @@
+"""What of verl is overridden or called, by name and parameters, checked before anything is registered."""
+
+from __future__ import annotations
+
+import inspect
+from functools import reduce
+from importlib import import_module
+from typing import Any
+
+import verl
+
+from vppo.errors import InputError
+
+FSDP = "verl.workers.engine.fsdp.transformer_impl"
+TRAINER = "verl.trainer.ppo.v1.trainer_base"
+TENSORDICT = "verl.utils.tensordict_utils"
+SEAMS = {
+    f"{FSDP}:FSDPEngineWithLMHead.__init__": ("model_config", "engine_config", "optimizer_config", "checkpoint_config"),
+    f"{FSDP}:FSDPEngineWithLMHead.forward_step": ("micro_batch", "loss_function", "forward_only"),
+    f"{FSDP}:FSDPEngineWithLMHead.prepare_model_inputs": ("micro_batch",),
+    f"{FSDP}:FSDPEngineWithLMHead.prepare_model_outputs": (
+        "output", "output_args", "micro_batch", "logits_processor_func",
+    ),
+    f"{FSDP}:FSDPEngineWithLMHead._gather_and_unpad_packed": ("tensor", "pad_size"),
+    "verl.workers.engine:EngineRegistry.register": ("model_type", "backend", "device", "vendor"),
+    "verl.workers.engine:EngineRegistry.get_engine_cls": ("model_type", "backend"),
+    "verl.workers.engine_workers:ActorRolloutRefWorker.__init__": ("config", "role"),
+    f"{TRAINER}:register_trainer": ("name",),
+    f"{TRAINER}:PPOTrainer.__init__": ("config",),
+    f"{TRAINER}:PPOTrainer._init_resource_pool_mgr": (),
+    f"{TRAINER}:PPOTrainer._compute_old_log_prob": ("batch", "metrics"),
+    f"{TRAINER}:PPOTrainer._compute_advantage": ("batch", "metrics"),
+    f"{TRAINER}:PPOTrainer._update_actor": ("batch", "metrics"),
+    "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync": ("config",),
+    "verl.workers.utils.padding:response_from_nested": ("tensor", "response_mask"),
+    "verl.workers.utils.padding:response_to_nested": ("tensor", "response_mask"),
+    "verl.workers.utils.padding:no_padding_2_padding": ("tensor", "data"),
+    "verl.utils.transformers_compat:unpack_visual_output": ("visual_output",),
+    "verl.utils.ulysses:get_ulysses_sequence_parallel_rank": ("group",),
+    f"{TENSORDICT}:get_non_tensor_data": ("data", "key", "default"),
+    f"{TENSORDICT}:assign_non_tensor_stack": ("tensor_dict", "key", "val"),
+    f"{TENSORDICT}:index_select_tensor_dict": ("batch", "indices"),
+    f"{TENSORDICT}:get_tensordict": ("tensor_dict",),
+}  # fmt: skip
+
+
+class MovedSeamError(InputError, ImportError):
+    """The installed verl is not one that this package knows how to extend."""
+
+
+def missing(seams: dict[str, tuple[str, ...]]) -> list[str]:
+    """What of the seams, `"module:object"` to the parameters that it must take, the installed verl lacks."""
+    found = []
+    for name, parameters in seams.items():
+        module, _, path = name.partition(":")
+        try:
+            target: Any = reduce(getattr, path.split("."), import_module(module))
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("verl."):
+                raise  # something else is not installed
+            found.append(module)
+            continue
+        except AttributeError:
+            found.append(name)
+            continue
+        taken = inspect.signature(target).parameters
+        found += [f"parameter {one!r} of {name}" for one in parameters if one not in taken]
+    return found
+
+
+def check_seams() -> None:
+    """Raises a `MovedSeamError` that names verl's version and what it lacks."""
+    if lacking := missing(SEAMS):
+        raise MovedSeamError(
+            f"verl: got version {verl.__version__}, which lacks {', '.join(lacking)}; takes verl>=0.9,<0.10"
+        )

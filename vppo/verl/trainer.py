@@ -1,0 +1,156 @@
+"""The trainer mode `vppo`: verl's trainer, whose advantages are shaped over the whole batch before the update."""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections import defaultdict
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from torch import Tensor
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.utils.padding import response_from_nested, response_to_nested
+
+from vppo.monitoring.measured import Measured
+from vppo.verl.engine import ASK, DRAW, LEFT_OUT, NLL
+from vppo.verl.options import VerlOptions
+from vppo.verl.worker import VPPOWorker
+from vppo_kernels.shaping import shape_advantages
+
+logger = logging.getLogger(__name__)
+
+
+class VPPOMixin:
+    """What VPPO adds to one of verl's trainers: `mode` is that trainer's own name.
+
+    Beside verl's metrics it logs, under `vppo/`, those of `vppo.VPPOTrainer` (see there): dependency_mean,
+    dependency_q50, dependency_q90, dependency_q99, kept_fraction, scored_fraction, alpha_min, alpha_mean, alpha_max and
+    clip_ratio_kept. The perturbed pass is part of verl's `timing_s/old_log_prob`.
+
+    Raises:
+        InputError: A key under `trainer.v1.vppo` or a setting of verl's is one that VPPO cannot run with.
+    """
+
+    mode: str
+    config: Any
+    global_steps: int
+    role_worker_mapping: dict[Any, Any]
+
+    def __init__(self, config: Any) -> None:
+        self.vppo = VerlOptions.of(config)
+        self._tokens: tuple[float, float] | None = None  # response tokens that carry gradient, and all
+        self._warned = False
+        config.trainer.v1.trainer_mode = self.mode  # verl asks for its own names from here on
+        super().__init__(config)  # type: ignore[call-arg]
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()  # type: ignore[misc]
+        for role, worker in self.role_worker_mapping.items():
+            if worker.__ray_metadata__.class_name == ActorRolloutRefWorker.__name__:
+                self.role_worker_mapping[role] = ray.remote(VPPOWorker)
+
+    # -- before the pass over old log-probabilities ----------------------------------------------------------------
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        ask = self.vppo.ask(self.global_steps)
+        if ask is not None:
+            tq.kv_batch_put(
+                keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict({DRAW: self._draws(batch)})
+            )
+            batch.extra_info[ASK] = ask
+        batch = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
+        batch.extra_info.pop(ASK, None)
+        return batch
+
+    def _draws(self, batch: Any) -> Tensor:
+        """`[rows]` what beside seed and step a row's perturbed view is drawn by; `LEFT_OUT` where none is needed.
+
+        It is made of the problem, for verl's own names of rows are random. Rows that verl adds to fill a batch are
+        left out, and so are groups whose rewards are all alike where their advantages are then 0.
+        """
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["prompts", "index", "uid", "rm_scores"]
+        )
+        indices, uids = data["index"], data["uid"]
+        groups: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for row, scores in enumerate(data["rm_scores"].unbind()):
+            groups[str(uids[row])].append((row, float(scores.sum())))
+        algorithm = self.config.algorithm
+        dead: set[int] = set()
+        if algorithm.adv_estimator == "grpo" and not algorithm.use_kl_in_reward:
+            for group in groups.values():
+                if len(group) > 1 and len({score for _, score in group}) == 1:
+                    dead.update(row for row, _ in group)
+        draws = []
+        for row, (key, tag, prompt) in enumerate(zip(batch.keys, batch.tags, data["prompts"].unbind(), strict=True)):
+            problem = zlib.crc32(prompt.numpy().tobytes(), zlib.crc32(str(indices[row]).encode()))
+            if self.vppo.perturbation_scope == "rollout":
+                problem = zlib.crc32(key.split("_", 1)[1].encode(), problem)  # behind the group's name, the rollout's
+            draws.append(LEFT_OUT if row in dead or tag.get("is_padding", False) else problem)
+        return torch.tensor(draws)
+
+    # -- after it ------------------------------------------------------------------------------------------------------
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+        if not self.vppo.scores_tokens:
+            return batch
+        data = tq.kv_batch_get(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            select_fields=["advantages", "dependency", "response_mask"],
+        )
+        nested = data["response_mask"]
+        dependency = response_from_nested(data["dependency"], nested).to_padded_tensor(0.0)
+        advantages, mask = data["advantages"].to_padded_tensor(0.0), nested.to_padded_tensor(0).bool()
+        scored = ~(dependency < 0).any(1)
+        shaped = shape_advantages(advantages, dependency, mask, has_image=scored, **self.vppo.shaping)
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=tu.get_tensordict({"advantages": response_to_nested(shaped.advantages, nested)}),
+        )
+        real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
+        metrics.update(_measured(dependency[real], mask[real], shaped.keep[real], scored[real]).metrics())
+        factors = shaped.alpha[scored & real]
+        if len(factors):
+            for name, value in (("min", factors.min()), ("mean", factors.mean()), ("max", factors.max())):
+                metrics[f"vppo/alpha_{name}"] = value.item()
+        elif not self._warned:
+            self._warned = True
+            logger.warning(
+                f"vppo: step {self.global_steps} has no row with both an image and rewards that differ within its "
+                "group: nothing is filtered or shaped"
+            )
+        self._tokens = float((mask & (shaped.advantages != 0)).sum()), float(mask.sum())
+        return batch
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        if self.vppo.nll_coef:
+            batch.extra_info[NLL] = float(self.vppo.nll_coef)
+        batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
+        batch.extra_info.pop(NLL, None)
+        clipped = metrics.get("actor/pg_clipfrac", math.nan)
+        if self._tokens is not None and not math.isnan(clipped):  # verl counts all response tokens
+            active, total = self._tokens
+            metrics["vppo/clip_ratio_kept"] = clipped * total / max(active, 1.0)
+        return batch
+
+
+def _measured(dependency: Tensor, mask: Tensor, keep: Tensor, scored: Tensor) -> Measured:
+    tokens = mask & scored.unsqueeze(1)
+    return Measured(dependency[tokens], keep.float()[tokens], tokens.sum(1).tolist(), scored.tolist())
+
+
+@register_trainer("vppo")
+class VPPOTrainerSync(VPPOMixin, PPOTrainerSync):
+    """`trainer.v1.trainer_mode=vppo`: verl's synchronous trainer with VPPO."""
+
+    mode = "sync"
