@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,3 +169,41 @@ def test_threads_do_not_leave_each_others_settings() -> None:
     for worker in workers:
         worker.join()
     assert seen == [["highest", *("ieee" for _ in OWN)]] and state() == before
+
+
+class OnlyWithin:
+    """A Triton kernel that runs where the current device is that of its first argument, and notes that it did."""
+
+    def __init__(self, kernel: Any, current: list[Any], ran: list[Any]) -> None:
+        self.kernel, self.current, self.ran = kernel, current, ran
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(first: Tensor, *arguments: Any, **options: Any) -> None:
+            assert self.current and self.current[-1] is first
+            self.ran.append(self.kernel)
+            self.kernel[grid](first, *arguments, **options)
+
+        return launch
+
+
+def test_kernels_of_tokens_start_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model on several GPUs it is not the current one."""
+    kernels = pytest.importorskip("vppo_kernels.backends.triton_selection")
+    current: list[Any] = []
+    ran: list[Any] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    names = [name for name in vars(kernels) if name.endswith("_kernel")]
+    for name in names:
+        monkeypatch.setattr(kernels, name, OnlyWithin(getattr(kernels, name), current, ran))
+    dependency, mask = torch.rand(B, T), torch.ones(B, T, dtype=torch.bool)
+    logprobs = (-torch.rand(B, T)).requires_grad_()
+    loss, _ = vppo_loss(logprobs, logprobs.detach(), torch.ones(B), mask, dependency, backend="triton")
+    loss.backward()
+    assert len({id(kernel) for kernel in ran}) == len(names) == 6

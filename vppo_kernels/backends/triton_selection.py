@@ -24,6 +24,12 @@ WARPS = 4
 SUMS = 12  # of each row, in the order of `SUMS` of loss.py
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first argument: by itself Triton takes the current one."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *arguments, **options)
+
+
 # --- selection
 
 
@@ -96,7 +102,8 @@ def topk(scores: Tensor, valid: Tensor, keep_ratio: float, cu_seqlens: Tensor | 
     # a float argument arrives in single precision: its 64 bits go as an integer; below 2**-64 the ceiling is 1 anyway
     (ratio_bits,) = struct.unpack("<q", struct.pack("<d", max(keep_ratio, 2.0**-64)))
     if rows:
-        _topk_kernel[(rows,)](
+        _launch(
+            _topk_kernel, (rows,),
             scores, valid.contiguous(), cu_seqlens, out, ratio_bits, scores.shape[-1], scores.numel(),
             cu_seqlens is not None, KEYS, num_warps=WARPS,
         )  # fmt: skip
@@ -180,7 +187,9 @@ def row_means(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = scores.shape
     means = scores.new_empty(rows, dtype=torch.float32)
     present = valid.new_empty(rows)
-    _row_means_kernel[_grid(rows)](
+    _launch(
+        _row_means_kernel,
+        _grid(rows),
         scores.resolve_neg().contiguous(),
         valid.contiguous(),
         means,
@@ -199,7 +208,8 @@ def alpha_of(means: Tensor, present: Tensor, scale_min: float, scale_max: float 
     alpha = torch.empty_like(means)
     dynamic = scale_max is None
     scale_range = 0.0 if scale_max is None else float(scale_max - scale_min)
-    _alpha_kernel[(1,)](
+    _launch(
+        _alpha_kernel, (1,),
         means, present, alpha, len(means), float(scale_min), float(1 - scale_min), scale_range, min_spread,
         dynamic, BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -210,7 +220,8 @@ def shape(advantages: Tensor, alpha: Tensor, keep: Tensor) -> Tensor:
     """`advantages * alpha` where kept, 0 elsewhere; advantages `[B]` or `[B, T]`."""
     rows, columns = keep.shape
     shaped = torch.empty_like(keep, dtype=advantages.dtype, memory_format=torch.contiguous_format)
-    _shape_kernel[_grid(rows, columns)](
+    _launch(
+        _shape_kernel, _grid(rows, columns),
         advantages.resolve_neg().contiguous(), alpha, keep.contiguous(), shaped, rows, columns,
         advantages.dim() == 2, ROWS, BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -347,7 +358,8 @@ class _ClippedLoss(torch.autograd.Function):
         grid = _grid(rows, columns)
         values = logprobs.new_empty((rows, columns), dtype=torch.float32) if per_token else None
         sums = logprobs.new_zeros((SUMS, rows, grid[1]), dtype=torch.float32)
-        _loss_kernel[grid](
+        _launch(
+            _loss_kernel, grid,
             logprobs, old_logprobs, advantages, keep, mask, entropy, ref_logprobs, is_weights, dependency,
             values, sums, rows, columns, grid[1], sums.stride(0), *numbers,
             dual, per_token, ref_of_all, ROWS, BLOCK, num_warps=WARPS,
@@ -365,7 +377,8 @@ class _ClippedLoss(torch.autograd.Function):
         rows, columns = mask.shape
         grad = torch.empty_like(logprobs)
         grad_entropy = torch.empty_like(entropy) if ctx.needs_input_grad[1] else None
-        _loss_gradient_kernel[_grid(rows, columns)](
+        _launch(
+            _loss_gradient_kernel, _grid(rows, columns),
             logprobs, old_logprobs, advantages, mask, ref_logprobs, is_weights, upstream.resolve_neg().contiguous(),
             grad, grad_entropy, rows, columns, *ctx.options, ROWS, BLOCK, num_warps=WARPS,
         )  # fmt: skip
