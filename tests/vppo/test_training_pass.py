@@ -226,7 +226,7 @@ TERMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("term", TERMS, ids=str)
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: next(iter(term)))
 def test_what_dead_groups_pass_for(term: dict[str, Any], tmp_path: Path) -> None:
     runs = []
     for way in ("on", "off"):
