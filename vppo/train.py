@@ -493,7 +493,8 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
 def _resolved(config: Config, script: ScriptArguments, args: VPPOConfig) -> str:
     """The config as asked for, with every knob of this library's own."""
     from vppo.config import VPPOConfig
+    from vppo.options import VPPOOptions
 
-    own = {name: getattr(args, name) for name in VPPOConfig.__annotations__}
+    own = {name: getattr(args, name) for of in (VPPOOptions, VPPOConfig) for name in of.__annotations__}
     plain = {key: value.value if isinstance(value, enum.Enum) else value for key, value in own.items()}
     return yaml.safe_dump({**asdict(script), **plain, **config}, sort_keys=True, allow_unicode=True)

@@ -431,7 +431,8 @@ KILL_POINTS = ("sampling", "between samples and scores", "scoring", "half a part
 @pytest.mark.slow
 def test_killed_anywhere_and_resumed_it_ends_the_same(saved: Path, tmp_path: Path) -> None:
     command = [sys.executable, __file__, str(saved), str(tmp_path)]
-    script = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the helpers of the tests are on it
+    script = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert script.returncode == 0, script.stderr[-4000:]
     assert script.stdout.count("killed at ") == len(KILL_POINTS), script.stdout
     for name in (*TABLES, "responses.jsonl"):
