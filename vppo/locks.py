@@ -29,10 +29,11 @@ def claimed(folder: Path, name: str) -> Iterator[None]:
         name: The option that named it, for messages.
 
     Raises:
-        InputError: Another process has claimed it, or it is a file.
+        InputError: Another process has claimed it, or it is a file or a broken link.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{name}: {folder} is a file; takes a new or empty folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        found = "a file" if folder.exists() else "a link to what is not there"
+        raise InputError(f"{name}: {folder} is {found}; takes a new or empty folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         descriptor = _lock(folder, name)

@@ -30,7 +30,7 @@ FREE = frozenset((
     "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "include_for_metrics", "skip_memory_metrics",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "include_num_input_tokens_seen", "scoring_memory", "check_kernels", "torch_empty_cache_steps", "ddp_timeout",
-    "local_rank", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_group_port",
+    "sampler_guard", "sampler_tolerance", "local_rank", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_group_port",
     "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
 ))
 # fmt: on
