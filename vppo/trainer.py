@@ -429,6 +429,8 @@ class VPPOTrainer(SampledTrainer):
         if self._only_advantages_matter:
             alive = (batch.mask & (inputs["advantages"] != 0)).any(1).tolist()
             some = [pack for pack in packs if any(alive[row] for row in pack)]
+            if not any(batch.has_image[pack[0]] for pack in some):  # the vision tower's gradients are 0, not missing
+                some += [pack for pack in packs if batch.has_image[pack[0]]][:1]
             packs = some or packs[:1]  # every process joins each forward, and a loss has gradients
         packed = PackedRows(self._passes.model, batch, packs, view)
         with self.accelerator.autocast():

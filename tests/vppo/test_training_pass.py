@@ -219,6 +219,17 @@ def test_nothing_but_dead_groups(tmp_path: Path) -> None:
     assert loss == 0 and grads and not any(grad.any() for grad in grads.values())
 
 
+@pytest.mark.parametrize(("images", "reward"), [((1, 0), second_alone), ((0, 1), none)], ids=["one", "all"])
+def test_dead_groups_with_the_only_images(images: tuple[int, int], reward: Any, tmp_path: Path) -> None:
+    """The vision tower has gradients of 0 as in the plain pass: without any, an optimizer and DDP pass over it."""
+    runs = (trainer(tmp_path, prefix_sharing=way, reward=reward, **WHOLE) for way in ("on", "off"))
+    (loss, grads, *_), (plain_loss, plain_grads, *_) = (step(run, images) for run in runs)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-6)
+    assert grads.keys() == plain_grads.keys() and any("visual" in name for name in grads)
+    for name, grad in plain_grads.items():
+        assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-5, name
+
+
 @pytest.mark.parametrize("reward", [second_alone, none])
 def test_rows_that_do_not_pass_are_not_compared_with_the_sampler(reward: Any, tmp_path: Path) -> None:
     """The log-probabilities that stand in for theirs are no reason for the guard to end the run."""
