@@ -393,6 +393,19 @@ def test_a_constant_rate_lets_a_run_be_made_longer(config: dict[str, Any], inter
     assert ending(interrupted)[0].count("\n") == STEPS + 1
 
 
+def test_a_rate_that_has_no_effect_is_said(
+    config: dict[str, Any], straight: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new run that begins with a checkpoint of another one begins with its optimizer, too."""
+    begun = {**config, "resume": str(straight / f"checkpoint-{STEPS}"), "max_steps": STEPS + 1}
+    same, other = (
+        train({**begun, "learning_rate": rate, "output_dir": str(tmp_path / f"{rate}")}) for rate in (1e-3, 0.1)
+    )
+    assert ending(same) == ending(other)
+    said = [line for line in caplog.messages if "learning_rate: got" in line]
+    assert len(said) == 1 and "got 0.1, which has no effect" in said[0] and "is 0.001" in said[0]
+
+
 @pytest.mark.parametrize("broken", ["", "{", "[1]", "[" * 100_000, '{"config": 1, "processes": 1, "rows": "x"}'])
 def test_a_broken_record_is_a_line(config: dict[str, Any], interrupted: Path, broken: str) -> None:
     (interrupted / "options.json").unlink()
