@@ -240,6 +240,8 @@ def test_rows_that_do_not_pass_are_not_compared_with_the_sampler(reward: Any, tm
         own = packed_logprobs(run.model, packed)[0]
     run._compute_loss(run.model, {**inputs, "sampling_per_token_logps": own})
     assert max(run._metrics["train"]["vppo/sampler_gap_max"]) < 1e-5
+    run._compare({"sampling_per_token_logps": own, "completion_mask": torch.zeros(own.shape)}, own)
+    assert len(run._metrics["train"]["vppo/sampler_gap_mean"]) == 1  # nothing was sampled: no NaN
     with pytest.raises(SamplerMismatchError, match=r"of 15 tokens differ from the trainer's by 1 nats"):
         run._compute_loss(run.model, {**inputs, "sampling_per_token_logps": own - 1.0})
 
