@@ -124,8 +124,10 @@ def drop_older(newest: Path, limit: int | None, best: str | None) -> None:
     """
     if not limit or limit < 0:
         return
-    kept = {newest.resolve(), *([Path(best).resolve()] if best else [])}
-    others = [path for path in checkpoints(newest.parent).values() if path.resolve() not in kept]
+    present = list(checkpoints(newest.parent).values())
+    wanted = {newest.resolve(), *([Path(best).resolve()] if best else [])}
+    kept = [path for path in present if path.resolve() in wanted]  # the best may be in the folder of an earlier run
+    others = [path for path in present if path not in kept]
     others.sort(key=lambda path: saved_step(path) is not None and not manifest.is_begun(path))  # stable: then by age
     for path in others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]:
         shutil.rmtree(path, ignore_errors=True)

@@ -29,10 +29,12 @@ def claimed(folder: Path, name: str) -> Iterator[None]:
         name: The option that named it, for messages.
 
     Raises:
-        InputError: Another process has claimed it, or it is a file.
+        InputError: Another process has claimed it, or it, or what it would lie in, is a file or a broken link.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{name}: {folder} is a file; takes a new or empty folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        found = "a file" if there.exists() else "a link to what is not there"
+        raise InputError(f"{name}: {there} is {found}; takes a new or empty folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         descriptor = _lock(folder, name)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from vppo.checkpoints import updates_per_rollouts
 
@@ -56,6 +57,8 @@ class StopOnSigterm(TrainerCallback):
             return
         self.stopped, self.saved = True, args.save_strategy != "no"
         control.should_training_stop, control.should_save = True, self.saved
+        if self.saved:
+            args.save_strategy = SaveStrategy.STEPS  # "best" would leave it to an evaluation of this step
         args.load_best_model_at_end = False  # this is not the end of the run,
         if args.save_total_limit == 1:  # where transformers would keep the best checkpoint alone
             args.save_total_limit = 2

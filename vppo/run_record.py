@@ -30,8 +30,8 @@ FREE = frozenset((
     "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "include_for_metrics", "skip_memory_metrics",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "include_num_input_tokens_seen", "scoring_memory", "check_kernels", "torch_empty_cache_steps", "ddp_timeout",
-    "local_rank", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_group_port",
-    "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
+    "sampler_guard", "sampler_tolerance", "local_rank", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode",
+    "vllm_group_port", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
 ))
 # fmt: on
 LENGTH = ("max_steps", "num_train_epochs")  # a run may be made longer, unless its learning rate follows its length
@@ -99,7 +99,8 @@ def check_same(output_dir: Path, before: tuple[Any, ...], now: tuple[Any, ...], 
 def _difference(name: str, output_dir: Path, before: Any, now: Any) -> str:
     return (
         f"{name}: got {now!r}, but the run in {output_dir} was started with {before!r}: go on with that, or choose "
-        "another output_dir (with resume: FOLDER/checkpoint-N it begins with the weights and state of this one)"
+        "another output_dir (with resume: FOLDER/checkpoint-N it begins with weights and optimizer of this one, its "
+        "learning rate included; with model: FOLDER/checkpoint-N with the weights alone)"
     )
 
 

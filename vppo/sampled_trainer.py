@@ -93,7 +93,7 @@ class SampledTrainer(ListeningTrainer):
         changes = {
             **{name: name in (self.args.generation_kwargs or {}) for name in RESHAPING},
             "repetition_penalty": self.repetition_penalty != 1.0,
-            "top_k": bool(self.top_k),
+            "top_k": (self.top_k or 0) > 0,  # vLLM takes -1, too, for all
             "min_p": bool(self.min_p),
             "vllm_structured_outputs_regex": self.args.vllm_structured_outputs_regex is not None,
         }
@@ -208,8 +208,9 @@ class SampledTrainer(ListeningTrainer):
         gap = Gap.gather(self.accelerator, sampled, trained, mask)
         difference, self._difference = self._difference, None
         log = self._metrics["train" if self.model.training else "eval"]
-        log["vppo/sampler_gap_mean"].append(gap.mean)
-        log["vppo/sampler_gap_max"].append(gap.maximum)
+        if gap.tokens:  # not where every response is cut off and masked: NaN would be the mean of the whole step
+            log["vppo/sampler_gap_mean"].append(gap.mean)
+            log["vppo/sampler_gap_max"].append(gap.maximum)
         self._guard.check(self.accelerator, self.state.global_step, gap, difference)
 
 

@@ -114,7 +114,19 @@ class SavedTrainer(LoggedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled:
             check_resuming(checkpoint, self.args)
+        given = self._initial_rate()
         super()._load_optimizer_and_scheduler(checkpoint)
+        if given != (kept := self._initial_rate()):
+            logger.warning(
+                f"learning_rate: got {given}, which has no effect: the run goes on with the optimizer of {checkpoint}, "
+                f"whose learning rate is {kept}; give the folder as model to begin with its weights alone"
+            )
+
+    def _initial_rate(self) -> float | None:
+        """Of the optimizer, before its schedule; None where there is none to ask."""
+        groups = getattr(self.optimizer, "param_groups", None) or [{}]
+        rate: float | None = groups[0].get("initial_lr")
+        return rate
 
     def _load_best_model(self) -> None:
         """transformers' own would leave most of the last weights in place, as it does on resuming."""

@@ -85,6 +85,8 @@ class ScriptArguments(RowOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "model", os.path.expanduser(self.model))
+        if isinstance(self.resume, str):
+            object.__setattr__(self, "resume", os.path.expanduser(self.resume))
         for name in ("min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -358,16 +358,18 @@ class VPPOTrainer(SampledTrainer):
         images = {name: value for name, value in images.items() if value is not None}
         images = with_entries(images, len(input_ids))
         tokens = input_ids, attention_mask, logits_to_keep, batch_size
+        passed: Tensor | None = None
         with fused_head(self.accelerator.unwrap_model(model), gathered=not self._dist.is_zero3):
             if inputs is not None and "prompt" in inputs:
-                result: Any = self._packed_training_pass(model, inputs)
+                *found, passed = self._packed_training_pass(model, inputs)
+                result: Any = (*found, None)
             elif (result := self._packed_old_pass(model, *tokens, images)) is None:
                 with self._recording(lambda hidden: hidden[:, -(logits_to_keep + 1) : -1].clone()):
                     result = super()._get_per_token_logps_and_entropies(
                         model, *tokens, compute_entropy, compute_aux_loss, **images
                     )
-        if torch.is_grad_enabled():
-            self._train_logprobs = result[0]
+        if torch.is_grad_enabled():  # NaN for rows that have not passed: there is nothing to compare the sampler's with
+            self._train_logprobs = result[0] if passed is None else result[0].masked_fill(~passed, math.nan)
         return result
 
     def _packed_old_pass(
@@ -418,13 +420,17 @@ class VPPOTrainer(SampledTrainer):
         same = self._keeps_groups or exact or not compared
         return self.args.scores_tokens and same and not self._has_dropout and not self.aux_loss_enabled
 
-    def _packed_training_pass(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, None]:
-        """Log-probabilities and entropies with gradients; packs whose loss is 0 whatever they are do not pass."""
+    def _packed_training_pass(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and entropies with gradients, and `[B, 1]` which rows have passed; packs whose loss is 0
+        whatever they are do not.
+        """
         batch, view = Batch(inputs), View(inputs["prompt"].tolist())
         packs = self._passes.packs(batch, range(len(batch)), view)
         if self._only_advantages_matter:
             alive = (batch.mask & (inputs["advantages"] != 0)).any(1).tolist()
             some = [pack for pack in packs if any(alive[row] for row in pack)]
+            if not any(batch.has_image[pack[0]] for pack in some):  # the vision tower's gradients are 0, not missing
+                some += [pack for pack in packs if batch.has_image[pack[0]]][:1]
             packs = some or packs[:1]  # every process joins each forward, and a loss has gradients
         packed = PackedRows(self._passes.model, batch, packs, view)
         with self.accelerator.autocast():
@@ -435,7 +441,7 @@ class VPPOTrainer(SampledTrainer):
             logprobs = torch.where(passed, logprobs, inputs.get("old_per_token_logps", 0.0))  # the ratio there is 1
             mean = entropy.detach()[batch.mask & passed].mean().nan_to_num()  # so that TRL logs that of the others
             entropy = torch.where(passed, entropy, mean)
-        return logprobs, entropy, None
+        return logprobs, entropy, passed
 
     @property
     def _only_advantages_matter(self) -> bool:

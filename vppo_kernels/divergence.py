@@ -44,7 +44,8 @@ def linear_divergence(
     working memory stays within `workspace_limit`, whatever the number of rows and of vocabulary entries is.
 
     A bias of -inf masks its word: it has no probability, no part in any result, and no gradient; its log-probability as
-    a target is -inf. What is infinite has no gradient. A row whose words are all masked is NaN.
+    a target is -inf. What is infinite has no gradient. A row whose words are all masked is NaN. Nothing is masked under
+    a `softcap`, of which tanh makes -softcap, nor by a `logit_scale` of 0 or below, which makes the row NaN.
 
     On a fixed number of threads results repeat bit for bit. Gradients of hidden states and weight may differ in their
     last bits between one thread and two: they are torch's matrix products, which then sum in another order.
@@ -132,6 +133,7 @@ def divergence(
 
     A logit of -inf is a masked word of that view. Where the second view alone masks a word, however little probability
     the first gives it, "kl" is +inf and has no gradient; "reverse_kl" where the first alone does; "jsd" is finite.
+    With a softcap, or a logit_scale that is not above 0, see `linear_divergence`.
 
     Args:
         logits: `[..., V]` given the clean image, any of float32, bfloat16 and float16. Logits that were rounded to 16

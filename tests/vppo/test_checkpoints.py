@@ -48,7 +48,7 @@ def test_older_ones_go_and_broken_ones_before_them(tmp_path: Path) -> None:
     for limit in (None, 0, 5):
         drop_older(newest, limit, None)
         assert left() == ["1", "2", "3", "4", "5"]
-    drop_older(newest, 4, None)
+    drop_older(newest, 4, str(tmp_path / "earlier" / "checkpoint-9"))  # which counts in its own folder
     assert left() == ["1", "2", "3", "4"]
     drop_older(newest, 2, str(tmp_path / "checkpoint-1"))
     assert left() == ["1", "4"]

@@ -126,6 +126,14 @@ def test_resuming_past_a_damaged_checkpoint_ends_the_same(
     assert fault(interrupted / f"checkpoint-{STEPS}") is None
 
 
+def test_a_checkpoint_in_ones_home_is_found(
+    config: dict[str, Any], interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(interrupted.parent))
+    result = command(config, interrupted, "--resume=~/run/checkpoint-1", "--seed=3")
+    check_one_line(result, "seed: got 3, but the run in ")  # which is asked after the checkpoint was found whole
+
+
 def test_a_damaged_checkpoint_that_is_named_is_refused(config: dict[str, Any], interrupted: Path) -> None:
     newest = interrupted / f"checkpoint-{STEPS}"
     damage(newest / "optimizer.pt", "empty")
@@ -309,6 +317,19 @@ def test_sigterm_where_a_checkpoint_is_not_wanted_or_not_possible(
     assert last_complete_checkpoint(run) == (run / f"checkpoint-{saved}" if saved else None)
 
 
+def test_sigterm_saves_also_where_the_best_alone_is_saved(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer in letters has no format: the second evaluation is as good as the first, and so no new best one."""
+    run = tmp_path / "run"
+    best = {"save_strategy": "best", "metric_for_best_model": "reward", "eval_strategy": "steps", "eval_steps": 1}
+    data = {"eval_dataset": config["dataset"], "eval_dataset_split": config.get("dataset_split", "train")}
+    before(transformers.Trainer, "training_step", lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch.setattr, 2)
+    result = command({**config, **best, **data, "reward": "format"}, run)
+    assert result.exit_code == 143 and "checkpoint-2 is saved" in " ".join(result.output.split()), result.output
+    assert last_complete_checkpoint(run) == run / "checkpoint-2"
+
+
 def test_sigterm_outside_of_training_is_a_line(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,6 +382,7 @@ def test_other_rows_under_the_same_name_are_refused(config: dict[str, Any], inte
 def test_what_changes_nothing_in_training_may_change(config: dict[str, Any], straight: Path, interrupted: Path) -> None:
     shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
     more = {"save_steps": 2, "save_total_limit": 3, "log_completions": False, "run_name": "x", "scoring_memory": 2.0}
+    more |= {"sampler_guard": "warn", "sampler_tolerance": 1.0}  # as the guard's own message says
     relative = {"dataset": os.path.relpath(config["dataset"]), "max_steps": STEPS}
     train({**config, **more, **relative, "output_dir": str(interrupted), "resume": True})
     assert ending(interrupted) == ending(straight)
@@ -369,6 +391,19 @@ def test_what_changes_nothing_in_training_may_change(config: dict[str, Any], str
 def test_a_constant_rate_lets_a_run_be_made_longer(config: dict[str, Any], interrupted: Path) -> None:
     train({**config, "max_steps": STEPS + 1, "output_dir": str(interrupted), "resume": True})
     assert ending(interrupted)[0].count("\n") == STEPS + 1
+
+
+def test_a_rate_that_has_no_effect_is_said(
+    config: dict[str, Any], straight: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new run that begins with a checkpoint of another one begins with its optimizer, too."""
+    begun = {**config, "resume": str(straight / "checkpoint-1"), "max_steps": 2}
+    same, other = (
+        train({**begun, "learning_rate": rate, "output_dir": str(tmp_path / f"{rate}")}) for rate in (1e-3, 0.1)
+    )
+    assert ending(same) == ending(other)
+    said = [line for line in caplog.messages if "learning_rate: got" in line]
+    assert len(said) == 1 and "got 0.1, which has no effect" in said[0] and "is 0.001" in said[0]
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[1]", "[" * 100_000, '{"config": 1, "processes": 1, "rows": "x"}'])

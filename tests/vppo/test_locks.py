@@ -92,6 +92,10 @@ def test_a_file_and_a_planted_link_are_refused(tmp_path: Path) -> None:
     said = r"out: .*file is a file; takes a new or empty folder"
     with pytest.raises(InputError, match=said), claimed(tmp_path / "file", "out"):
         pass
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for path, there in (("link", "link is a link to what is not there"), ("link/in", "link is a"), ("file/in", said)):
+        with pytest.raises(InputError, match=there), claimed(tmp_path / path, "out"):
+            pass
     (tmp_path / LOCK_FILE).symlink_to(tmp_path / "file")
     with pytest.raises(OSError, match="symbolic links"), claimed(tmp_path, "out"):
         pass

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from support.runs import rows, trainer
 
 from vppo import VPPOConfig
+from vppo.sampled_trainer import SampledTrainer
 from vppo.sampler_guard import Gap, SamplerGuard, SamplerMismatchError, tolerance
 
 ALONE = SimpleNamespace(num_processes=1, gather=lambda values: values)
@@ -70,6 +71,17 @@ def test_what_cannot_be_compared_is_not_judged(caplog: pytest.LogCaptureFixture)
     assert "top_k" in caplog.text
     with pytest.raises(SamplerMismatchError):
         guard.check(ALONE, 0, Gap(3.0, 9.0, 10), "the sampler's prompt of row 2 has 9 tokens")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, None), ({"top_k": -1}, None), ({"top_k": 20}, "top_k"), ({"min_p": 0.1}, "min_p")]
+)
+def test_what_changes_the_samplers_probabilities(changes: dict[str, Any], said: str | None) -> None:
+    """-1 is vLLM's way to take all words."""
+    args = SimpleNamespace(generation_kwargs=None, vllm_structured_outputs_regex=None)
+    run: Any = SimpleNamespace(args=args, **{"repetition_penalty": 1.0, "top_k": 0, "min_p": None, **changes})
+    reason = SampledTrainer._incomparable(run)
+    assert reason == (said and f"{said} may change the sampler's probabilities and not the trainer's")
 
 
 def test_off_is_off() -> None:

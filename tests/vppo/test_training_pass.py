@@ -18,6 +18,7 @@ from vppo import VPPOTrainer
 from vppo.batch import Batch, View
 from vppo.logprobs import packed_logprobs
 from vppo.packed_rows import PackedRows
+from vppo.sampler_guard import SamplerMismatchError
 
 NAMES = [f.name for f in families.FAMILIES]
 SIZES = ((56, 28), (30, 60))
@@ -216,6 +217,33 @@ def test_nothing_but_dead_groups(tmp_path: Path) -> None:
     first = {name: value[:4] for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
     assert seen == once(first)
     assert loss == 0 and grads and not any(grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize(("images", "reward"), [((1, 0), second_alone), ((0, 1), none)], ids=["one", "all"])
+def test_dead_groups_with_the_only_images(images: tuple[int, int], reward: Any, tmp_path: Path) -> None:
+    """The vision tower has gradients of 0 as in the plain pass: without any, an optimizer and DDP pass over it."""
+    runs = (trainer(tmp_path, prefix_sharing=way, reward=reward, **WHOLE) for way in ("on", "off"))
+    (loss, grads, *_), (plain_loss, plain_grads, *_) = (step(run, images) for run in runs)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-6)
+    assert grads.keys() == plain_grads.keys() and any("visual" in name for name in grads)
+    for name, grad in plain_grads.items():
+        assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("reward", [second_alone, none])
+def test_rows_that_do_not_pass_are_not_compared_with_the_sampler(reward: Any, tmp_path: Path) -> None:
+    """The log-probabilities that stand in for theirs are no reason for the guard to end the run."""
+    run = trainer(tmp_path, reward=reward, **WHOLE)
+    *_, inputs = step(run)
+    packed = PackedRows(run.model, Batch(inputs), [[0, 1, 2, 3], [4, 5, 6, 7]], View(inputs["prompt"].tolist()))
+    with torch.no_grad():
+        own = packed_logprobs(run.model, packed)[0]
+    run._compute_loss(run.model, {**inputs, "sampling_per_token_logps": own})
+    assert max(run._metrics["train"]["vppo/sampler_gap_max"]) < 1e-5
+    run._compare({"sampling_per_token_logps": own, "completion_mask": torch.zeros(own.shape)}, own)
+    assert len(run._metrics["train"]["vppo/sampler_gap_mean"]) == 1  # nothing was sampled: no NaN
+    with pytest.raises(SamplerMismatchError, match=r"of 15 tokens differ from the trainer's by 1 nats"):
+        run._compute_loss(run.model, {**inputs, "sampling_per_token_logps": own - 1.0})
 
 
 TERMS: list[dict[str, Any]] = [

@@ -172,6 +172,20 @@ def test_a_row_without_any_word_is_not_a_number(backend_tokens: str) -> None:
                 divergence(*masked, kind=kind, backend=backend_tokens, check=True)
 
 
+def test_a_softcap_masks_nothing(backend_tokens: str) -> None:
+    """It makes -softcap of -inf, an ordinary logit; nothing comes through it to what was -inf."""
+    leaves = [z.requires_grad_() for z in logits("each its own")]
+    exact = [z.detach().double().requires_grad_() for z in leaves]
+    targets = torch.full((ROWS,), 1)  # which the first view would mask
+    truth = reference.divergence(*(5.0 * torch.tanh(z / 5.0) for z in exact), targets, "kl")
+    got = divergence(*leaves, targets=targets, softcap=5.0, backend=backend_tokens, check=True)
+    assert torch.isfinite(torch.stack(got)).all()
+    assert_right(got, truth)
+    for gradient, right, z in zip(gradients(got, leaves), gradients(truth, exact), leaves, strict=True):
+        assert relative_error(gradient, right) < 3e-6
+        assert not gradient[z == -INF].any()
+
+
 def test_a_nan_beside_masked_words_still_shows(backend_tokens: str) -> None:
     z_p, z_q = logits("alike")
     for first in (True, False):
