@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 # training that is killed, told to end, or meets a full disk or a broken file
 faults: $(VENV)/.installed-test

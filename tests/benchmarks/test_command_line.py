@@ -17,8 +17,6 @@ from benchmarks.harness import run_case
 from benchmarks.report import Result
 from benchmarks.suites import load_suite, suite_names
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 CPU = torch.device("cpu")
 runner = CliRunner()
 

@@ -14,8 +14,6 @@ from benchmarks.report import CaseResult, Result, case_view
 from benchmarks.suites.divergence import Judge
 from vppo_kernels import linear_divergence, reference
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 CPU = torch.device("cpu")
 
 

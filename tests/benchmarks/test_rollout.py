@@ -11,8 +11,6 @@ from benchmarks.rollout import GROUP, Rollouts, make_plan, make_rollouts
 from vppo.errors import InputError
 from vppo_kernels import reference, vppo_advantages
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 CPU = torch.device("cpu")
 
 

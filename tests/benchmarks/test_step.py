@@ -16,8 +16,6 @@ from benchmarks.policy import POLICIES, model_of, rollouts_of
 from benchmarks.report import CaseResult, Result, case_view
 from benchmarks.suites import load_suite
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 CPU = torch.device("cpu")
 SUITE = load_suite("step")
 

@@ -28,8 +28,6 @@ from vppo.errors import InputError
 from vppo.locks import claimed
 from vppo_kernels import reference, sampled_divergence
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 NAMES = [f.name for f in families.FAMILIES]
 TEXTS = ("3+5=8", "=", "one of two", "?")
 SAMPLED = {"system_prompt": "", "instruction": "", "max_tokens": 6, "samples": 2}

@@ -22,8 +22,6 @@ from vppo.analysis.perception import summarise_run
 from vppo.cli import main
 from vppo.errors import InputError
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:

@@ -21,8 +21,6 @@ from vppo.analysis.perception import summarise_run
 from vppo.analysis.pictures import picture_path
 from vppo.analysis.report import _images, comparison_table, headline, write_analysis_pages
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 SCRIPT = "<script>document.body.dataset.attacked = 1</script>"
 ATTACKS = [SCRIPT, "</script>", "<!--", "<img src=x onerror=alert(1)>", "&lt;", '" onfocus="', "\u2028", "\\u003c"]
 ATTACK = (f"{SCRIPT}</script><!-- <b>bold</b> &amp;", [*ATTACKS, "<!--<script>", " so", "<|im_end|>"])

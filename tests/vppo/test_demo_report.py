@@ -17,8 +17,6 @@ from vppo.demo.report import _chosen, headline, pick, write_report
 from vppo.pages.facts import facts
 from vppo.pages.page import duration
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 ATTACK = "<script>document.body.dataset.attacked = 1</script>"
 
 

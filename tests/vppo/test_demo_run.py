@@ -30,8 +30,6 @@ from vppo.errors import InputError
 from vppo.locks import claimed
 from vppo.progress import read_lines
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 STEPS = 5
 KILL_POINTS = ("warm-up", "step 3", "checkpoint", "model", "evaluation")
 

@@ -7,8 +7,6 @@ import pytest
 from vppo.grading.units import parse_unit
 from vppo.rewards import equal_answers
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 EQUAL = [
     ("25 degrees Celsius", "25 °C"),
     ("5 years old", "5 years"),

@@ -21,8 +21,6 @@ from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout, seeded
 from vppo.scoring import score
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 WORLD = 2
 LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5)
 CLOCK = "vppo/seconds_scoring"

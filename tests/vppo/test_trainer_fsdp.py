@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from vppo import VPPOTrainer
 from vppo.train import load_config, train
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
 EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen2_5_vl_7b.yaml"
 ROWS, GROUP = 12, 4  # of a generation: a group lies across two processes
 LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5, 3, 3, 1, 6)

@@ -15,8 +15,6 @@ from support.runs import FAMILY, fix_rollouts, rows, trainer
 
 from vppo.monitoring.completions import CompletionLog
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one worker makes what they share
-
 LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5)
 PLAIN = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_steps": 1, "shuffle_dataset": False}
 WORLDS = (2, 3)

@@ -42,7 +42,6 @@ CPU_ONLY = (  # what asks the CPU's library for more than the operations, or for
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group(__name__),
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
 ]
 
