@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -109,7 +112,7 @@ class Engine:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """TRL finds this engine where it looks for vLLM."""
     monkeypatch.setattr(vllm_engine, "installed", lambda: "0.31.0")
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
@@ -117,3 +120,5 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_generation, "SamplingParams", Params, raising=False)
     if hasattr(grpo_trainer, "is_vllm_available"):
         monkeypatch.setattr(grpo_trainer, "is_vllm_available", lambda: True)
+    with mock.patch.dict(os.environ):  # TRL writes the process's rank and address there, for good
+        yield
