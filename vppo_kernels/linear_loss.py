@@ -63,8 +63,7 @@ class LinearLoss(torch.autograd.Function):
         module = resolve(backend, weight.device, logit_dtype(hidden, weight))
         want_head = (wants[0],), wants[1], wants[2]
         source = LinearHead([hidden], weight, bias, transform, shard, None, want_head, narrow_product(module))
-        found: list[Tensor] = []
-        scales: list[Tensor] = []
+        found: list[Tensor] = []  # the loss, and what its gradients are multiplied by until the backward
         half = len(hidden) > 0 and torch.float16 in (hidden.dtype, weight.dtype)
 
         def derivative(view: Tensor) -> Tensor:
@@ -73,16 +72,15 @@ class LinearLoss(torch.autograd.Function):
             with torch.enable_grad():
                 loss = loss_of(*rows)
                 grads = torch.autograd.grad(loss, rows, allow_unused=True) if loss.requires_grad else (None, None)
-            found.append(loss.detach())
             stacked = torch.stack([torch.zeros_like(x) if g is None else g for g, x in zip(grads, rows, strict=True)])
-            scales.append(_float16_scale(stacked, source) if half else torch.ones_like(loss))
-            return stacked * scales[0]
+            found.extend((loss.detach(), _float16_scale(stacked, source) if half else torch.ones_like(loss)))
+            return stacked * found[1]
 
         with full_precision(weight.device):
             tiling.forward_backward(source, module, targets, derivative, workspace)
             (ctx.grad_hidden,), ctx.grad_weight, ctx.grad_bias = source.gradients()
-        ctx.scale = scales[0]
-        return found[0]
+        loss, ctx.scale = found
+        return loss
 
     @staticmethod
     @once_differentiable
