@@ -45,13 +45,11 @@ class PackedRows:
         self.batch, self.config = batch, model.config.get_text_config()
         self.rows = [row for pack in packs for row in pack]
         leaders = [pack[0] for pack in packs]
-        width, total = batch.prompt_ids.shape[1], batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
+        tokens = torch.cat([batch.prompt_ids, batch.completion_ids], 1)
+        width, total = batch.prompt_ids.shape[1], tokens.shape[1]
         self._start: list[tuple[int, int]] = []  # of each row: its pack, and where its response begins to be predicted
-        source, segment, place = (
-            [],
-            [],
-            [],
-        )  # of a pack's tokens: which of the batch, of which response, where in its row
+        # of a pack's tokens: which of the batch, of which response, and where in its own row
+        source, segment, place = list[Tensor](), list[Tensor](), list[Tensor]()
         for number, pack in enumerate(packs):
             first = width - batch.prompt_lengths[pack[0]]
             parts = [(pack[0], first, width - 1)]
@@ -71,14 +69,13 @@ class PackedRows:
 
         prompts = batch.prompts(leaders, view)
         self.inputs = {name: value for name, value in prompts.items() if name not in TOKEN_INPUTS}
-        self.inputs["input_ids"] = self._take(torch.cat([batch.prompt_ids, batch.completion_ids], 1))
+        self.inputs["input_ids"] = self._take(tokens)
         self.inputs["attention_mask"] = (self._segment >= 0).long()
         self.inputs["position_ids"] = self._positions(model, prompts)
         for name in TOKEN_INPUTS:
             if name in prompts:
                 self.inputs[name] = self._take(batch.split[name])
-        following = torch.cat([batch.prompt_ids, batch.completion_ids], 1).roll(-1, 1)
-        self.labels = torch.where(self._segment > 0, self._take(following), -100)
+        self.labels = torch.where(self._segment > 0, self._take(tokens.roll(-1, 1)), -100)
 
     def responses(self, values: Tensor) -> Tensor:
         """`[len(rows), T, ...]` of `[packs, L, ...]`: what predicts the tokens of each response, T the longest.

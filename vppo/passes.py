@@ -250,7 +250,7 @@ class ResponsePasses:
                 return reason
             way = self._pass_packs
         rows = sorted(group, key=lambda row: batch.response_lengths[row])[-2:]
-        with _quiet(self.model):
+        with quiet(self.model):
             plain = _gathered(batch, rows, lambda receive: self._pass_whole(batch, [rows], view, receive))
             try:
                 shared = _gathered(batch, rows, lambda receive: way(batch, [rows], view, receive))
@@ -305,8 +305,8 @@ def _cut(group: list[int], count: int) -> list[list[int]]:
 
 
 @contextmanager
-def _quiet(model: Any) -> Iterator[None]:
-    """Evaluation mode, in which nothing is random and no checkpoint of activations forbids a cache."""
+def quiet(model: Any) -> Iterator[None]:
+    """Evaluation mode: dropout would make two passes differ by chance, checkpoints of activations forbid a cache."""
     training = model.training
     model.eval()
     try:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -33,7 +32,7 @@ from vppo.logprobs import packed_logprobs
 from vppo.monitoring import evaluation
 from vppo.monitoring.measured import Measured
 from vppo.packed_rows import PackedRows
-from vppo.passes import GIB, ResponsePasses
+from vppo.passes import GIB, ResponsePasses, quiet
 from vppo.perturbations import seeded
 from vppo.processors import placeholder_tokens
 from vppo.rewards.checks import checked
@@ -244,7 +243,7 @@ class VPPOTrainer(SampledTrainer):
     def _score(self, batch: Batch, scored: Tensor, hidden_clean: Tensor | None, alike: Sequence[int]) -> Tensor:
         """`[B, T]` dependency of these rows' response tokens, in nats, 0 elsewhere; `alike` is of `Batch.alike`."""
         rows = scored.nonzero().flatten().tolist()
-        with self._quiet_model(), self.accelerator.autocast():
+        with quiet(self.model), self.accelerator.autocast():
             return score(
                 self._passes,
                 batch,
@@ -255,16 +254,6 @@ class VPPOTrainer(SampledTrainer):
                 hidden_clean=hidden_clean,
                 check=self.args.check_kernels,
             )
-
-    @contextmanager
-    def _quiet_model(self) -> Iterator[None]:
-        """Evaluation mode: dropout would make the two views differ by chance."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
 
     def _live_groups(self, advantages: Tensor) -> Tensor:
         """`[B]` bool: rows of prompts whose rollouts do not all have zero advantage, also across processes."""
