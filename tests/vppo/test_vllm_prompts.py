@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from datasets import Dataset
 from support import families
 from support.engine import Engine, engine  # noqa: F401
+from support.looking import call_it_first, look
 from support.runs import FAMILY, options, rows, varied_reward
 from trl.chat_template_utils import qwen3_vl_chat_template
 from trl.data_utils import prepare_multimodal_messages
@@ -173,19 +173,6 @@ def test_settings_that_do_not_reach_the_engine_are_refused(folder: Path, tmp_pat
         colocated(tmp_path, folder, rows(3), processor=processor)
 
 
-def look(which: int) -> list[dict[str, Any]]:
-    """Shows a picture.
-
-    Args:
-        which: The number of the picture.
-
-    Returns:
-        The picture.
-    """
-    picture = families.picture(100 + which, ((84, 28), (28, 28))[which % 2])
-    return [{"type": "image", "image": picture}, {"type": "text", "text": "so"}]
-
-
 @pytest.mark.parametrize("images", [0, 1])
 @pytest.mark.usefixtures("engine")
 def test_pictures_of_tools_have_one_placeholder_too(images: int, folder: Path, tmp_path: Path) -> None:
@@ -193,16 +180,7 @@ def test_pictures_of_tools_have_one_placeholder_too(images: int, folder: Path, t
         tmp_path, folder, rows(2, images=(images,)), tools=[look], max_completion_length=250, max_steps=1,
         per_device_train_batch_size=8,
     )  # fmt: skip
-    sample, encode = run._generate_single_turn, run.processing_class.tokenizer.encode
-
-    def play(prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if "has_tool_images" in kwargs:
-            return sample(prompt_ids, *args, **kwargs)
-        calls = [json.dumps({"name": "look", "arguments": {"which": i}}) for i in range(len(prompt_ids))]
-        answers = [encode(f"<tool_call>\n{call}\n</tool_call><eos>") for call in calls]
-        return answers, [[None] * len(ids) for ids in answers]
-
-    run._generate_single_turn = play  # type: ignore[method-assign]
+    call_it_first(run)
     run.train()
     assert counts(Engine.latest.given) == [(1 + images, 1 + images)] * 8
     assert len(gaps(run)) == 1 and gaps(run)[0] < 1e-4

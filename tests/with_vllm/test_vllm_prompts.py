@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from colocated import EXACT, answering, logged
 from peft import LoraConfig
 from support import families
+from support.looking import call_it_first, look
 from support.runs import rows
 from trl.chat_template_utils import qwen3_vl_chat_template
 
@@ -80,19 +80,6 @@ def test_adapters(tmp_path: Path) -> None:
     assert len(gaps) == 3 and max(gaps) < EXACT
 
 
-def look(which: int) -> list[dict[str, Any]]:
-    """Shows a picture.
-
-    Args:
-        which: The number of the picture.
-
-    Returns:
-        The picture.
-    """
-    picture = families.picture(100 + which, ((84, 28), (28, 28))[which % 2])
-    return [{"type": "image", "image": picture}, {"type": "text", "text": "so"}]
-
-
 def test_pictures_of_tools(tmp_path: Path) -> None:
     """Rollouts call a tool, each for a picture of its own; what follows is sampled with both pictures."""
     folder = saved("qwen2_5_vl", tmp_path / "model", qwen3_vl_chat_template)
@@ -100,16 +87,7 @@ def test_pictures_of_tools(tmp_path: Path) -> None:
         tmp_path / "run", folder, rows(2), tools=[look], max_completion_length=250, vllm_max_model_length=1024,
         max_steps=1,
     )  # fmt: skip
-    sample, encode = run._generate_single_turn, run.processing_class.tokenizer.encode
-
-    def play(prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if "has_tool_images" in kwargs:
-            return sample(prompt_ids, *args, **kwargs)
-        calls = [json.dumps({"name": "look", "arguments": {"which": i}}) for i in range(len(prompt_ids))]
-        answers = [encode(f"<tool_call>\n{call}\n</tool_call><eos>") for call in calls]
-        return answers, [[None] * len(ids) for ids in answers]  # nothing to compare
-
-    run._generate_single_turn = play  # type: ignore[method-assign]
+    call_it_first(run)
     seen: list[Any] = []
     generate = run.vllm_generation.llm.generate
     run.vllm_generation.llm.generate = lambda prompts, *args, **kwargs: (
