@@ -58,10 +58,10 @@ void fold_pair_(TensorView tile, Optional<TensorView> targets, int64_t first, Te
   if (!of.empty()) fold_pair(of.device, of.tile, chosen, into);
 }
 
-void fold_jsd_(TensorView tile, TensorView pair, TensorView halves) {
+void fold_jsd_(TensorView tile, TensorView pair, TensorView jsd_terms) {
   const TileArguments of(tile, 2);
   const Fields both = of.fields("pair", pair, kPairFields);
-  const Fields into = of.fields("halves", halves, 2);
+  const Fields into = of.fields("jsd_terms", jsd_terms, 2);
   if (!of.empty()) fold_jsd(of.device, of.tile, both, into);
 }
 
@@ -74,11 +74,11 @@ void gradient_(TensorView tile, TensorView view, TensorView targets, int64_t fir
   if (!of.empty()) gradient(of.device, of.tile, softmax, chosen, upstream, slope_of(scale, to_cap));
 }
 
-void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> halves, Optional<TensorView> targets,
+void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> jsd_terms, Optional<TensorView> targets,
                     int64_t first, TensorView grads, double scale, double to_cap) {
   const TileArguments of(tile, 2);
   const Fields both = of.fields("pair", pair, kPairFields);
-  const Fields half = halves.has_value() ? of.fields("halves", *halves, 2) : Fields{};
+  const Fields half = jsd_terms.has_value() ? of.fields("jsd_terms", *jsd_terms, 2) : Fields{};
   const Targets chosen = of.targets(targets, first);
   const Fields upstream = of.fields("grads", grads, targets.has_value() ? 5 : 3);
   if (!of.empty()) gradient_pair(of.device, of.tile, both, half, chosen, upstream, slope_of(scale, to_cap));

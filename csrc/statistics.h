@@ -38,19 +38,19 @@ VPPO_BOTH float log_share(float d) {
 
 // One view over a part of the vocabulary: largest logit m, `sum exp(z - m)`, `sum exp(z - m) (z - m)`.
 struct View {
-  float max, sum, moment;
+  float max, sum, weighted_sum;
 };
 
 // Two views over a part: and the mean gap under p, and the excess about it.
 struct Pair {
   View p, q;
-  float gap, excess;
+  float mean_diff, excess;
 };
 
 // `sum w phi(d)` of an entry with weight `w = exp(z_p - m_p)`, `d` below the mean gap; `log_q` is `z_q - m_q`.
-VPPO_BOTH float excess_of(float weight, float d, float log_q, float gap) {
-  // exp(d) alone could overflow while its product with the weight, exp(log_q + gap), does not
-  return d < 1.0f ? weight * phi(d) : expf(log_q + gap) - weight * (1.0f + d);
+VPPO_BOTH float excess_of(float weight, float d, float log_q, float mean_diff) {
+  // exp(d) alone could overflow while its product with the weight, exp(log_q + mean_diff), does not
+  return d < 1.0f ? weight * phi(d) : expf(log_q + mean_diff) - weight * (1.0f + d);
 }
 
 // `part - whole <= 0`, finite also where one or both are -inf.
@@ -61,7 +61,7 @@ VPPO_BOTH View merge(const View& a, const View& b) {
   const float down_a = distance(a.max, top), down_b = distance(b.max, top);
   const float scale_a = expf(down_a), scale_b = expf(down_b);
   return {top, scale_a * a.sum + scale_b * b.sum,
-          scale_a * (a.moment + down_a * a.sum) + scale_b * (b.moment + down_b * b.sum)};
+          scale_a * (a.weighted_sum + down_a * a.sum) + scale_b * (b.weighted_sum + down_b * b.sum)};
 }
 
 // A part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`.
@@ -74,16 +74,16 @@ VPPO_BOTH Pair merge(const Pair& a, const Pair& b) {
   const View p = merge(a.p, b.p), q = merge(a.q, b.q);
   const float down_a = distance(a.p.max, p.max), down_b = distance(b.p.max, p.max);
   const float lower_a = distance(a.q.max, q.max), lower_b = distance(b.q.max, q.max);
-  const float gap_a = a.gap + (down_a - lower_a), gap_b = b.gap + (down_b - lower_b);
+  const float mean_diff_a = a.mean_diff + (down_a - lower_a), mean_diff_b = b.mean_diff + (down_b - lower_b);
   const float weight_a = expf(down_a) * a.p.sum, weight_b = expf(down_b) * b.p.sum;
   const float total = fmaxf(p.sum, FLT_MIN);
   // from the heavier part's side: a large gap in a part without weight must not round the other's away
-  const float mean = weight_a > weight_b ? gap_a + weight_b / total * (gap_b - gap_a)
-                                         : gap_b + weight_a / total * (gap_a - gap_b);
-  const float gap = a.gap == INFINITY || b.gap == INFINITY ? INFINITY : p.sum > 0.0f ? mean : 0.0f;
-  return {p, q, gap,
-          move_excess(a, gap - gap_a, down_a, lower_a + (gap - a.gap)) +
-              move_excess(b, gap - gap_b, down_b, lower_b + (gap - b.gap))};
+  const float mean = weight_a > weight_b ? mean_diff_a + weight_b / total * (mean_diff_b - mean_diff_a)
+                                         : mean_diff_b + weight_a / total * (mean_diff_a - mean_diff_b);
+  const float mean_diff = a.mean_diff == INFINITY || b.mean_diff == INFINITY ? INFINITY : p.sum > 0.0f ? mean : 0.0f;
+  return {p, q, mean_diff,
+          move_excess(a, mean_diff - mean_diff_a, down_a, lower_a + (mean_diff - a.mean_diff)) +
+              move_excess(b, mean_diff - mean_diff_b, down_b, lower_b + (mean_diff - b.mean_diff))};
 }
 
 }  // namespace vppo

@@ -26,7 +26,7 @@ struct Targets {
   std::int64_t first;
 };
 
-// Derivative of finished logits z by raw ones: `scale * (1 - (to_cap z)^2)`; `to_cap` is 0 without a cap.
+// Derivative of transformed logits z by raw ones: `scale * (1 - (to_cap z)^2)`; `to_cap` is 0 without a cap.
 struct Slope {
   float scale, to_cap;
 };

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from vppo.options import VPPOOptions, one_of
-from vppo.passes import SHARING
+from vppo.prefix_sharing import SHARING
 from vppo.sampler_guard import GUARDS
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vppo.batch import Batch, View
 from vppo.heads import LogitOptions
-from vppo.passes import ResponsePasses
+from vppo.prefix_sharing import ResponsePasses
 from vppo_kernels import linear_divergence, linear_logprob, sampled_divergence
 
 

@@ -32,8 +32,8 @@ from vppo.logprobs import packed_logprobs
 from vppo.monitoring import evaluation
 from vppo.monitoring.measured import Measured
 from vppo.packed_rows import PackedRows
-from vppo.passes import GIB, ResponsePasses, quiet
 from vppo.perturbations import seeded
+from vppo.prefix_sharing import GIB, ResponsePasses, quiet
 from vppo.processors import placeholder_tokens
 from vppo.rewards.checks import checked
 from vppo.sampled_trainer import SampledTrainer

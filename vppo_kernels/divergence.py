@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks, parallel, tiling, verify
-from vppo_kernels.head import LogitTransform
-from vppo_kernels.ops import sweep, wants_gradient
+from vppo_kernels import arguments, tiling, verify, vocab_parallel
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.statistics import DivergenceOutput
+from vppo_kernels.sweep import sweep, wants_gradient
 
 KINDS = ("kl", "reverse_kl", "jsd")
 SAMPLED_KINDS = ("k1", "abs_k1", "k2", "k3", "prob_drop")
@@ -80,32 +80,32 @@ def linear_divergence(
         ValueError: A shape, device, target or number is out of range; with `check`, an input is not finite.
         RuntimeError: With `check`, a row disagrees with the definition.
     """
-    checks.one_of("kind", kind, KINDS)
+    arguments.one_of("kind", kind, KINDS)
     transform = LogitTransform(temperature, logit_scale, softcap)
-    weight, bias, process_group = parallel.localize(weight, bias, process_group)
-    hidden = parallel.local_hidden("hidden", hidden)
-    hidden_perturbed = parallel.local_hidden("hidden_perturbed", hidden_perturbed)
-    checks.head(hidden, weight, bias, empty=process_group is not None)
-    checks.head(hidden_perturbed, weight, bias, "hidden_perturbed", empty=process_group is not None)
-    checks.shape("hidden_perturbed", hidden_perturbed, tuple(hidden.shape), "that of hidden")
+    weight, bias, process_group = vocab_parallel.localize(weight, bias, process_group)
+    hidden = vocab_parallel.local_hidden("hidden", hidden)
+    hidden_perturbed = vocab_parallel.local_hidden("hidden_perturbed", hidden_perturbed)
+    arguments.head(hidden, weight, bias, empty=process_group is not None)
+    arguments.head(hidden_perturbed, weight, bias, "hidden_perturbed", empty=process_group is not None)
+    arguments.shape("hidden_perturbed", hidden_perturbed, tuple(hidden.shape), "that of hidden")
     views = [hidden.reshape(-1, hidden.shape[-1]), hidden_perturbed.reshape(-1, hidden.shape[-1])]
     same = transform.arguments() | dict(
         targets=targets, kind=kind, backend=backend, workspace_limit=tiling.current_workspace()
     )
-    shard = parallel.shard_of(process_group, views, len(weight), vocab_size, "weight", same)
+    shard = vocab_parallel.shard_of(process_group, views, len(weight), vocab_size, "weight", same)
     leading = hidden.shape[:-1]
     if targets is not None:
-        checks.indices("targets", targets, leading, shard.total, weight.device, check)
+        arguments.indices("targets", targets, leading, shard.total, weight.device, check)
         targets = targets.reshape(-1).long().contiguous()
     values, _ = sweep(
         views, weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), wants_gradient(*views, weight, bias),
     )  # fmt: skip
-    if checks.wanted(check, weight):
+    if arguments.wanted(check, weight):
         with torch.no_grad():
-            checks.finite_head(weight, bias, shard.columns)
-            checks.all_finite("hidden", views[0])
-            checks.all_finite("hidden_perturbed", views[1])
+            arguments.finite_head(weight, bias, shard.columns)
+            arguments.all_finite("hidden", views[0])
+            arguments.all_finite("hidden_perturbed", views[1])
             if len(views[0]):
                 rows = verify.sample_rows(len(views[0]), weight.device)
                 sampled = [(h[rows], weight, bias, transform, shard) for h in views]
@@ -148,32 +148,32 @@ def divergence(
     Raises:
         TypeError, ValueError, RuntimeError: As `linear_divergence`.
     """
-    checks.one_of("kind", kind, KINDS)
+    arguments.one_of("kind", kind, KINDS)
     transform = LogitTransform(temperature, logit_scale, softcap)
-    checks.floating("logits", logits)
-    checks.floating("logits_perturbed", logits_perturbed)
+    arguments.floating("logits", logits)
+    arguments.floating("logits_perturbed", logits_perturbed)
     if logits.dim() < 1 or (logits.shape[-1] == 0 and process_group is None):
         raise ValueError(f"logits: got shape {list(logits.shape)}, takes [..., V] with V of at least 1")
-    checks.shape("logits_perturbed", logits_perturbed, tuple(logits.shape), "that of logits")
-    checks.same_device("logits_perturbed", logits_perturbed, logits.device, "logits")
+    arguments.shape("logits_perturbed", logits_perturbed, tuple(logits.shape), "that of logits")
+    arguments.same_device("logits_perturbed", logits_perturbed, logits.device, "logits")
     leading = logits.shape[:-1]
     views = [z.reshape(leading.numel(), z.shape[-1]) for z in (logits, logits_perturbed)]
     same = transform.arguments() | dict(
         targets=targets, kind=kind, backend=backend, workspace_limit=tiling.current_workspace()
     )
-    shard = parallel.shard_of(process_group, views, logits.shape[-1], vocab_size, "logits", same)
+    shard = vocab_parallel.shard_of(process_group, views, logits.shape[-1], vocab_size, "logits", same)
     if targets is not None:
-        checks.indices("targets", targets, leading, shard.total, logits.device, check)
+        arguments.indices("targets", targets, leading, shard.total, logits.device, check)
         targets = targets.reshape(-1).long().contiguous()
-    look = checks.wanted(check, logits)
-    if look:
-        checks.logits("logits", views[0][:, : shard.columns])
-        checks.logits("logits_perturbed", views[1][:, : shard.columns])
+    check_values = arguments.wanted(check, logits)
+    if check_values:
+        arguments.logits("logits", views[0][:, : shard.columns])
+        arguments.logits("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
         views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), wants_gradient(*views),
     )  # fmt: skip
-    if look and len(views[0]):
+    if check_values and len(views[0]):
         with torch.no_grad():
             rows = verify.sample_rows(len(views[0]), logits.device)
             z_p, z_q = (verify.exact_transform(z[rows, : shard.columns], transform, shard) for z in views)
@@ -202,13 +202,13 @@ def sampled_divergence(
     Raises:
         TypeError, ValueError: An argument is of the wrong type, shape, device or range.
     """
-    checks.one_of("kind", kind, SAMPLED_KINDS)
-    checks.floating("logprobs", logprobs)
-    checks.floating("logprobs_perturbed", logprobs_perturbed)
-    checks.shape("logprobs_perturbed", logprobs_perturbed, tuple(logprobs.shape), "that of logprobs")
-    checks.same_device("logprobs_perturbed", logprobs_perturbed, logprobs.device, "logprobs")
+    arguments.one_of("kind", kind, SAMPLED_KINDS)
+    arguments.floating("logprobs", logprobs)
+    arguments.floating("logprobs_perturbed", logprobs_perturbed)
+    arguments.shape("logprobs_perturbed", logprobs_perturbed, tuple(logprobs.shape), "that of logprobs")
+    arguments.same_device("logprobs_perturbed", logprobs_perturbed, logprobs.device, "logprobs")
     if clamp is not None:
-        checks.positive("clamp", clamp)
+        arguments.positive("clamp", clamp)
     if kind == "prob_drop":
         value = logprobs.exp() - logprobs_perturbed.exp()
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks
+from vppo_kernels import arguments
 
 
 class Padded:
@@ -80,10 +80,10 @@ def layout_of(name: str, value: Any, cu_seqlens: Any, check: bool | None) -> Lay
             order where values are looked at.
     """
     if cu_seqlens is None:
-        checks.matrix(name, value)
+        arguments.matrix(name, value)
         return Padded(value)
-    checks.floating(name, value)
+    arguments.floating(name, value)
     if value.dim() != 1:
         raise ValueError(f"{name}: got shape {list(value.shape)}, takes [total] with cu_seqlens")
-    checks.offsets("cu_seqlens", cu_seqlens, value, name, checks.wanted(check, value))
+    arguments.offsets("cu_seqlens", cu_seqlens, value, name, arguments.wanted(check, value))
     return Packed(value, cu_seqlens)

@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from vppo_kernels import tiling
 from vppo_kernels.backends import narrow_product, resolve
-from vppo_kernels.head import LinearHead, LogitTransform, full_precision, logit_dtype
-from vppo_kernels.parallel import Shard, max_ranks
+from vppo_kernels.logits import LinearHead, LogitTransform, full_precision, logit_dtype
 from vppo_kernels.statistics import unpack_softmax
+from vppo_kernels.vocab_parallel import Shard, max_ranks
 
 FLOAT16_TOP = 2.0**15  # half of float16's largest number
 LossOfRows = Callable[[Tensor, Tensor], Tensor]  # log-probabilities and entropies, `[rows]` each, to a scalar
@@ -36,7 +36,7 @@ def _float16_scale(grads: Tensor, source: LinearHead) -> Tensor:
         source: Of all rows.
     """
     # the sum over the vocabulary of the sizes of a row's gradient by its logits is at most this
-    rows = 2 * grads[0].abs() + 4 * math.log(source.widest + 1) * grads[1].abs()
+    rows = 2 * grads[0].abs() + 4 * math.log(source.max_columns + 1) * grads[1].abs()
     factors = torch.stack([*torch.aminmax(source.hidden[0]), *torch.aminmax(source.weight)]).abs().max().float()
     largest = rows.sum() * max_ranks(factors, source.group).clamp_min(1)
     slope = abs(source.transform.logit_scale) / source.transform.temperature

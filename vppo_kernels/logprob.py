@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks, parallel, tiling, verify
-from vppo_kernels.head import LogitTransform
-from vppo_kernels.ops import sweep, wants_gradient
+from vppo_kernels import arguments, tiling, verify, vocab_parallel
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.statistics import LogprobOutput
+from vppo_kernels.sweep import sweep, wants_gradient
 
 
 def linear_logprob(
@@ -48,13 +48,13 @@ def linear_logprob(
         TypeError, ValueError, RuntimeError: As `linear_divergence`.
     """
     transform = LogitTransform(temperature, logit_scale, softcap)
-    weight, bias, process_group = parallel.localize(weight, bias, process_group)
-    hidden = parallel.local_hidden("hidden", hidden)
-    checks.head(hidden, weight, bias, empty=process_group is not None)
+    weight, bias, process_group = vocab_parallel.localize(weight, bias, process_group)
+    hidden = vocab_parallel.local_hidden("hidden", hidden)
+    arguments.head(hidden, weight, bias, empty=process_group is not None)
     leading, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
     same = transform.arguments() | dict(targets=targets, backend=backend, workspace_limit=tiling.current_workspace())
-    shard = parallel.shard_of(process_group, [flat], len(weight), vocab_size, "weight", same)
-    checks.indices("targets", targets, leading, shard.total, weight.device, check)
+    shard = vocab_parallel.shard_of(process_group, [flat], len(weight), vocab_size, "weight", same)
+    arguments.indices("targets", targets, leading, shard.total, weight.device, check)
     logprobs, entropy = logprobs_of_rows(flat, weight, bias, targets.reshape(-1), transform, shard, backend, check)
     return LogprobOutput(logprobs.view(leading), entropy.view(leading))
 
@@ -65,7 +65,7 @@ def logprobs_of_rows(
     bias: Tensor | None,
     targets: Tensor,
     transform: LogitTransform,
-    shard: parallel.Shard,
+    shard: vocab_parallel.Shard,
     backend: str,
     check: bool,
 ) -> LogprobOutput:
@@ -76,10 +76,10 @@ def logprobs_of_rows(
         tiling.current_workspace(), wants_gradient(hidden, weight, bias),
     )  # fmt: skip
     output = LogprobOutput(*values.unbind(0))
-    if checks.wanted(check, hidden):
+    if arguments.wanted(check, hidden):
         with torch.no_grad():
-            checks.finite_head(weight, bias, shard.columns)
-            checks.all_finite("hidden", hidden)
+            arguments.finite_head(weight, bias, shard.columns)
+            arguments.all_finite("hidden", hidden)
             if len(hidden):
                 rows = verify.sample_rows(len(hidden), hidden.device)
                 sampled = (hidden[rows], weight, bias, transform, shard)

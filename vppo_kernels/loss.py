@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo_kernels import backends, checks, parallel, tiling
-from vppo_kernels.head import LogitTransform
+from vppo_kernels import arguments, backends, tiling, vocab_parallel
 from vppo_kernels.layout import Layout, layout_of
 from vppo_kernels.linear_loss import LinearLoss
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.logprob import logprobs_of_rows
-from vppo_kernels.ops import wants_gradient
 from vppo_kernels.shaping import Shaped, TrajectoryStats, expand_advantages, shape_advantages
+from vppo_kernels.sweep import wants_gradient
 
 AGGREGATIONS = (
     "token-mean",
@@ -65,21 +65,21 @@ class LossOptions:
     kl_coef: float
 
     def __post_init__(self) -> None:
-        checks.fraction("keep_ratio", self.keep_ratio)
-        checks.scales(self.scale_min, self.scale_max)
-        parallel.check_group("stats_group", self.stats_group)
-        checks.one_of("loss_agg", self.loss_agg, AGGREGATIONS)
-        checks.non_negative("clip_low", self.clip_low)
-        checks.non_negative("clip_high", self.clip_high)
+        arguments.fraction("keep_ratio", self.keep_ratio)
+        arguments.scales(self.scale_min, self.scale_max)
+        vocab_parallel.check_group("stats_group", self.stats_group)
+        arguments.one_of("loss_agg", self.loss_agg, AGGREGATIONS)
+        arguments.non_negative("clip_low", self.clip_low)
+        arguments.non_negative("clip_high", self.clip_high)
         if self.clip_low > 1:
             raise ValueError(f"clip_low: got {self.clip_low!r}, takes a number from 0 to 1")
         if self.clip_dual is not None and not (isinstance(self.clip_dual, int | float) and self.clip_dual > 1):
             raise ValueError(f"clip_dual: got {self.clip_dual!r}, takes None or a number above 1")
         for name in ("nll_coef", "entropy_coef", "kl_coef"):
-            checks.finite(name, getattr(self, name))
+            arguments.finite(name, getattr(self, name))
         if self.loss_agg in ("none", "token-sum") and self.denominator is not None:
             raise ValueError(f"denominator: got {self.denominator!r}, takes None with loss_agg {self.loss_agg!r}")
-        checks.denominator(self.denominator, look=not torch.compiler.is_compiling())
+        arguments.denominator(self.denominator, look=not torch.compiler.is_compiling())
 
     @property
     def every_token(self) -> bool:
@@ -93,11 +93,11 @@ def _per_token(
     """An argument of tokens with its padding replaced by 0, so that nothing there can reach a sum or a gradient."""
     if value is None:
         return None
-    checks.floating(name, value)
-    checks.same_device(name, value, like.device, "logprobs")
-    checks.shape(name, value, tuple(like.shape), "that of the mask")
+    arguments.floating(name, value)
+    arguments.same_device(name, value, like.device, "logprobs")
+    arguments.shape(name, value, tuple(like.shape), "that of the mask")
     if check:
-        checks.all_finite(name, value, mask)
+        arguments.all_finite(name, value, mask)
     return torch.where(mask, value, 0) if zero else value
 
 
@@ -113,9 +113,9 @@ def _shape(
 ) -> Shaped:
     """Shaped advantages; without a dependency every response token is kept and every factor is 1."""
     if dependency is not None:
-        checks.tensor("dependency", dependency)
-        checks.shape("dependency", dependency, tuple(mask.shape), "that of the mask")
-        checks.same_device("dependency", dependency, mask.device, "the mask")
+        arguments.tensor("dependency", dependency)
+        arguments.shape("dependency", dependency, tuple(mask.shape), "that of the mask")
+        arguments.same_device("dependency", dependency, mask.device, "the mask")
         return shape_advantages(
             advantages,
             dependency,
@@ -132,7 +132,7 @@ def _shape(
         )
     per_token = expand_advantages(advantages, mask, layout)
     if check:
-        checks.all_finite("advantages", per_token, mask)
+        arguments.all_finite("advantages", per_token, mask)
     return Shaped(
         torch.where(mask, per_token, 0).detach(),
         mask,
@@ -376,20 +376,27 @@ def vppo_loss(
         raise ValueError("ref_logprobs: got None, takes [B, T] log-probabilities where kl_coef is not 0")
     if entropy_coef and entropy is None:
         raise ValueError("entropy: got None, takes [B, T] entropies where entropy_coef is not 0")
-    valid = layout.within(checks.token_mask(mask, logprobs))
-    checks.tensor("old_logprobs", old_logprobs)
-    look = checks.wanted(check, logprobs)
+    valid = layout.within(arguments.token_mask(mask, logprobs))
+    arguments.tensor("old_logprobs", old_logprobs)
+    check_values = arguments.wanted(check, logprobs)
     kernels = backends.token_kernels(
         backend, logprobs, old_logprobs, advantages, dependency, entropy, ref_logprobs, is_weights
     )
     if kernels is not None:
-        checks.reverse_mode(logprobs, entropy)
+        arguments.reverse_mode(logprobs, entropy)
     shaped = _shape(
-        advantages, valid, dependency, options, layout, cu_seqlens, look, "torch" if kernels is None else backend
+        advantages,
+        valid,
+        dependency,
+        options,
+        layout,
+        cu_seqlens,
+        check_values,
+        "torch" if kernels is None else backend,
     )
 
     def clean(name: str, value: Tensor | None) -> Tensor | None:
-        return _per_token(name, value, logprobs, valid, look, zero=kernels is None)
+        return _per_token(name, value, logprobs, valid, check_values, zero=kernels is None)
 
     def constant(name: str, value: Tensor | None) -> Tensor | None:
         cleaned = clean(name, value)
@@ -482,32 +489,39 @@ def linear_vppo_loss(
         clip_low, clip_high, clip_dual, loss_agg, denominator, nll_coef, entropy_coef, kl_coef,
     )  # fmt: skip
     transform = LogitTransform(temperature, logit_scale, softcap)
-    weight, bias, process_group = parallel.localize(weight, bias, process_group)
-    hidden = parallel.local_hidden("hidden", hidden)
-    parallel.check_group("process_group", process_group)
-    checks.head(hidden, weight, bias, empty=process_group is not None)
+    weight, bias, process_group = vocab_parallel.localize(weight, bias, process_group)
+    hidden = vocab_parallel.local_hidden("hidden", hidden)
+    vocab_parallel.check_group("process_group", process_group)
+    arguments.head(hidden, weight, bias, empty=process_group is not None)
     layout = layout_of("old_logprobs", old_logprobs, cu_seqlens, check)
     if kl_coef and ref_logprobs is None:
         raise ValueError("ref_logprobs: got None, takes [B, T] log-probabilities where kl_coef is not 0")
     leading, takes = hidden.shape[:-1], "[total, D] with cu_seqlens" if layout.packed else "[B, T, D]"
     if len(leading) != old_logprobs.dim():
         raise ValueError(f"hidden: got shape {list(hidden.shape)}, takes {takes}")
-    checks.shape("old_logprobs", old_logprobs, tuple(leading), "the leading dimensions of hidden")
-    checks.same_device("old_logprobs", old_logprobs, weight.device, "weight")
-    checks.tensor("targets", targets)
-    checks.shape("targets", targets, tuple(leading), "the leading dimensions of hidden")
-    checks.same_device("targets", targets, weight.device, "weight")
-    valid = layout.within(checks.token_mask(mask, old_logprobs))
-    look = checks.wanted(check, old_logprobs)
+    arguments.shape("old_logprobs", old_logprobs, tuple(leading), "the leading dimensions of hidden")
+    arguments.same_device("old_logprobs", old_logprobs, weight.device, "weight")
+    arguments.tensor("targets", targets)
+    arguments.shape("targets", targets, tuple(leading), "the leading dimensions of hidden")
+    arguments.same_device("targets", targets, weight.device, "weight")
+    valid = layout.within(arguments.token_mask(mask, old_logprobs))
+    check_values = arguments.wanted(check, old_logprobs)
     inputs = (hidden, weight, bias, old_logprobs, advantages, dependency, ref_logprobs, is_weights)
     double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs)
     kernels = None if double else backends.token_kernels(backend, old_logprobs)  # `backend` is first of all the head's
     shaped = _shape(
-        advantages, valid, dependency, options, layout, cu_seqlens, look, "torch" if kernels is None else backend
+        advantages,
+        valid,
+        dependency,
+        options,
+        layout,
+        cu_seqlens,
+        check_values,
+        "torch" if kernels is None else backend,
     )
 
     def clean(name: str, value: Tensor | None) -> Tensor | None:
-        cleaned = _per_token(name, value, old_logprobs, valid, look)
+        cleaned = _per_token(name, value, old_logprobs, valid, check_values)
         return None if cleaned is None else cleaned.detach()
 
     old = clean("old_logprobs", old_logprobs)
@@ -518,11 +532,11 @@ def linear_vppo_loss(
     chosen = hidden.flatten(0, -2) if rows is None else hidden[rows]
     targets = torch.where(valid, targets, 0)
     same = transform.arguments() | dict(targets=targets, backend=backend, workspace_limit=tiling.current_workspace())
-    shard = parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight", same)
-    checks.indices("targets", targets, leading, shard.total, weight.device, look)
+    shard = vocab_parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight", same)
+    arguments.indices("targets", targets, leading, shard.total, weight.device, check_values)
     chosen_targets = targets.flatten() if rows is None else targets[rows]
-    if look:
-        checks.all_finite("hidden", hidden, needed)
+    if check_values:
+        arguments.all_finite("hidden", hidden, needed)
     ref, weights = clean("ref_logprobs", ref_logprobs), clean("is_weights", is_weights)
     metrics: Metrics = {}
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vppo_kernels import backends, checks
+from vppo_kernels import arguments, backends
 from vppo_kernels.layout import Layout, Packed, layout_of
 
 
@@ -21,10 +21,10 @@ def _checked(
     scores: Tensor, mask: Tensor, keep_ratio: float, cu_seqlens: Tensor | None, check: bool | None
 ) -> tuple[Tensor, Layout]:  # fmt: skip
     layout = layout_of("scores", scores, cu_seqlens, check)
-    checks.fraction("keep_ratio", keep_ratio)
-    valid = layout.within(checks.token_mask(mask, scores))
-    if checks.wanted(check, scores):
-        checks.all_finite("scores", scores, valid)
+    arguments.fraction("keep_ratio", keep_ratio)
+    valid = layout.within(arguments.token_mask(mask, scores))
+    if arguments.wanted(check, scores):
+        arguments.all_finite("scores", scores, valid)
     return valid, layout
 
 

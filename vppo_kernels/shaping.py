@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vppo_kernels import backends, checks, parallel
+from vppo_kernels import arguments, backends, vocab_parallel
 from vppo_kernels.layout import Layout, layout_of
 from vppo_kernels.selection import topk_mask
 
@@ -78,9 +78,9 @@ def trajectory_stats(
     Raises:
         TypeError, ValueError: An argument is of the wrong type, shape, device or range.
     """
-    parallel.check_group("stats_group", stats_group)
+    vocab_parallel.check_group("stats_group", stats_group)
     layout = layout_of("scores", scores, cu_seqlens, check=None)
-    valid = layout.within(checks.token_mask(mask, scores))
+    valid = layout.within(arguments.token_mask(mask, scores))
     return _stats(*_row_means(scores, valid, layout, backend), stats_group)
 
 
@@ -96,8 +96,8 @@ def _stats(means: Tensor, present: Tensor, stats_group: Any) -> TrajectoryStats:
 
 
 def _check_scaling(scale_min: float, scale_max: float | None, stats: TrajectoryStats | None, stats_group: Any) -> None:
-    checks.scales(scale_min, scale_max)
-    parallel.check_group("stats_group", stats_group)
+    arguments.scales(scale_min, scale_max)
+    vocab_parallel.check_group("stats_group", stats_group)
     if stats is not None and not (isinstance(stats, tuple) and len(stats) == len(TrajectoryStats._fields)):
         raise TypeError(f"stats: got {stats!r:.80}, takes a TrajectoryStats")
     if stats is not None and stats_group is not None:
@@ -142,10 +142,10 @@ def trajectory_scale(
     """
     layout = layout_of("scores", scores, cu_seqlens, check)
     _check_scaling(scale_min, scale_max, stats, stats_group)
-    valid = layout.within(checks.token_mask(mask, scores))
-    if checks.wanted(check, scores):
-        checks.all_finite("scores", scores, valid)
-        checks.summable("scores", scores, valid)
+    valid = layout.within(arguments.token_mask(mask, scores))
+    if arguments.wanted(check, scores):
+        arguments.all_finite("scores", scores, valid)
+        arguments.summable("scores", scores, valid)
     return _scale(scores, valid, layout, scale_min, scale_max, stats, stats_group, backend)
 
 
@@ -195,18 +195,18 @@ def shape_advantages(
     with torch.no_grad():
         layout = layout_of("dependency", dependency, cu_seqlens, check)
         _check_scaling(scale_min, scale_max, stats, stats_group)
-        valid = layout.within(checks.token_mask(mask, dependency))
+        valid = layout.within(arguments.token_mask(mask, dependency))
         per_token = expand_advantages(advantages, dependency, layout)
         seen = valid
         if has_image is not None:
-            checks.tensor("has_image", has_image)
-            checks.shape("has_image", has_image, (layout.count,), "one entry per trajectory")
-            checks.same_device("has_image", has_image, dependency.device, "dependency")
+            arguments.tensor("has_image", has_image)
+            arguments.shape("has_image", has_image, (layout.count,), "one entry per trajectory")
+            arguments.same_device("has_image", has_image, dependency.device, "dependency")
             seen = valid & layout.spread(has_image != 0)
-        if checks.wanted(check, dependency):
-            checks.all_finite("dependency", dependency, seen)
-            checks.summable("dependency", dependency, seen)
-            checks.all_finite("advantages", per_token, valid)
+        if arguments.wanted(check, dependency):
+            arguments.all_finite("dependency", dependency, seen)
+            arguments.summable("dependency", dependency, seen)
+            arguments.all_finite("advantages", per_token, valid)
         kernels = backends.token_kernels(backend, dependency, advantages)
         backend = "torch" if kernels is None else backend
         keep = topk_mask(dependency, seen, keep_ratio, cu_seqlens=cu_seqlens, backend=backend, check=False)
@@ -222,8 +222,8 @@ def shape_advantages(
 
 def expand_advantages(advantages: Tensor, like: Tensor, layout: Layout) -> Tensor:
     """Advantages of trajectories, `[B]`, or of tokens as those of tokens."""
-    checks.floating("advantages", advantages)
-    checks.same_device("advantages", advantages, like.device, "the other tensors")
+    arguments.floating("advantages", advantages)
+    arguments.same_device("advantages", advantages, like.device, "the other tensors")
     if advantages.dim() == 1 and advantages.shape[0] == layout.count:
         return layout.spread(advantages)
     if advantages.shape != like.shape:

@@ -15,7 +15,7 @@ to the common mean (the step by which Chan's formula merges two variances).
 
 A logit of -inf is a masked word: it has no weight and no part in any sum, so a part that is masked whole is the empty
 part. A word that only the second view masks makes the divergence infinite, however little probability it has; its gap
-of +inf is the part's, and stays in every merge. A row without any word has no distribution: its results are NaN.
+of +inf is the part's mean, and stays in every merge. A row without any word has no distribution: its results are NaN.
 """
 
 from __future__ import annotations
@@ -57,31 +57,31 @@ class SoftmaxStats(NamedTuple):
     Attributes:
         max: Largest logit `m`.
         sum: `sum exp(z - m)`.
-        moment: `sum exp(z - m) (z - m)`.
+        weighted_sum: `sum exp(z - m) (z - m)`.
         target: Logit of the target if it lies in this part, else -inf.
     """
 
     max: Tensor
     sum: Tensor
-    moment: Tensor
+    weighted_sum: Tensor
     target: Tensor
 
 
 class PairStats(NamedTuple):
-    """Two views `p`, `q` over one part of the vocabulary; `gap` and `excess` are `[rows]`.
+    """Two views `p`, `q` over one part of the vocabulary; `mean_diff` and `excess` are `[rows]`.
 
     Attributes:
         p: Statistics of the first view.
         q: Statistics of the second view.
-        gap: Mean of `g = (z_p - m_p) - (z_q - m_q)` under this part's share of `p`. Measured from the maxima: a mean of
-            the size of the logits themselves would be rounded by more than a small divergence. +inf where q alone masks
-            a word, 0 where p masks all.
-        excess: `sum exp(z_p - m_p) phi(gap - g)`, `phi(x) = exp(x) - 1 - x`.
+        mean_diff: Mean of the gaps `g = (z_p - m_p) - (z_q - m_q)` under this part's share of `p`. Measured from the
+            maxima: a mean of the size of the logits themselves would be rounded by more than a small divergence. +inf
+            where q alone masks a word, 0 where p masks all.
+        excess: `sum exp(z_p - m_p) phi(mean_diff - g)`, `phi(x) = exp(x) - 1 - x`.
     """
 
     p: SoftmaxStats
     q: SoftmaxStats
-    gap: Tensor
+    mean_diff: Tensor
     excess: Tensor
 
 
@@ -99,14 +99,15 @@ class Softmax(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two views over the whole vocabulary: `gap = E_p[(z_p - m_p) - (z_q - m_q)]` and `kl = KL(p || q)`, `[rows]`.
+    """Two views over the whole vocabulary: `mean_diff = E_p[(z_p - m_p) - (z_q - m_q)]`, `kl = KL(p || q)`, `[rows]`.
 
-    `log(p / q)` is a word's gap less `gap` plus `kl`. Where `kl` is infinite there is no mean, and `gap` is 0.
+    `log(p / q)` is a word's gap less `mean_diff` plus `kl`. Where `kl` is infinite there is no mean, and `mean_diff`
+    is 0.
     """
 
     p: Softmax
     q: Softmax
-    gap: Tensor
+    mean_diff: Tensor
     kl: Tensor
 
 
@@ -114,7 +115,7 @@ class Pair(NamedTuple):
 
 
 def pack(stats: SoftmaxStats | PairStats | Softmax | Pair) -> Tensor:
-    """Statistics as one tensor: `[4, rows]` for one view, `[10, rows]` for two (p, q, gap, excess or kl)."""
+    """Statistics as one tensor: `[4, rows]` for one view, `[10, rows]` for two (p, q, mean_diff, excess or kl)."""
     if isinstance(stats, SoftmaxStats | Softmax):
         return torch.stack(stats)
     return torch.stack([*stats.p, *stats.q, *stats[2:]])
@@ -161,7 +162,7 @@ def merge(a: SoftmaxStats, b: SoftmaxStats) -> SoftmaxStats:
     return SoftmaxStats(
         top,
         scale_a * a.sum + scale_b * b.sum,
-        scale_a * (a.moment + down_a * a.sum) + scale_b * (b.moment + down_b * b.sum),
+        scale_a * (a.weighted_sum + down_a * a.sum) + scale_b * (b.weighted_sum + down_b * b.sum),
         torch.maximum(a.target, b.target),
     )
 
@@ -171,20 +172,20 @@ def merge_pair(a: PairStats, b: PairStats) -> PairStats:
     p, q = merge(a.p, b.p), merge(a.q, b.q)
     down_a, down_b = _distance(a.p.max, p.max), _distance(b.p.max, p.max)
     lower_a, lower_b = _distance(a.q.max, q.max), _distance(b.q.max, q.max)
-    gap_a, gap_b = a.gap + (down_a - lower_a), b.gap + (down_b - lower_b)
+    mean_diff_a, mean_diff_b = a.mean_diff + (down_a - lower_a), b.mean_diff + (down_b - lower_b)
     weight_a, weight_b = down_a.exp() * a.p.sum, down_b.exp() * b.p.sum
     total = p.sum.clamp_min(torch.finfo(p.sum.dtype).tiny)
     # from the heavier part's side: a large gap in a part without weight must not round the other's away
-    gap = torch.where(
+    mean_diff = torch.where(
         weight_a > weight_b,
-        gap_a + weight_b / total * (gap_b - gap_a),
-        gap_b + weight_a / total * (gap_a - gap_b),
+        mean_diff_a + weight_b / total * (mean_diff_b - mean_diff_a),
+        mean_diff_b + weight_a / total * (mean_diff_a - mean_diff_b),
     )
-    gap = torch.where(p.sum > 0, gap, 0.0)
-    gap = torch.where((a.gap == torch.inf) | (b.gap == torch.inf), torch.inf, gap)
-    excess_a = _move_excess(a, gap - gap_a, down_a, lower_a + (gap - a.gap))
-    excess_b = _move_excess(b, gap - gap_b, down_b, lower_b + (gap - b.gap))
-    return PairStats(p, q, gap, excess_a + excess_b)
+    mean_diff = torch.where(p.sum > 0, mean_diff, 0.0)
+    mean_diff = torch.where((a.mean_diff == torch.inf) | (b.mean_diff == torch.inf), torch.inf, mean_diff)
+    excess_a = _move_excess(a, mean_diff - mean_diff_a, down_a, lower_a + (mean_diff - a.mean_diff))
+    excess_b = _move_excess(b, mean_diff - mean_diff_b, down_b, lower_b + (mean_diff - b.mean_diff))
+    return PairStats(p, q, mean_diff, excess_a + excess_b)
 
 
 def _move_excess(part: PairStats, d: Tensor, down: Tensor, both: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def finish(stats: SoftmaxStats) -> Softmax:
     """Normaliser, entropy and target log-probability of a view whose statistics cover the whole vocabulary."""
     log_sum = torch.where(stats.sum > 0, stats.sum, torch.nan).log()
     logprobs = (stats.target - stats.max) - log_sum
-    return Softmax(stats.max, log_sum, log_sum - stats.moment / stats.sum, logprobs)
+    return Softmax(stats.max, log_sum, log_sum - stats.weighted_sum / stats.sum, logprobs)
 
 
 def finish_pair(stats: PairStats) -> Pair:
@@ -209,6 +210,6 @@ def finish_pair(stats: PairStats) -> Pair:
     p, q = finish(stats.p), finish(stats.q)
     exact = torch.log1p(stats.excess / stats.p.sum)
     # some z_q lies about 88 above its place in p, so the divergence is large and the plain form has digits to spare
-    plain = stats.gap + (q.log_sum - p.log_sum)
+    plain = stats.mean_diff + (q.log_sum - p.log_sum)
     kl = torch.where(torch.isfinite(exact), exact, plain).clamp_min(0.0)
-    return Pair(p, q, torch.where(kl == torch.inf, 0.0, stats.gap), kl)
+    return Pair(p, q, torch.where(kl == torch.inf, 0.0, stats.mean_diff), kl)

@@ -15,8 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vppo_kernels.head import LinearHead, Source
-from vppo_kernels.parallel import merge_ranks, sum_ranks
+from vppo_kernels.logits import LinearHead, Source
 from vppo_kernels.statistics import (
     finish,
     finish_pair,
@@ -27,10 +26,11 @@ from vppo_kernels.statistics import (
     unpack_pair_stats,
     unpack_stats,
 )
+from vppo_kernels.vocab_parallel import merge_ranks, sum_ranks
 
 MIB = 1 << 20
 DEFAULT_WORKSPACE = 256 * MIB
-WHOLE = 128  # tiles are multiples of this many columns, which is what matrix products like
+COLUMN_MULTIPLE = 128  # tiles are multiples of this many columns, which is what matrix products like
 CPU_ROWS, GPU_ROWS = 512, 4096
 
 _workspace: ContextVar[int] = ContextVar("vppo_kernels_workspace", default=DEFAULT_WORKSPACE)
@@ -93,19 +93,21 @@ def choose_tiling(source: Source, backend: ModuleType, workspace: int, keep_tile
     size = source.dtype.itemsize
     workspace = workspace or current_workspace()
     budget = workspace // (4 if keep_tiles else 2)
-    per_row = (source.views + 1) * source.depth * size  # stacked rows, and their difference or a gradient to be added
-    per_column = 4 * source.depth * size  # converted weights, their gradient, its sum, and that rounded
+    per_row = (
+        (source.views + 1) * source.hidden_size * size
+    )  # stacked rows, and their difference or a gradient to be added
+    per_column = 4 * source.hidden_size * size  # converted weights, their gradient, its sum, and that rounded
     per_entry = backend.PEAK * size
 
     rows = min(max(source.rows, 1), CPU_ROWS if source.device.type == "cpu" else GPU_ROWS)
-    rows = min(rows, budget // 2 // max(per_row, WHOLE * per_entry))
+    rows = min(rows, budget // 2 // max(per_row, COLUMN_MULTIPLE * per_entry))
     if keep_tiles:
-        rows = min(rows, workspace // 2 // max(source.widest * source.views * size, 1))
+        rows = min(rows, workspace // 2 // max(source.max_columns * source.views * size, 1))
     rows = max(rows, 1)
     columns = min(_cached_columns(source, backend, rows), budget // (rows * per_entry + per_column))
-    if columns > WHOLE:
-        columns = columns // WHOLE * WHOLE
-    return Tiling(rows, max(1, min(columns, source.widest)))
+    if columns > COLUMN_MULTIPLE:
+        columns = columns // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+    return Tiling(rows, max(1, min(columns, source.max_columns)))
 
 
 def _cached_columns(source: Source, backend: ModuleType, rows: int) -> int:
@@ -206,7 +208,7 @@ def forward_pair(
     column_tiles = list(tiling.column_tiles(source.columns))
     buffers = [] if fused else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
     scratch = _buffer(source, tiling, backend.SCRATCH)
-    blocks, halves = [], []
+    blocks, jsd_terms = [], []
     for rows in _row_blocks(source, tiling):
         chosen = None if targets is None else targets[rows]
         if fused and source.rows:
@@ -220,8 +222,8 @@ def forward_pair(
             half = stats.new_zeros(2, rows.stop - rows.start)
             for tile in tiles:
                 half = backend.fold_jsd(tile, pair, half)
-            halves.append(sum_ranks(half, source.group))
-    return torch.cat(blocks, dim=1), torch.cat(halves, dim=1) if jsd else None
+            jsd_terms.append(sum_ranks(half, source.group))
+    return torch.cat(blocks, dim=1), torch.cat(jsd_terms, dim=1) if jsd else None
 
 
 def _of_finite(values: Tensor, grads: Tensor) -> Tensor:
@@ -309,18 +311,18 @@ def backward_pair(
     source: Source,
     backend: ModuleType,
     pair: Tensor,
-    halves: Tensor | None,
+    jsd_terms: Tensor | None,
     targets: Tensor | None,
     grads: Tensor,
     workspace: int,
 ) -> None:
     """The same for two views; `grads` is upstream of (divergence, both entropies, both log-probabilities)."""
-    grads = _of_pair(pair, grads, halves is not None)
+    grads = _of_pair(pair, grads, jsd_terms is not None)
     for rows, columns, tile in _backward_tiles(source, backend, workspace):
         backend.gradient_pair_(
             tile,
             pair[:, rows],
-            None if halves is None else halves[:, rows],
+            None if jsd_terms is None else jsd_terms[:, rows],
             None if targets is None else targets[rows],
             source.first + columns.start,
             grads[:, rows],

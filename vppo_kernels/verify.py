@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks, reference
-from vppo_kernels.head import LogitTransform
-from vppo_kernels.parallel import Shard, gather_columns
+from vppo_kernels import arguments, reference
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.statistics import DivergenceOutput, LogprobOutput
+from vppo_kernels.vocab_parallel import Shard, gather_columns
 
 SAMPLE = 16
 
@@ -77,7 +77,7 @@ def compare(
         bad = torch.where(torch.isinf(truth), value != truth, ~((value - truth).abs() <= allowed))
         if bad.any():
             at = int(bad.nonzero()[0])
-            checks.disagreement(field, int(rows[at]), float(value[at]), float(truth[at]), float(allowed[at]))
+            arguments.disagreement(field, int(rows[at]), float(value[at]), float(truth[at]), float(allowed[at]))
 
 
 def check_pair(

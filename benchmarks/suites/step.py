@@ -12,7 +12,7 @@ from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict
 from benchmarks.policy import POLICIES, Policy, TrainingStep, model_of, rollouts_of
 from vppo.batch import Batch, View
 from vppo.heads import logit_options
-from vppo.passes import ResponsePasses
+from vppo.prefix_sharing import ResponsePasses
 from vppo.scoring import score
 
 CURVES = ("prompt", "rollouts")  # presets that differ in this number alone

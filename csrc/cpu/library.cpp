@@ -40,9 +40,9 @@ void fold_pair(DLDevice, Tile tile, Targets targets, Fields stats) {
   for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_pair(tile, targets, stats, begin, end); });
 }
 
-void fold_jsd(DLDevice, Tile tile, Fields pair, Fields halves) {
+void fold_jsd(DLDevice, Tile tile, Fields pair, Fields jsd_terms) {
   const Operations& on = operations();
-  for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_jsd(tile, pair, halves, begin, end); });
+  for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_jsd(tile, pair, jsd_terms, begin, end); });
 }
 
 void gradient(DLDevice, Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
@@ -51,10 +51,10 @@ void gradient(DLDevice, Tile tile, Fields view, Targets targets, Fields grads, S
            [&](auto begin, auto end) { on.gradient(tile, view, targets, grads, slope, begin, end); });
 }
 
-void gradient_pair(DLDevice, Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope) {
+void gradient_pair(DLDevice, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope) {
   const Operations& on = operations();
   for_rows(tile.rows, tile.columns,
-           [&](auto begin, auto end) { on.gradient_pair(tile, pair, halves, targets, grads, slope, begin, end); });
+           [&](auto begin, auto end) { on.gradient_pair(tile, pair, jsd_terms, targets, grads, slope, begin, end); });
 }
 
 void topk_mask(DLDevice, const Scores& scores, double keep_ratio, float* keep) { write_mask(scores, keep_ratio, keep); }

@@ -12,11 +12,11 @@ struct Operations {
   const char* name;
   void (*fold)(Tile tile, Targets targets, Fields stats, std::int64_t begin, std::int64_t end);
   void (*fold_pair)(Tile tile, Targets targets, Fields stats, std::int64_t begin, std::int64_t end);
-  void (*fold_jsd)(Tile tile, Fields pair, Fields halves, std::int64_t begin, std::int64_t end);
+  void (*fold_jsd)(Tile tile, Fields pair, Fields jsd_terms, std::int64_t begin, std::int64_t end);
   void (*gradient)(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, std::int64_t begin,
                    std::int64_t end);
-  // `halves.data` is null where the divergence is not Jensen-Shannon's
-  void (*gradient_pair)(Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope,
+  // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
+  void (*gradient_pair)(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope,
                         std::int64_t begin, std::int64_t end);
   // `values`, `[rows, columns]`, may be null; `sums` is `[kSums, rows]`
   void (*clipped_loss)(const Tokens& tokens, const LossOptions& options, float* values, Fields sums,

@@ -34,7 +34,7 @@ constexpr int kColumns = 2 * kLanes;  // of a panel of weights
 constexpr int kPairs = 768;           // depth of a panel in pairs: 96 KiB, a part of the L2 cache
 constexpr int kChain = 16;            // pairs to a chain; 32 were 2 % faster, and the error of a divergence up to 2.5 times
 
-int64_t pairs_of(int64_t depth) { return (depth + 1) / 2; }
+int64_t pairs_of(int64_t hidden_size) { return (hidden_size + 1) / 2; }
 int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
 __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1); }
@@ -64,9 +64,9 @@ VPPO_AVX512_BF16 void multiply(const Product& given, int64_t block, const uint32
   float* const out = given.out + top * given.columns + column;
   const int64_t to_second = given.half() * given.columns;
   const __mmask16 inside[2] = {lanes(given.columns - column), lanes(given.columns - column - kLanes)};
-  __mmask16 alike[kHalf];
+  __mmask16 shares_rounding[kHalf];
   for (int i = 0; i < kHalf; ++i) {
-    alike[i] = lanes(i < seconds && given.alike[top + i] ? kLanes : 0);
+    shares_rounding[i] = lanes(i < seconds && given.shares_rounding[top + i] ? kLanes : 0);
     for (int side = 0; side < 2; ++side) {  // on its way while the chains run
       const float* const line = out + i * given.columns + side * kLanes;
       if (i < firsts && inside[side]) __builtin_prefetch(line, 1);
@@ -93,7 +93,7 @@ VPPO_AVX512_BF16 void multiply(const Product& given, int64_t block, const uint32
 #pragma GCC unroll 2
       for (int side = 0; side < 2; ++side) {
         const __m512 one = chain[i][side];
-        const __m512 other = _mm512_sub_ps(chain[kHalf + i][side], _mm512_maskz_mov_ps(alike[i], one));
+        const __m512 other = _mm512_sub_ps(chain[kHalf + i][side], _mm512_maskz_mov_ps(shares_rounding[i], one));
         _mm512_store_ps(sums[i][side], _mm512_add_ps(_mm512_load_ps(sums[i][side]), one));
         _mm512_store_ps(sums[kHalf + i][side], _mm512_add_ps(_mm512_load_ps(sums[kHalf + i][side]), other));
       }
@@ -107,7 +107,7 @@ VPPO_AVX512_BF16 void multiply(const Product& given, int64_t block, const uint32
       if (i >= seconds) continue;
       __m512 other = _mm512_load_ps(sums[kHalf + i][side]);
       if (!first_part) other = _mm512_add_ps(other, _mm512_maskz_loadu_ps(inside[side], first + to_second));
-      if (last_part) other = _mm512_add_ps(other, _mm512_maskz_mov_ps(alike[i], one));
+      if (last_part) other = _mm512_add_ps(other, _mm512_maskz_mov_ps(shares_rounding[i], one));
       _mm512_mask_storeu_ps(first + to_second, inside[side], other);
     }
 }
@@ -116,19 +116,21 @@ VPPO_AVX512_BF16 void multiply(const Product& given, int64_t block, const uint32
 
 bool has_product() { return &operations() == &operations_avx512 && __builtin_cpu_supports("avx512bf16"); }
 
-int64_t product_scratch(int64_t rows, int64_t depth) { return blocks_of(rows + rows % 2) * kRows * pairs_of(depth); }
+int64_t product_scratch(int64_t rows, int64_t hidden_size) {
+  return blocks_of(rows + rows % 2) * kRows * pairs_of(hidden_size);
+}
 
 void product(const Product& given) {
-  const int64_t half = given.half(), pairs = pairs_of(given.depth), blocks = blocks_of(2 * half);
+  const int64_t half = given.half(), pairs = pairs_of(given.hidden_size), blocks = blocks_of(2 * half);
   auto* const rows = reinterpret_cast<uint32_t*>(given.scratch);
   parallel_for(blocks, 8, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t top = block * kHalf;
       uint32_t* const to = rows + block * pairs * kRows;
       turn(given.first + top * given.first_stride, given.first_stride, std::min<int64_t>(kHalf, half - top),
-           given.depth, pairs, to, kRows, kHalf);
+           given.hidden_size, pairs, to, kRows, kHalf);
       turn(given.second + top * given.second_stride, given.second_stride,
-           std::min<int64_t>(kHalf, given.rows - half - top), given.depth, pairs, to + kHalf, kRows, kHalf);
+           std::min<int64_t>(kHalf, given.rows - half - top), given.hidden_size, pairs, to + kHalf, kRows, kHalf);
     }
   });
   parallel_for(given.columns, kColumns, [&](int64_t column, int64_t end) {
@@ -137,7 +139,7 @@ void product(const Product& given) {
     do {  // once without any depth: zeros
       const int64_t part = std::min<int64_t>(kPairs, pairs - pair);
       turn(given.weight + column * given.weight_stride + 2 * pair, given.weight_stride, end - column,
-           given.depth - 2 * pair, part, weights, kColumns, kColumns);
+           given.hidden_size - 2 * pair, part, weights, kColumns, kColumns);
       for (int64_t block = 0; block < blocks; ++block)
         multiply(given, block, rows + (block * pairs + pair) * kRows, column, weights, part, pair == 0,
                  pair + part == pairs);

@@ -7,16 +7,16 @@ namespace vppo {
 
 // What `product` multiplies. Rows of a matrix lie `stride` elements apart, elements of a row beside each other.
 struct Product {
-  const std::uint16_t* first;  // [half, depth]: the rows of one view, or the first half of a single view's
+  const std::uint16_t* first;  // [half, hidden_size]: the rows of one view, or the first half of a single view's
   std::int64_t first_stride;
-  const std::uint16_t* second;  // [rows - half, depth]: those of the other
+  const std::uint16_t* second;  // [rows - half, hidden_size]: those of the other
   std::int64_t second_stride;
-  const bool* alike;            // [half]: whether the second row is summed as its difference from the first
-  const std::uint16_t* weight;  // [columns, depth]
+  const bool* shares_rounding;  // [half]: whether the second row is summed as its difference from the first
+  const std::uint16_t* weight;  // [columns, hidden_size]
   std::int64_t weight_stride;
-  float* scratch;  // [product_scratch(rows, depth)]
+  float* scratch;  // [product_scratch(rows, hidden_size)]
   float* out;              // [rows, columns]: products of the first rows, then of the second
-  std::int64_t rows, columns, depth;
+  std::int64_t rows, columns, hidden_size;
 
   std::int64_t half() const { return (rows + 1) / 2; }
 };
@@ -25,7 +25,7 @@ struct Product {
 bool has_product();
 
 // Floats of working space that the rows' pairs of elements are packed into.
-std::int64_t product_scratch(std::int64_t rows, std::int64_t depth);
+std::int64_t product_scratch(std::int64_t rows, std::int64_t hidden_size);
 
 // Fills `out`. An entry depends on nothing but its two rows and its weight, not on what else is multiplied at a time.
 void product(const Product& given);

@@ -53,7 +53,7 @@ __device__ void store_view(Fields stats, int field, int64_t row, const View& vie
   float* at = stats.data + field * stats.stride + row;
   at[0] = view.max;
   at[stats.stride] = view.sum;
-  at[2 * stats.stride] = view.moment;
+  at[2 * stats.stride] = view.weighted_sum;
 }
 
 template <int THREADS, int WIDTH>
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     reduce(top, tops, Max());
 
     float weight[kHeld], gap[kHeld];
-    float sum[5] = {};  // weights and moment of p, of q, and the gaps under p
+    float sum[5] = {};  // weights and weighted_sum of p, of q, and the gaps under p
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const bool seen_p = z_p[i] != -INFINITY, seen_q = z_q[i] != -INFINITY;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
   if (threadIdx.x == 0) {
     store_view(stats, 0, row, total.p);
     store_view(stats, 4, row, total.q);
-    stats.data[8 * stats.stride + row] = total.gap;
+    stats.data[8 * stats.stride + row] = total.mean_diff;
     stats.data[9 * stats.stride + row] = total.excess;
     const int64_t target = target_column(targets, row, tile.columns);
     if (target >= 0) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
 
 template <int THREADS, int WIDTH>
 __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
-    fold_jsd_kernel(Tile tile, Fields pair, Fields halves) {
+    fold_jsd_kernel(Tile tile, Fields pair, Fields jsd_terms) {
   __shared__ Partials<THREADS, 2> sums;
   const int64_t row = row_of_thread();
   if (row >= tile.rows) return;
@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
   }
   reduce(half, sums, Add());
   if (threadIdx.x == 0) {
-    halves.data[row] += half[0];
-    halves.data[halves.stride + row] += half[1];
+    jsd_terms.data[row] += half[0];
+    jsd_terms.data[jsd_terms.stride + row] += half[1];
   }
 }
 
@@ -210,9 +210,9 @@ cudaError_t fold_pair(Tile tile, Targets targets, Fields stats, cudaStream_t str
       tile, stream, [](auto threads, auto width) { return fold_pair_kernel<threads, width>; }, tile, targets, stats);
 }
 
-cudaError_t fold_jsd(Tile tile, Fields pair, Fields halves, cudaStream_t stream) {
+cudaError_t fold_jsd(Tile tile, Fields pair, Fields jsd_terms, cudaStream_t stream) {
   return launch_rows(
-      tile, stream, [](auto threads, auto width) { return fold_jsd_kernel<threads, width>; }, tile, pair, halves);
+      tile, stream, [](auto threads, auto width) { return fold_jsd_kernel<threads, width>; }, tile, pair, jsd_terms);
 }
 
 }  // namespace vppo

@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool JSD, int WIDTH>
-__global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fields pair, Fields halves, Targets targets,
-                                                                 Fields grads, Slope slope) {
+__global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fields pair, Fields jsd_terms,
+                                                                 Targets targets, Fields grads, Slope slope) {
   const int64_t row = blockIdx.x;
   float* p_row = tile.data + row * tile.columns;
   float* q_row = p_row + tile.rows * tile.columns;
   const SoftmaxPair both(pair, row);
-  const float half_p = JSD ? field(halves, 0, row) : 0.0f, half_q = JSD ? field(halves, 1, row) : 0.0f;
+  const float half_p = JSD ? field(jsd_terms, 0, row) : 0.0f, half_q = JSD ? field(jsd_terms, 1, row) : 0.0f;
   const float of_divergence = field(grads, 0, row) * (JSD ? 0.5f : 1.0f);
   const float of_entropy_p = field(grads, 1, row), of_entropy_q = field(grads, 2, row);
   const bool with_targets = targets.data != nullptr;
@@ -112,12 +112,13 @@ cudaError_t gradient(Tile tile, Fields view, Targets targets, Fields grads, Slop
   return launch_columns(gradient_kernel<4>, gradient_kernel<1>, tile, stream, tile, view, targets, grads, slope);
 }
 
-cudaError_t gradient_pair(Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope,
+cudaError_t gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope,
                           cudaStream_t stream) {
-  return halves.data == nullptr ? launch_columns(gradient_pair_kernel<false, 4>, gradient_pair_kernel<false, 1>, tile,
-                                                 stream, tile, pair, halves, targets, grads, slope)
-                                : launch_columns(gradient_pair_kernel<true, 4>, gradient_pair_kernel<true, 1>, tile,
-                                                 stream, tile, pair, halves, targets, grads, slope);
+  return jsd_terms.data == nullptr
+             ? launch_columns(gradient_pair_kernel<false, 4>, gradient_pair_kernel<false, 1>, tile, stream, tile, pair,
+                              jsd_terms, targets, grads, slope)
+             : launch_columns(gradient_pair_kernel<true, 4>, gradient_pair_kernel<true, 1>, tile, stream, tile, pair,
+                              jsd_terms, targets, grads, slope);
 }
 
 }  // namespace vppo

@@ -44,17 +44,18 @@ void fold_pair(DLDevice device, Tile tile, Targets targets, Fields stats) {
   on(device, tile.rows, [&](cudaStream_t stream) { return fold_pair(tile, targets, stats, stream); });
 }
 
-void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields halves) {
-  on(device, tile.rows, [&](cudaStream_t stream) { return fold_jsd(tile, pair, halves, stream); });
+void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields jsd_terms) {
+  on(device, tile.rows, [&](cudaStream_t stream) { return fold_jsd(tile, pair, jsd_terms, stream); });
 }
 
 void gradient(DLDevice device, Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
   on(device, tile.rows, [&](cudaStream_t stream) { return gradient(tile, view, targets, grads, slope, stream); });
 }
 
-void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope) {
+void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads,
+                   Slope slope) {
   on(device, tile.rows,
-     [&](cudaStream_t stream) { return gradient_pair(tile, pair, halves, targets, grads, slope, stream); });
+     [&](cudaStream_t stream) { return gradient_pair(tile, pair, jsd_terms, targets, grads, slope, stream); });
 }
 
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float* keep) {

@@ -30,15 +30,15 @@ struct Softmax {
 
 struct SoftmaxPair {
   Softmax p, q;
-  float gap, kl;
+  float mean_diff, kl;
 
   __device__ SoftmaxPair(Fields packed, int64_t row)
       : p(packed, 0, row),
         q(packed, 4, row),
-        gap(packed.data[8 * packed.stride + row]),
+        mean_diff(packed.data[8 * packed.stride + row]),
         kl(packed.data[9 * packed.stride + row]) {}
   // `log(p / q) - KL(p || q)`: the gap of each logit from the mean gap
-  __device__ float centred_gap(float z_p, float z_q) const { return gap_of(z_p, z_q, p.max, q.max) - gap; }
+  __device__ float centred_gap(float z_p, float z_q) const { return gap_of(z_p, z_q, p.max, q.max) - mean_diff; }
   // `log(p / q)`, from the gap about the mean gap where that has more digits.
   __device__ float log_ratio(float centred, float log_p, float log_q) const {
     return kl > kApart ? log_p - log_q : centred + kl;

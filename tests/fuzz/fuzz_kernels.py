@@ -17,9 +17,9 @@ from torch import Tensor
 from vppo_kernels import divergence, linear_divergence, linear_logprob, reference, tiling, topk_mask, topk_mask_
 from vppo_kernels import vppo_loss as loss_of_tokens
 from vppo_kernels.backends import available
-from vppo_kernels.head import LogitTransform
-from vppo_kernels.parallel import Shard
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.verify import bound, exact_logits, magnitude, rounding
+from vppo_kernels.vocab_parallel import Shard
 
 pytestmark = pytest.mark.fuzz
 

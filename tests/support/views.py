@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vppo_kernels import ops, reference, tiling
+from vppo_kernels import reference, sweep, tiling
 from vppo_kernels.statistics import DivergenceOutput
 
 ABSOLUTE = 2e-5  # log-probabilities and entropies, nats
@@ -60,7 +60,7 @@ class Views:
 def make_views(
     rows: int = 96,
     vocab: int = 2000,
-    depth: int = 64,
+    hidden_size: int = 64,
     *,
     spread: tuple[float, float] = (3.0, 6.0),
     divergences: tuple[float, float] = (1e-6, 5.0),
@@ -77,9 +77,9 @@ def make_views(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    weight, direction = normal(vocab, depth) / math.sqrt(depth), normal(rows, depth)
+    weight, direction = normal(vocab, hidden_size) / math.sqrt(hidden_size), normal(rows, hidden_size)
     scale = torch.linspace(*spread, rows, dtype=torch.float64)[torch.randperm(rows, generator=g)]
-    hidden = normal(rows, depth) * scale.unsqueeze(1)
+    hidden = normal(rows, hidden_size) * scale.unsqueeze(1)
     wanted = torch.logspace(*(math.log10(d) for d in divergences), rows, dtype=torch.float64)
     size = torch.full((rows, 1), 1e-3, dtype=torch.float64)
     for _ in range(25):
@@ -155,8 +155,8 @@ def counted_products() -> Iterator[list[int]]:
 
 
 OPENED = {
-    torch.ops.vppo_kernels.sweep.default: ops.run_sweep,
-    torch.ops.vppo_kernels.sweep_backward.default: ops.run_sweep_backward,
+    torch.ops.vppo_kernels.sweep.default: sweep.run_sweep,
+    torch.ops.vppo_kernels.sweep_backward.default: sweep.run_sweep_backward,
 }
 
 

@@ -21,8 +21,8 @@ from support.runs import FAMILY, rows
 import vppo.analysis.run
 from vppo import Analysis, analyze
 from vppo.analysis.identity import digest, digest_model, digest_problems
+from vppo.analysis.model import Subject
 from vppo.analysis.options import AnalysisOptions
-from vppo.analysis.subject import Subject
 from vppo.data import Problems
 from vppo.errors import InputError
 

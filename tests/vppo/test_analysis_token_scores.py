@@ -13,8 +13,8 @@ from support.runs import FAMILY, rows
 from vppo.analysis.token_scores import Scoring, score_tokens
 from vppo.data import Problem
 from vppo.data.prompts import Prompts
-from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation
+from vppo.prefix_sharing import ResponsePasses
 
 
 def scored(passes: ResponsePasses, prompts: Prompts, **options: Any) -> list[Any]:

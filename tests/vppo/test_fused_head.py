@@ -17,7 +17,7 @@ from torch import Tensor
 
 import vppo.trainer
 from vppo import fused_head
-from vppo_kernels.head import LinearHead
+from vppo_kernels.logits import LinearHead
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
 CASES: dict[str, dict[str, Any]] = {

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vppo.batch import Batch, View
 from vppo.heads import head_forward, logit_options
-from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout, seeded
+from vppo.prefix_sharing import ResponsePasses
 from vppo.scoring import score
 from vppo_kernels import reference
 

@@ -33,7 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
-from vppo.passes import ResponsePasses
+from vppo.prefix_sharing import ResponsePasses
 from vppo_kernels import reference
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)

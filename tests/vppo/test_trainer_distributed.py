@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vppo.batch import Batch, View
 from vppo.heads import logit_options
-from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout, seeded
+from vppo.prefix_sharing import ResponsePasses
 from vppo.scoring import score
 
 WORLD = 2

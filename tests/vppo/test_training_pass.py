@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from support import families
 from support.runs import fix_rollouts, rows, trainer, varied_reward
-from test_passes import linear_attention
+from test_prefix_sharing import linear_attention
 from torch import Tensor
 
 from vppo import VPPOTrainer

@@ -62,7 +62,7 @@ def test_the_plain_formula_in_float32_misses_the_bound(kind: str, spread: tuple[
 
 def test_rounding_of_the_matrix_product_drops_out(backend: str) -> None:
     """The products' own error, put through exact statistics, is several times what comes out."""
-    views = make_views(rows=192, vocab=4000, depth=256, divergences=(1e-4, 1e-1), seed=1)
+    views = make_views(rows=192, vocab=4000, hidden_size=256, divergences=(1e-4, 1e-1), seed=1)
     truth = views.truth().divergence
     z_p, z_q = (h @ views.weight.T for h in (views.hidden, views.perturbed))
     product = ((reference.kl(z_p.double(), z_q.double()) - truth).abs() / divergence_bound(truth)).max()
@@ -200,7 +200,7 @@ def test_gradients_err_no_more_than_torch_in_the_same_dtype(
     backend: str, kind: str, dtype: torch.dtype, head: dict
 ) -> None:
     """Through each output alone and through all of them, for both hidden states, weight and bias."""
-    rounded = make_views(rows=32, vocab=400, depth=32, dtype=dtype, divergences=(1e-5, 5))
+    rounded = make_views(rows=32, vocab=400, hidden_size=32, dtype=dtype, divergences=(1e-5, 5))
     rounded.targets %= 390
     head = {**head, "bias": True, "vocab_size": 390}
     ours, plain, exact = rounded.grad(), rounded.grad(), rounded.to(torch.float64).grad()
@@ -233,7 +233,7 @@ def test_gradients_err_no_more_than_torch_in_the_same_dtype(
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_small_divergences_keep_their_digits(backend: str, kind: str) -> None:
     """The weight's gradient is of second order where the views are alike: what both views send it cancels."""
-    views = make_views(rows=32, vocab=400, depth=32, divergences=(1e-5, 1e-3))
+    views = make_views(rows=32, vocab=400, hidden_size=32, divergences=(1e-5, 1e-3))
     ours, plain, exact = views.grad(), views.grad(), views.to(torch.float64).grad()
     outputs = run(ours, backend, kind=kind), reference.divergence(*plain.logits(), kind=kind), exact.truth(kind)
     sets = [

@@ -106,16 +106,16 @@ def on_tiles(library: Any, rows: int, columns: int) -> list[Tensor]:
     z = 3 * torch.randn(2, rows, columns, generator=g)
     z[1] = z[0] + torch.randn(rows, columns, generator=g)
     targets = torch.randint(columns, (rows,), generator=g)
-    single, stats, halves = nothing(1, rows, z), nothing(2, rows, z), torch.zeros(2, rows)
+    single, stats, jsd_terms = nothing(1, rows, z), nothing(2, rows, z), torch.zeros(2, rows)
     library.fold(z[0], targets, 0, single)
     library.fold_pair(z, targets, 0, stats)
     pair = pack(finish_pair(unpack_pair_stats(stats)))
-    library.fold_jsd(z, pair, halves)
+    library.fold_jsd(z, pair, jsd_terms)
     grads, alone, kl, jsd = torch.randn(5, rows, generator=g), z[0].clone(), z.clone(), z.clone()
     library.gradient(alone, pair[:4], targets, 0, grads[:2], 1.0, 0.1)
     library.gradient_pair(kl, pair, None, targets, 0, grads, 1.0, 0.1)
-    library.gradient_pair(jsd, pair, halves, targets, 0, grads, 1.0, 0.0)
-    return [single, stats, halves, alone, kl, jsd]
+    library.gradient_pair(jsd, pair, jsd_terms, targets, 0, grads, 1.0, 0.0)
+    return [single, stats, jsd_terms, alone, kl, jsd]
 
 
 def on_tokens(library: Any, rows: int, columns: int) -> list[Tensor]:

@@ -97,14 +97,16 @@ def test_every_output_is_within_its_bound(on_gpu: str, dtype: torch.dtype, kind:
 @pytest.mark.parametrize("vocab", [1, 63, 64, 1025, 5003])
 @pytest.mark.parametrize("rows", [1, 65])
 def test_odd_sizes(on_gpu: str, rows: int, vocab: int, width: int) -> None:
-    views = make_views(rows=rows, vocab=max(vocab, 2), depth=width, dtype=torch.bfloat16, divergences=(1e-3, 1e-1))
+    views = make_views(
+        rows=rows, vocab=max(vocab, 2), hidden_size=width, dtype=torch.bfloat16, divergences=(1e-3, 1e-1)
+    )
     if vocab == 1:
         views.weight, views.bias, views.targets = views.weight[:1], views.bias[:1], views.targets * 0
     assert worst(home(run(views.to(DEVICE), on_gpu)), views.truth(bias=True)) < 1
 
 
 def test_no_rows_and_strided_inputs(on_gpu: str) -> None:
-    views = make_views(rows=16, vocab=200, depth=24, dtype=torch.bfloat16).to(DEVICE)
+    views = make_views(rows=16, vocab=200, hidden_size=24, dtype=torch.bfloat16).to(DEVICE)
     assert run(Views(views.hidden[:0], views.perturbed[:0], views.weight, views.bias, views.targets[:0]), on_gpu)[
         0
     ].shape == (0,)
@@ -122,7 +124,7 @@ def test_no_rows_and_strided_inputs(on_gpu: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_err_no_more_than_torch_in_the_same_dtype(on_gpu: str, dtype: torch.dtype, kind: str) -> None:
-    rounded = make_views(rows=70, vocab=3000, depth=48, dtype=dtype)
+    rounded = make_views(rows=70, vocab=3000, hidden_size=48, dtype=dtype)
     ours, plain = rounded.to(DEVICE).grad(), rounded.to(DEVICE).grad()
     exact = rounded.to(torch.float64).grad()
     scale = torch.linspace(-1, 1, 70)
@@ -175,7 +177,9 @@ def test_a_head_of_real_size(on_gpu: str) -> None:
 @needs_cuda
 @pytest.mark.parametrize("kind", ["kl", "jsd"])
 def test_workspace_stays_within_its_limit(on_gpu: str, kind: str) -> None:
-    views = make_views(rows=3000, vocab=8000, depth=256, dtype=torch.bfloat16, divergences=(0.1, 1)).to("cuda").grad()
+    views = (
+        make_views(rows=3000, vocab=8000, hidden_size=256, dtype=torch.bfloat16, divergences=(0.1, 1)).to("cuda").grad()
+    )
     run(views, on_gpu, kind)  # compiles, and lets cuBLAS take its own workspace
     torch.cuda.synchronize()
     with workspace_limit(32 * MIB):

@@ -190,7 +190,7 @@ def test_unchecked_nan_shows() -> None:
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("name", ["hidden", "hidden_perturbed", "weight", "bias"])
 def test_not_finite_operands_are_named_where_asked(backend: str, name: str, value: float) -> None:
-    views = make_views(rows=6, vocab=40, depth=8)
+    views = make_views(rows=6, vocab=40, hidden_size=8)
     tensors = dict(
         hidden=views.hidden,
         hidden_perturbed=views.perturbed,
@@ -238,7 +238,7 @@ def test_not_finite_operands_of_the_loss_are_named(backend: str, name: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_rows_of_the_weight_are_left_out(backend: str, kind: str) -> None:
     """Whatever they hold, and their gradient is exactly zero."""
-    views = make_views(rows=12, vocab=200, depth=16)
+    views = make_views(rows=12, vocab=200, hidden_size=16)
     padded = Views(
         views.hidden,
         views.perturbed,

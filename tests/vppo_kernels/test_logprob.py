@@ -79,7 +79,7 @@ def test_gradcheck(backend_float64: str, head: dict) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_gradients_err_no_more_than_torch_in_the_same_dtype(backend: str, dtype: torch.dtype, head: dict) -> None:
-    rounded = make_views(rows=32, vocab=400, depth=32, dtype=dtype)
+    rounded = make_views(rows=32, vocab=400, hidden_size=32, dtype=dtype)
     rounded.targets %= 390
     head = {**head, "bias": True, "vocab_size": 390}
     ours, plain, exact = rounded.grad(), rounded.grad(), rounded.to(torch.float64).grad()
@@ -105,7 +105,7 @@ def test_gradients_err_no_more_than_torch_in_the_same_dtype(backend: str, dtype:
 
 
 def test_rows_without_upstream_gradient_meet_no_product(backend: str) -> None:
-    views = make_views(rows=40, vocab=300, depth=16).grad()
+    views = make_views(rows=40, vocab=300, hidden_size=16).grad()
     keep = torch.zeros(40)
     keep[torch.tensor([3, 17, 18, 39])] = torch.tensor([1.0, -2.0, 0.5, 3.0])
     output = run(views, backend)

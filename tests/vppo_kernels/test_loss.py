@@ -494,8 +494,8 @@ def test_only_rows_that_can_carry_gradient_meet_the_weight(backend_float64: str,
 @pytest.mark.parametrize("kept", [True, False], ids=["logits kept", "logits made again"])
 def test_the_gradient_made_in_the_forward(backend: str, kept: bool) -> None:
     """Any upstream factor, one product more where the logits do not fit, and handed out once."""
-    rows, vocab, depth = 24, 30_000, 4
-    views = make_views(rows=rows, vocab=vocab, depth=depth, divergences=(0.1, 1))
+    rows, vocab, hidden_size = 24, 30_000, 4
+    views = make_views(rows=rows, vocab=vocab, hidden_size=hidden_size, divergences=(0.1, 1))
     targets, advantages = views.targets.view(4, 6), torch.tensor([1.0, -1.0, 0.5, 2.0])
     old, mask = torch.full((4, 6), -3.0), torch.ones(4, 6)
     gradients = []
@@ -512,7 +512,7 @@ def test_the_gradient_made_in_the_forward(backend: str, kept: bool) -> None:
             inputs = (leaves.hidden, leaves.weight, leaves.bias)
             gradients.append(torch.autograd.grad(-2.5 * loss, inputs, retain_graph=True))
         if fused:
-            assert sum(products) == (3 if kept else 4) * rows * vocab * depth
+            assert sum(products) == (3 if kept else 4) * rows * vocab * hidden_size
             with pytest.raises(RuntimeError, match="handed out once"):
                 torch.autograd.grad(loss, inputs)
     for a, b in zip(*gradients, strict=True):

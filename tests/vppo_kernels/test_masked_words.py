@@ -41,7 +41,7 @@ MASKS = {  # of the first view and of the second
 
 
 def logits(which: str, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    views = make_views(rows=ROWS, vocab=VOCAB, depth=8, divergences=(1e-5, 1.0)).logits()
+    views = make_views(rows=ROWS, vocab=VOCAB, hidden_size=8, divergences=(1e-5, 1.0)).logits()
     return tuple(z.masked_fill(mask, -INF) for z, mask in zip((views[0] + offset, views[1]), MASKS[which], strict=True))  # type: ignore[return-value]
 
 
@@ -98,7 +98,7 @@ def test_a_word_that_only_the_second_view_masks_makes_the_divergence_infinite(ba
 
 
 def test_a_masked_target_has_no_probability_and_no_gradient(backend: str) -> None:
-    views = make_views(rows=ROWS, vocab=VOCAB, depth=8)
+    views = make_views(rows=ROWS, vocab=VOCAB, hidden_size=8)
     views.bias[::2], views.targets = -INF, torch.tensor([0, 1, 2, 3, 4, 5])
     leaves = views.grad()
     head = (leaves.hidden, leaves.weight, leaves.targets, leaves.bias)
@@ -116,7 +116,7 @@ def test_a_masked_target_has_no_probability_and_no_gradient(backend: str) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_masked_bias(backend: str, kind: str) -> None:
     """What a mask in the bias gives is what leaving those words out of the vocabulary gives."""
-    views = make_views(rows=ROWS, vocab=VOCAB, depth=8, divergences=(1e-5, 1.0))
+    views = make_views(rows=ROWS, vocab=VOCAB, hidden_size=8, divergences=(1e-5, 1.0))
     kept = torch.arange(VOCAB)[~some(3, FIRST)[0]]
     masked = Views(views.hidden, views.perturbed, views.weight, views.bias.clone(), views.targets)
     masked.bias[some(3, FIRST)[0]] = -INF
@@ -138,7 +138,7 @@ def test_a_masked_bias(backend: str, kind: str) -> None:
 
 
 def test_the_loss_from_hidden_states_under_a_masked_bias(backend: str) -> None:
-    views = make_views(rows=ROWS, vocab=VOCAB, depth=8)
+    views = make_views(rows=ROWS, vocab=VOCAB, hidden_size=8)
     bias = views.bias.clone()
     bias[30:] = -INF
     tokens = (-torch.ones(2, 3), torch.tensor([1.0, -1.0]), torch.ones(2, 3, dtype=torch.bool))
@@ -156,7 +156,7 @@ def test_the_loss_from_hidden_states_under_a_masked_bias(backend: str) -> None:
 
 def test_a_row_without_any_word_is_not_a_number(backend_tokens: str) -> None:
     """In either view; the rows beside it are what they were."""
-    z_p, z_q = make_views(rows=ROWS, vocab=VOCAB, depth=8).logits()
+    z_p, z_q = make_views(rows=ROWS, vocab=VOCAB, hidden_size=8).logits()
     expected = divergence(z_p, z_q, backend=backend_tokens)
     for empty_p, empty_q in ((2, None), (None, 2), (2, 2)):
         masked = [z.clone() for z in (z_p, z_q)]

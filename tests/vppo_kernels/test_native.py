@@ -24,7 +24,7 @@ from torch import Tensor
 from vppo_kernels import divergence, topk_mask, vppo_loss
 from vppo_kernels.backends import _choose, _say_once, available, native_library
 from vppo_kernels.backends import torch as plain
-from vppo_kernels.head import LogitTransform
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.statistics import finish_pair, nothing, pack, unpack_pair_stats
 
 if "native" not in available():
@@ -124,13 +124,13 @@ def everything(z: Tensor, targets: Tensor, pair: Tensor, grads: Tensor, backend:
     """Results of all operations of a backend on one tile."""
     rows, columns = z.shape[1:]
     scratch, transform = torch.empty(3, rows, columns), LogitTransform(0.9, 1.1, 20.0)
-    halves = backend.fold_jsd(z, pair, torch.zeros(2, rows))
+    jsd_terms = backend.fold_jsd(z, pair, torch.zeros(2, rows))
     results = [
         backend.fold(z[0], targets, 3, nothing(1, rows, z), scratch),
         backend.fold_pair(z, targets, 3, nothing(2, rows, z), scratch),
-        halves,
+        jsd_terms,
     ]
-    for half in (None, halves):
+    for half in (None, jsd_terms):
         for chosen in (None, targets):
             tile = torch.empty_like(z).copy_(z)
             backend.gradient_pair_(tile, pair, half, chosen, 3, grads if chosen is not None else grads[:3], transform)
@@ -253,7 +253,11 @@ def arguments() -> dict[str, list[Any]]:
     """Good arguments of every exported function that takes tensors."""
     rows, columns = 3, 6
     z, targets, pair, grads = pair_of(rows, columns)
-    halves, tokens, mask = torch.zeros(2, rows), torch.rand(rows, columns), torch.ones(rows, columns, dtype=torch.bool)
+    jsd_terms, tokens, mask = (
+        torch.zeros(2, rows),
+        torch.rand(rows, columns),
+        torch.ones(rows, columns, dtype=torch.bool),
+    )
     numbers = [0.8, 1.28, 3.0, 20.0, 0.1, 0.1, 0.1]
     offsets = torch.tensor([0, 4, 6])
 
@@ -263,9 +267,9 @@ def arguments() -> dict[str, list[Any]]:
     return {
         "fold": [z[0], targets, 0, pair[:4].clone()],
         "fold_pair": [z, targets, 0, pair],
-        "fold_jsd": [z, pair, halves],
+        "fold_jsd": [z, pair, jsd_terms],
         "gradient": [z[0].clone(), pair[:4], targets, 0, grads[:2], 1.0, 0.0],
-        "gradient_pair": [z.clone(), pair, halves, targets, 0, grads, 1.0, 0.0],
+        "gradient_pair": [z.clone(), pair, jsd_terms, targets, 0, grads, 1.0, 0.0],
         "topk_mask": [like(), mask, 0.4, None, mask.clone()],
         "topk_mask packed": [like()[0], mask[0], 0.4, offsets, like()[0]],
         "clipped_loss": [
@@ -409,14 +413,14 @@ def test_a_tensor_larger_than_memory_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, -1, 2**31, 2**61, 2**62, 2**63 - 1, -(2**63)])
-@pytest.mark.parametrize("depth", [0, 5, -1, 2**31, 2**61, 2**63 - 1])
-def test_hostile_sizes_of_a_product_are_refused(rows: int, depth: int) -> None:
+@pytest.mark.parametrize("hidden_size", [0, 5, -1, 2**31, 2**61, 2**63 - 1])
+def test_hostile_sizes_of_a_product_are_refused(rows: int, hidden_size: int) -> None:
     scratch = LIBRARY.product_scratch
-    if rows == 0 and depth in (0, 5):
-        assert scratch(rows, depth) == 0
+    if rows == 0 and hidden_size in (0, 5):
+        assert scratch(rows, hidden_size) == 0
     else:
-        with pytest.raises(ValueError, match=r"(rows|depth): got -?\d+, takes a number from 0 to"):
-            scratch(rows, depth)
+        with pytest.raises(ValueError, match=r"(rows|hidden_size): got -?\d+, takes a number from 0 to"):
+            scratch(rows, hidden_size)
 
 
 @drawn(offsets=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 12), min_size=1, max_size=6))

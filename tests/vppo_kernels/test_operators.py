@@ -10,7 +10,7 @@ from support.views import make_views
 from torch import Tensor
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob
-from vppo_kernels.ops import sweep, sweep_backward
+from vppo_kernels.sweep import sweep, sweep_backward
 from vppo_kernels.tiling import MIB
 
 KINDS = ("logprob", "kl", "reverse_kl", "jsd")
@@ -18,7 +18,7 @@ KINDS = ("logprob", "kl", "reverse_kl", "jsd")
 
 def arguments(kind: str, backend: str, linear: bool, with_targets: bool = True) -> tuple[Any, ...]:
     """Of the forward operator, leaves that want gradients."""
-    views = make_views(rows=6, vocab=40, depth=8).grad()
+    views = make_views(rows=6, vocab=40, hidden_size=8).grad()
     inputs = [views.hidden, views.perturbed] if linear else [z.detach().requires_grad_() for z in views.logits()]
     head = (views.weight, views.bias) if linear else (None, None)
     targets = views.targets if with_targets else None
@@ -56,7 +56,7 @@ def test_opcheck(backend: str, kind: str, linear: bool) -> None:
 
 
 def test_compile_passes_over_it_without_a_break(backend: str) -> None:
-    views = make_views(rows=10, vocab=60, depth=8)
+    views = make_views(rows=10, vocab=60, hidden_size=8)
     scale = torch.linspace(0, 1, 10)
 
     def loss(hidden: Tensor, perturbed: Tensor, weight: Tensor) -> Tensor:

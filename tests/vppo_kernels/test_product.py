@@ -40,34 +40,34 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def multiply(rows: Tensor, weight: Tensor, alike: Tensor | None = None) -> Tensor:
+def multiply(rows: Tensor, weight: Tensor, shares_rounding: Tensor | None = None) -> Tensor:
     """`rows @ weight.T` by halves, into memory full of NaN."""
     first, second = rows.tensor_split(2)
-    alike = torch.zeros(len(first), dtype=torch.bool) if alike is None else alike
+    shares_rounding = torch.zeros(len(first), dtype=torch.bool) if shares_rounding is None else shares_rounding
     out = torch.full((len(rows), len(weight)), math.nan)
-    product(first, second, alike, weight, out)
+    product(first, second, shares_rounding, weight, out)
     return out
 
 
-def error(got: Tensor, rows: Tensor, weight: Tensor, alike: Tensor | None = None) -> float:
+def error(got: Tensor, rows: Tensor, weight: Tensor, shares_rounding: Tensor | None = None) -> float:
     """Largest error by the sum of the terms' absolute values; of alike rows, both rows'."""
     size = rows.double().abs() @ weight.double().abs().T
-    if alike is not None:
+    if shares_rounding is not None:
         first, second = size.tensor_split(2)
-        second += first[: len(second)] * alike[: len(second), None]
+        second += first[: len(second)] * shares_rounding[: len(second), None]
     return float(((got - rows.double() @ weight.double().T).abs() / size).nan_to_num(0).max())
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 31, 32, 33, 64, 1535, 1537, 3075])
+@pytest.mark.parametrize("hidden_size", [1, 2, 3, 31, 32, 33, 64, 1535, 1537, 3075])
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 32, 33, 100])
-def test_any_sizes(columns: int, depth: int) -> None:
+def test_any_sizes(columns: int, hidden_size: int) -> None:
     for rows in (1, 2, 3, 13, 14, 15, 28, 29):
-        a, b = draw(rows, depth), draw(columns, depth, seed=1)
-        alike = torch.arange((rows + 1) // 2) % 2 == 0
-        got = multiply(a, b, alike)
-        assert error(got, a, b, alike) < 2 * EPS
+        a, b = draw(rows, hidden_size), draw(columns, hidden_size, seed=1)
+        shares_rounding = torch.arange((rows + 1) // 2) % 2 == 0
+        got = multiply(a, b, shares_rounding)
+        assert error(got, a, b, shares_rounding) < 2 * EPS
         torch.set_num_threads(2)
-        assert torch.equal(multiply(a, b, alike), got)
+        assert torch.equal(multiply(a, b, shares_rounding), got)
         torch.set_num_threads(1)
 
 
@@ -80,8 +80,8 @@ def test_nothing_to_multiply() -> None:
 def test_small_integers_are_exact() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (n, 500), generator=g).bfloat16() for n in (37, 90))
-    for alike in (torch.zeros(19, dtype=torch.bool), torch.ones(19, dtype=torch.bool)):
-        assert torch.equal(multiply(a, b, alike).double(), a.double() @ b.double().T)
+    for shares_rounding in (torch.zeros(19, dtype=torch.bool), torch.ones(19, dtype=torch.bool)):
+        assert torch.equal(multiply(a, b, shares_rounding).double(), a.double() @ b.double().T)
 
 
 def test_rows_anywhere_in_memory() -> None:
@@ -96,11 +96,11 @@ def test_rows_anywhere_in_memory() -> None:
 def test_a_row_is_the_same_in_any_company() -> None:
     """The backward recomputes some of the rows, in tiles of its own, and must meet the forward's roundings."""
     a, b = draw(60, 900), draw(200, 900, seed=1)
-    alike = torch.arange(30) % 3 > 0
-    whole = multiply(a, b, alike).view(2, 30, 200)
+    shares_rounding = torch.arange(30) % 3 > 0
+    whole = multiply(a, b, shares_rounding).view(2, 30, 200)
     for some in (torch.tensor([7]), torch.tensor([29, 3, 4]), torch.arange(5, 22)):
         rows = a.view(2, 30, 900)[:, some].flatten(0, 1)
-        part = multiply(rows, b[37:150], alike[some])
+        part = multiply(rows, b[37:150], shares_rounding[some])
         assert torch.equal(part.view(2, -1, 113), whole[:, some, 37:150])
 
 
@@ -121,8 +121,8 @@ def test_alike_rows_share_their_rounding() -> None:
     both = torch.cat([a, (a + 0.01 * draw(32, 3000, seed=2)).bfloat16()])
     one, other = (both.double() @ b.double().T).chunk(2)
 
-    def gap_error(alike: Tensor) -> float:
-        got = multiply(both, b, alike).double()
+    def gap_error(shares_rounding: Tensor) -> float:
+        got = multiply(both, b, shares_rounding).double()
         return float((got[32:] - got[:32] - (other - one)).norm() / one.norm())
 
     shared, separate = gap_error(torch.ones(32, dtype=torch.bool)), gap_error(torch.zeros(32, dtype=torch.bool))
@@ -139,9 +139,9 @@ def test_error_is_that_of_a_float32_product() -> None:
 # --- as part of a head
 
 
-@pytest.mark.parametrize("depth", [64, 255, 1024])
-def test_divergences_are_well_within_the_bound(depth: int) -> None:
-    views = make_views(depth=depth, dtype=torch.bfloat16)
+@pytest.mark.parametrize("hidden_size", [64, 255, 1024])
+def test_divergences_are_well_within_the_bound(hidden_size: int) -> None:
+    views = make_views(hidden_size=hidden_size, dtype=torch.bfloat16)
     got = linear_divergence(views.hidden, views.perturbed, views.weight, targets=views.targets, backend="native")
     assert worst(got, views.truth()) < 0.5
 
@@ -150,12 +150,12 @@ def test_the_head_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one view and for two, forward and backward; other dtypes are left to torch."""
     calls = []
     monkeypatch.setattr(native, "product", lambda *tensors: calls.append(tensors) or product(*tensors))
-    views = make_views(rows=9, vocab=300, depth=20, dtype=torch.bfloat16).grad()
+    views = make_views(rows=9, vocab=300, hidden_size=20, dtype=torch.bfloat16).grad()
     linear_logprob(views.hidden, views.weight, views.targets, backend="native").logprobs.sum().backward()
     assert len(calls) == 2
     linear_divergence(views.hidden, views.perturbed, views.weight, backend="native").divergence.sum().backward()
     assert len(calls) == 4
-    mixed = make_views(rows=9, vocab=300, depth=20)
+    mixed = make_views(rows=9, vocab=300, hidden_size=20)
     for hidden in (torch.float32, torch.float16, torch.bfloat16):
         for weight in (torch.float32, torch.float16):
             linear_logprob(mixed.hidden.to(hidden), mixed.weight.to(weight), mixed.targets, backend="native")
@@ -163,7 +163,7 @@ def test_the_head_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_view_of_an_odd_number_of_rows() -> None:
-    views = make_views(rows=15, vocab=300, depth=20, dtype=torch.bfloat16)
+    views = make_views(rows=15, vocab=300, hidden_size=20, dtype=torch.bfloat16)
     got = linear_logprob(views.hidden, views.weight, views.targets, backend="native")
     exact = reference.logprob(views.to(torch.float64).logits()[0], views.targets)
     assert float((got.logprobs - exact).abs().max()) < 2e-5
@@ -183,7 +183,7 @@ def arguments() -> dict[str, Any]:
     return dict(
         first=draw(5, 12),
         second=draw(4, 12),
-        alike=torch.zeros(5, dtype=torch.bool),
+        shares_rounding=torch.zeros(5, dtype=torch.bool),
         weight=draw(7, 12),
         scratch=torch.zeros(14 * 6),
         out=torch.zeros(9, 7),
@@ -193,14 +193,14 @@ def arguments() -> dict[str, Any]:
 WRONG = {
     "dtype": ("first", draw(5, 12).half()),
     "dtype of out": ("out", torch.zeros(9, 7, dtype=torch.float64)),
-    "dtype of alike": ("alike", torch.zeros(5)),
+    "dtype of shares_rounding": ("shares_rounding", torch.zeros(5)),
     "rank": ("weight", draw(7)),
     "rank of first": ("first", draw(1, 5, 12)),
-    "depth": ("second", draw(4, 11)),
+    "hidden_size": ("second", draw(4, 11)),
     "rows": ("second", draw(6, 12)),
     "too few rows": ("second", draw(3, 12)),
     "elements apart": ("weight", draw(12, 7).T),
-    "short alike": ("alike", torch.zeros(4, dtype=torch.bool)),
+    "short shares_rounding": ("shares_rounding", torch.zeros(4, dtype=torch.bool)),
     "short scratch": ("scratch", torch.zeros(83)),
     "shape of out": ("out", torch.zeros(9, 8)),
     "out apart": ("out", torch.zeros(9, 14)[:, ::2]),

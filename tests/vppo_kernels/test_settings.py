@@ -63,7 +63,7 @@ def everything(backend: str, dtype: torch.dtype, made: dict[str, Tensor]) -> lis
 
 
 def inputs() -> dict[str, Tensor]:
-    views = make_views(rows=B * T, vocab=300, depth=16)
+    views = make_views(rows=B * T, vocab=300, hidden_size=16)
     g = torch.Generator().manual_seed(0)
     return dict(
         hidden=views.hidden.view(B, T, -1),
@@ -121,7 +121,7 @@ def settings_restored() -> Iterator[None]:
 
 
 def small_divergence() -> Tensor:
-    views = make_views(rows=8, vocab=200, depth=16)
+    views = make_views(rows=8, vocab=200, hidden_size=16)
     return linear_divergence(views.hidden, views.perturbed, views.weight).divergence
 
 
@@ -146,7 +146,7 @@ def test_the_setting_is_left_as_it_was(overall: str, own: tuple[str, str] | None
 @pytest.mark.usefixtures("settings_restored")
 def test_threads_do_not_leave_each_others_settings() -> None:
     """The first operation in sets full precision, the last one out restores what was."""
-    from vppo_kernels.head import full_precision
+    from vppo_kernels.logits import full_precision
 
     torch.set_float32_matmul_precision("medium")
     before, cpu = state(), torch.device("cpu")

@@ -134,7 +134,7 @@ def test_bitwise_repeatable(backend: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_strided_inputs_and_inputs_left_as_they_were(backend: str, kind: str) -> None:
-    views = make_views(rows=16, vocab=200, depth=24)
+    views = make_views(rows=16, vocab=200, hidden_size=24)
     expected, expected_gradients = run_with_gradients(views, backend, kind)
     strided = Views(
         torch.stack([views.hidden, views.hidden], -1)[..., 0],
@@ -168,7 +168,7 @@ def test_expanded_logits(backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)], ids=str)
 def test_only_the_wanted_gradients_are_made(backend: str, kind: str, chosen: tuple[int, ...]) -> None:
-    views = make_views(rows=16, vocab=200, depth=8)
+    views = make_views(rows=16, vocab=200, hidden_size=8)
     _, expected = run_with_gradients(views, backend, kind)
     tensors = [x.clone() for x in (views.hidden, views.perturbed, views.weight, views.bias)]
     for index in chosen:
@@ -214,7 +214,7 @@ def test_autocast_changes_nothing(backend: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_upstream_gradient_meet_no_product(backend: str, kind: str) -> None:
-    views = make_views(rows=40, vocab=300, depth=16).grad()
+    views = make_views(rows=40, vocab=300, hidden_size=16).grad()
     keep = torch.zeros(40)
     keep[torch.tensor([3, 17, 18, 39])] = torch.tensor([1.0, -2.0, 0.5, 3.0])
     output = run(views, backend, kind)
@@ -231,7 +231,7 @@ def test_rows_without_upstream_gradient_meet_no_product(backend: str, kind: str)
 
 
 def test_the_forward_multiplies_every_row_once(backend: str) -> None:
-    views = make_views(rows=40, vocab=300, depth=16)
+    views = make_views(rows=40, vocab=300, hidden_size=16)
     for kind in ("jsd",) if backend == "triton_fused" else KINDS:  # the fused sweep has no product of torch's
         with counted_products() as products:
             run(views, backend, kind)
@@ -258,20 +258,24 @@ def measured(views: Views, backend: str, kind: str, limit: int) -> tuple[PeakMem
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-@pytest.mark.parametrize("depth", [16, 1024])
+@pytest.mark.parametrize("hidden_size", [16, 1024])
 @pytest.mark.parametrize("kind", ["kl", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_workspace_stays_within_its_limit(backend: str, dtype: torch.dtype, kind: str, depth: int, limit: int) -> None:
-    if backend == "triton_fused" or (backend == "triton" and (depth, limit) == (1024, 1)):
+def test_workspace_stays_within_its_limit(
+    backend: str, dtype: torch.dtype, kind: str, hidden_size: int, limit: int
+) -> None:
+    if backend == "triton_fused" or (backend == "triton" and (hidden_size, limit) == (1024, 1)):
         pytest.skip("the fused sweep has no tiles, and its gradient's are Triton's; the interpreter takes its time")
-    rows, vocab = (300, 1000) if depth == 16 else (70, 500)
+    rows, vocab = (300, 1000) if hidden_size == 16 else (70, 500)
     g = torch.Generator().manual_seed(0)
-    shapes = (rows, depth), (rows, depth), (vocab, depth), (vocab,)
-    views = Views(*(torch.randn(*s, generator=g) * depth**-0.5 for s in shapes), torch.zeros(rows).long()).to(dtype)
+    shapes = (rows, hidden_size), (rows, hidden_size), (vocab, hidden_size), (vocab,)
+    views = Views(*(torch.randn(*s, generator=g) * hidden_size**-0.5 for s in shapes), torch.zeros(rows).long()).to(
+        dtype
+    )
     forward, backward, gradients = measured(views, backend, kind, limit * MIB)
     assert forward.peak <= limit * MIB
     assert backward.peak - gradients <= limit * MIB
-    if depth == 16 and limit == 1:  # where the logits would be the largest tensor by far
+    if hidden_size == 16 and limit == 1:  # where the logits would be the largest tensor by far
         assert max(forward.largest, backward.largest) < rows * vocab * 4 / 2
 
 
@@ -293,7 +297,7 @@ def test_far_views_stay_within_the_limit_too(backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rare_rows_stay_within_the_limit_too(kind: str) -> None:
     """All rows take the detours: masked words, maxima far apart, a large divergence. Triton and native have none."""
-    views = make_views(rows=300, vocab=3000, depth=4)
+    views = make_views(rows=300, vocab=3000, hidden_size=4)
     z_p, z_q = (z.requires_grad_() for z in views.logits())
     with torch.no_grad():
         z_p[:, ::3], z_q[:, ::3] = -math.inf, -math.inf
@@ -346,7 +350,7 @@ def test_a_row_beyond_the_limit_still_works(backend: str) -> None:
     """The Jensen-Shannon divergence keeps a row of logits: 2.4 MiB of them against a limit of 1 MiB."""
     if backend != "torch":
         pytest.skip("hundreds of tiles: the interpreter would take a minute")
-    views = make_views(rows=2, vocab=300_000, depth=2, divergences=(0.1, 0.2))
+    views = make_views(rows=2, vocab=300_000, hidden_size=2, divergences=(0.1, 0.2))
     with workspace_limit(MIB):
         assert worst(run(views, backend, "jsd"), views.truth("jsd", bias=True)) < 1
     assert math.isfinite(float(run(views, backend, "jsd").divergence.sum()))

@@ -22,7 +22,7 @@ def spoiled(function: Callable[..., Any], spoil: Callable[[Any], Any]) -> Callab
 
 
 def scaled(row: int, factor: float) -> Callable[[Tensor], Tensor]:
-    """A fault in one row of packed statistics: p's max, sum, moment, target, the same of q, gap, excess."""
+    """A fault in one row of packed statistics: p's max, sum, weighted_sum, target, the same of q, mean_diff, excess."""
 
     def spoil(stats: Tensor) -> Tensor:
         stats = stats.clone()
@@ -36,9 +36,9 @@ FAULTS: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
     # backend function, its fault, kind, the output that gives it away
     "excess": ("fold_pair", scaled(9, 1.01), "kl", "divergence"),
     "sum of p": ("fold_pair", scaled(1, 1.01), "kl", "divergence"),
-    "moment of q": ("fold_pair", scaled(6, 1.01), "kl", "entropy_perturbed"),
+    "weighted_sum of q": ("fold_pair", scaled(6, 1.01), "kl", "entropy_perturbed"),
     "target of p": ("fold_pair", scaled(3, 1.01), "kl", "logprobs"),
-    "halves": ("fold_jsd", lambda halves: 1.01 * halves, "jsd", "divergence"),
+    "jsd_terms": ("fold_jsd", lambda jsd_terms: 1.01 * jsd_terms, "jsd", "divergence"),
     "reverse": ("fold_pair", scaled(9, 0.99), "reverse_kl", "divergence"),
 }
 
@@ -78,7 +78,7 @@ def test_a_pair_that_is_off_by_one_per_cent_is_caught(backend: str, fault: str) 
             divergence(*views.logits(), **options)
 
 
-@pytest.mark.parametrize("row", [1, 2, 3], ids=["sum", "moment", "target"])
+@pytest.mark.parametrize("row", [1, 2, 3], ids=["sum", "weighted_sum", "target"])
 def test_a_view_that_is_off_by_one_per_cent_is_caught(backend: str, row: int) -> None:
     views = make_views(rows=40, vocab=500)
     with faulty(backend, "fold", scaled(row, 1.01)):

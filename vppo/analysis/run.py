@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vppo.analysis.identity import digest, digest_file, digest_problems
+from vppo.analysis.model import Subject
 from vppo.analysis.options import AnalysisOptions
 from vppo.analysis.pictures import picture_path
 from vppo.analysis.responses import Response, Skipped, read_responses
 from vppo.analysis.sampling import Sampler, Sampling
-from vppo.analysis.subject import Subject
 from vppo.analysis.tables import (
     TOKENS,
     TRAJECTORIES,
@@ -52,8 +52,8 @@ from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.folders import kind_of, read_object
 from vppo.locks import claimed
-from vppo.passes import GIB
 from vppo.perturbations import PixelLayout
+from vppo.prefix_sharing import GIB
 from vppo.processors import placeholder_tokens
 from vppo.progress import columns, say
 from vppo.rewards import accuracy_reward

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from vppo.data.prompts import Prompts, chat_text
-from vppo.passes import Footprint, fill
 from vppo.perturbations import seeded
+from vppo.prefix_sharing import Footprint, fill
 
 Key = tuple[int, int]  # sample, response
 

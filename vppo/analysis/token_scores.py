@@ -15,8 +15,8 @@ from torch import Tensor
 from vppo.batch import Batch, View
 from vppo.data.prompts import Prompts
 from vppo.heads import LogitOptions, logit_options
-from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, seeded
+from vppo.prefix_sharing import ResponsePasses
 from vppo_kernels import linear_divergence, sampled_divergence, topk_mask
 
 EXACT = ("kl", "reverse_kl", "jsd")

@@ -14,8 +14,8 @@ from vppo.analysis.token_scores import Scoring, score_tokens
 from vppo.data import Problem
 from vppo.data.prompts import Prompts
 from vppo.images import to_rgb
-from vppo.passes import ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout
+from vppo.prefix_sharing import ResponsePasses
 
 KEEP_RATIO = 0.4  # as VPPO trains
 AT_ONCE = 128  # rows whose images are in memory together

@@ -22,8 +22,8 @@ from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
 
-from vppo_kernels import checks, native_library
-from vppo_kernels.head import NarrowProduct
+from vppo_kernels import arguments, native_library
+from vppo_kernels.logits import NarrowProduct
 
 NAMES = ("torch", "native", "triton", "triton_fused")
 
@@ -65,7 +65,7 @@ def available(device: Device | str = "cpu", dtype: Dtype = float32) -> list[str]
 
 
 def _check_name(name: str) -> None:
-    checks.one_of("backend", name, ("auto", *NAMES))
+    arguments.one_of("backend", name, ("auto", *NAMES))
 
 
 def _choose(name: str, device: Device, dtype: Dtype) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vppo_kernels.head import LogitTransform
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.native_library import library, missing
 
 SCRATCH = 0  # nothing but the tile itself
@@ -27,10 +27,10 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, s
     return stats
 
 
-def fold_jsd(tile: Tensor, pair: Tensor, halves: Tensor) -> Tensor:
-    """See `backends/torch.py`; `halves` is updated in place."""
-    library(tile.device.type).fold_jsd(tile, pair, halves)
-    return halves
+def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
+    """See `backends/torch.py`; `jsd_terms` is updated in place."""
+    library(tile.device.type).fold_jsd(tile, pair, jsd_terms)
+    return jsd_terms
 
 
 def gradient_(
@@ -43,18 +43,18 @@ def gradient_(
 def gradient_pair_(
     tile: Tensor,
     pair: Tensor,
-    halves: Tensor | None,
+    jsd_terms: Tensor | None,
     targets: Tensor | None,
     first: int,
     grads: Tensor,
     transform: LogitTransform,
 ) -> None:
     """See `backends/torch.py`."""
-    library(tile.device.type).gradient_pair(tile, pair, halves, targets, first, grads, *_slope(transform))
+    library(tile.device.type).gradient_pair(tile, pair, jsd_terms, targets, first, grads, *_slope(transform))
 
 
 def _slope(transform: LogitTransform) -> tuple[float, float]:
-    """What turns finished logits z into the slope of the transform, `scale * (1 - (to_cap z)^2)`."""
+    """What turns transformed logits z into the slope of the transform, `scale * (1 - (to_cap z)^2)`."""
     cap = transform.softcap
     return transform.logit_scale / transform.temperature, 0.0 if cap is None else transform.temperature / cap
 
@@ -69,8 +69,8 @@ def _rows_apart(x: Tensor) -> bool:
     return x.stride(1) == 1 and (len(x) < 2 or x.stride(0) >= x.shape[1])
 
 
-def product(first: Tensor, second: Tensor, alike: Tensor, weight: Tensor, out: Tensor) -> None:
-    """A `NarrowProduct` (see `head.py`), bitwise the same for any number of threads, and for a row in any company."""
+def product(first: Tensor, second: Tensor, shares_rounding: Tensor, weight: Tensor, out: Tensor) -> None:
+    """A `NarrowProduct` (see `logits.py`), bitwise the same for any number of threads, and for a row in any company."""
     first, second, weight = (x if _rows_apart(x) else x.contiguous() for x in (first, second, weight))
     scratch = out.new_empty(library("cpu").product_scratch(len(out), weight.shape[1]))
-    library("cpu").product(first, second, alike, weight, scratch, out)
+    library("cpu").product(first, second, shares_rounding, weight, scratch, out)

@@ -1,6 +1,6 @@
 """The tile operations in plain torch: any device, any dtype, in place wherever torch can.
 
-`tile` is `[rows, columns]` (or `[2, rows, columns]` for two views) of finished logits. Folds leave it as it was and
+`tile` is `[rows, columns]` (or `[2, rows, columns]` for two views) of transformed logits. Folds leave it as it was and
 work in `scratch`, `[3, rows, columns]`; gradient operations overwrite it. Everything is elementwise or a row sum, and
 the folds are in place: a fresh temporary costs more than the arithmetic on it.
 """
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from vppo_kernels.head import LogitTransform
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.statistics import (
     APART,
     EXP_FLOOR,
@@ -63,12 +63,12 @@ def _part(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> 
     top = tile.amax(1)
     torch.sub(tile, top.unsqueeze(1), out=shifted)
     torch.exp(shifted, out=weights)
-    total, moment = weights.sum(1), _dot(weights, shifted, out=shifted)
-    if not bool(torch.isfinite(moment).all()):  # 0 times the -inf of a masked word
+    total, weighted_sum = weights.sum(1), _dot(weights, shifted, out=shifted)
+    if not bool(torch.isfinite(weighted_sum).all()):  # 0 times the -inf of a masked word
         torch.sub(tile, top.clamp_min(-EXP_FLOOR).unsqueeze(1), out=shifted).clamp_min_(-EXP_FLOOR)
         torch.exp(shifted, out=weights)
-        total, moment = weights.sum(1), _dot(weights, shifted, out=shifted)
-    return SoftmaxStats(top, total, moment, _target_logit(tile, targets, first))
+        total, weighted_sum = weights.sum(1), _dot(weights, shifted, out=shifted)
+    return SoftmaxStats(top, total, weighted_sum, _target_logit(tile, targets, first))
 
 
 def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> PairStats:
@@ -79,14 +79,14 @@ def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor
     x, weights, phi = scratch[0], scratch[1], scratch[2]
     between = p.max - q.max
     torch.sub(z_p, z_q, out=x).sub_(between.unsqueeze(1))
-    gap = _dot(weights, x, out=phi) / p.sum
-    torch.sub(gap.unsqueeze(1), x, out=x)
+    mean_diff = _dot(weights, x, out=phi) / p.sum
+    torch.sub(mean_diff.unsqueeze(1), x, out=x)
     torch.expm1(x, out=phi).sub_(x)
     excess = _dot(weights, phi, out=phi)
     rare = ~torch.isfinite(excess) | (between.abs() > APART)
     if bool(rare.any()):
-        gap[rare], excess[rare] = _gap_and_excess(z_p[rare], z_q[rare], weights[rare], p.max[rare], q.max[rare])
-    return PairStats(p, q, gap, excess)
+        mean_diff[rare], excess[rare] = _gap_and_excess(z_p[rare], z_q[rare], weights[rare], p.max[rare], q.max[rare])
+    return PairStats(p, q, mean_diff, excess)
 
 
 def _gap_and_excess(z_p: Tensor, z_q: Tensor, weights: Tensor, max_p: Tensor, max_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +102,12 @@ def _gap_and_excess(z_p: Tensor, z_q: Tensor, weights: Tensor, max_p: Tensor, ma
     x = z_p.sub_(torch.where(apart, max_p, 0.0)).sub_(torch.where(apart, log_q, z_q))
     x.sub_(torch.where(apart, 0.0, between))
     total = weights.sum(1)
-    gap = torch.where(total > 0, torch.mul(weights, x, out=z_q).sum(1) / total, 0.0)
-    d = torch.sub(gap.unsqueeze(1), x, out=x)
+    mean_diff = torch.where(total > 0, torch.mul(weights, x, out=z_q).sum(1) / total, 0.0)
+    d = torch.sub(mean_diff.unsqueeze(1), x, out=x)
     near = d.clamp_max(1.0).expm1_().sub_(d).mul_(weights)
-    # exp(d) alone could overflow; exp(log_q + gap), its product with the weight, stays where q has any weight
-    far = log_q.add_(gap.unsqueeze(1)).exp_().sub_(torch.add(d, 1.0, out=z_q).mul_(weights))
-    return torch.where(hidden, math.inf, gap), torch.where(d < 1.0, near, far).sum(1)
+    # exp(d) alone could overflow; exp(log_q + mean_diff), its product with the weight, stays where q has any weight
+    far = log_q.add_(mean_diff.unsqueeze(1)).exp_().sub_(torch.add(d, 1.0, out=z_q).mul_(weights))
+    return torch.where(hidden, math.inf, mean_diff), torch.where(d < 1.0, near, far).sum(1)
 
 
 def _log_share(d: Tensor) -> Tensor:
@@ -115,12 +115,14 @@ def _log_share(d: Tensor) -> Tensor:
     return torch.where(d > -1.0, torch.log1p(torch.tanh(0.5 * d)), math.log(2) - torch.nn.functional.softplus(-d))
 
 
-def fold_jsd(tile: Tensor, pair: Tensor, halves: Tensor) -> Tensor:
+def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
     """`(KL(p || m), KL(q || m))`, `[2, rows]`, with one more tile; their mean is the Jensen-Shannon divergence."""
     tile, both = tile.clamp_min(-EXP_FLOOR), unpack_pair(pair)
     logp, logq = _log_softmax(tile[0], both.p), _log_softmax(tile[1], both.q)
     d = _log_ratio(_centred_gap(tile, both), both.kl, logp, logq)
-    return halves.add_(torch.stack([logp.exp_().mul_(_log_share(d)).sum(1), logq.exp_().mul_(_log_share(-d)).sum(1)]))
+    return jsd_terms.add_(
+        torch.stack([logp.exp_().mul_(_log_share(d)).sum(1), logq.exp_().mul_(_log_share(-d)).sum(1)])
+    )
 
 
 def _log_ratio(centred: Tensor, kl: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def _centred_gap(tile: Tensor, pair: Pair) -> Tensor:
     if bool(apart.any()):
         of_p, of_q = (z[apart] - view.max[apart].unsqueeze(1) for z, view in ((tile[0], pair.p), (tile[1], pair.q)))
         gap[apart] = of_p.sub_(of_q)
-    return gap.sub_(pair.gap.unsqueeze(1))
+    return gap.sub_(pair.mean_diff.unsqueeze(1))
 
 
 def _log_softmax(z: Tensor, view: Softmax) -> Tensor:
@@ -190,7 +192,7 @@ def gradient_(
 def gradient_pair_(
     tile: Tensor,
     pair: Tensor,
-    halves: Tensor | None,
+    jsd_terms: Tensor | None,
     targets: Tensor | None,
     first: int,
     grads: Tensor,
@@ -201,7 +203,7 @@ def gradient_pair_(
     Args:
         tile: `[2, rows, columns]`.
         pair: A packed `Pair`, `[10, rows]`.
-        halves: `[2, rows]` where the divergence is Jensen-Shannon's; None where it is `KL(p || q)`.
+        jsd_terms: `[2, rows]` where the divergence is Jensen-Shannon's; None where it is `KL(p || q)`.
         targets: `[rows]` or None.
         first: Vocabulary index of the tile's first column.
         grads: `[5, rows]`, of divergence, entropy of p and q, log-probability of p and q; `[3, rows]` without targets.
@@ -214,16 +216,16 @@ def gradient_pair_(
     centred = _centred_gap(tile, both)
     logp, logq = _log_softmax(z_p, both.p), _log_softmax(z_q, both.q)
     d = _log_ratio(centred, both.kl, logp, logq)
-    if halves is None:
+    if jsd_terms is None:
         # q - p over q: the difference of two exponentials would lose the digits of a small gap
         inner_p, inner_q = scale * centred, d.clamp_max(1.0).expm1_().mul_(-scale)
     else:
-        inner_p = 0.5 * scale * (_log_share(d) - halves[0].unsqueeze(1))
-        inner_q = 0.5 * scale * (_log_share(-d) - halves[1].unsqueeze(1))
+        inner_p = 0.5 * scale * (_log_share(d) - jsd_terms[0].unsqueeze(1))
+        inner_q = 0.5 * scale * (_log_share(-d) - jsd_terms[1].unsqueeze(1))
     grad_logprobs = (None, None) if targets is None else (grads[3], grads[4])
     z_p.copy_(_view_gradient(logp, both.p, grads[1], grad_logprobs[0], inner_p))
     z_q.copy_(_view_gradient(logq, both.q, grads[2], grad_logprobs[1], inner_q))
-    if halves is None:  # what the clamp has cut off: p - e q
+    if jsd_terms is None:  # what the clamp has cut off: p - e q
         z_q.sub_(torch.where(d > 1.0, scale * (logp.exp_() - math.e * logq.exp_()), 0.0))
     if targets is not None:
         _add_at_targets(z_p, targets, first, grads[3])

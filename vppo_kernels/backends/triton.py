@@ -25,7 +25,7 @@ from vppo_kernels.backends.triton_math import (
     store_pair,
     store_view,
 )
-from vppo_kernels.head import LogitTransform
+from vppo_kernels.logits import LogitTransform
 
 SCRATCH = 0  # nothing but the tile itself
 PEAK = 4  # tiles of one view alive at a time: two of logits, and their gradient in 16 bits
@@ -42,14 +42,14 @@ def _fold_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     stats, z_ptr = stats_ptr + row, z_ptr + row * columns
-    top, total, moment = load_view(stats, rows, there)
+    top, total, weighted_sum = load_view(stats, rows, there)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
         z = tl.load(z_ptr[:, None] + column, mask=inside, other=float("-inf"))
         part_top, part_total, part_moment, _, _ = fold_block(finite(z))
-        top, total, moment = merge(top, total, moment, part_top, part_total, part_moment)
-    store_view(stats, rows, there, top, total, moment)
+        top, total, weighted_sum = merge(top, total, weighted_sum, part_top, part_total, part_moment)
+    store_view(stats, rows, there, top, total, weighted_sum)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)
@@ -64,17 +64,17 @@ def _fold_pair_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     stats, p_ptr, q_ptr = stats_ptr + row, z_ptr + row * columns, z_ptr + (rows + row) * columns
-    max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = load_pair(stats, rows, there)
+    max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = load_pair(stats, rows, there)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
         z_p = tl.load(p_ptr[:, None] + column, mask=inside, other=float("-inf"))
         z_q = tl.load(q_ptr[:, None] + column, mask=inside, other=float("-inf"))
         a, b, c, d, e, f, g, h = fold_block_pair(z_p, z_q)
-        max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
-            max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c, d, e, f, g, h
+        max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = merge_pair(
+            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, a, b, c, d, e, f, g, h
         )
-    store_pair(stats, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess)
+    store_pair(stats, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)
@@ -126,7 +126,7 @@ def _fold_jsd_kernel(
 
 @triton.jit
 def _slope(z, scale, to_cap, SOFTCAP: tl.constexpr):
-    """Derivative of finished logits by raw ones, from the finished ones."""
+    """Derivative of transformed logits by raw ones, from the transformed ones."""
     if SOFTCAP:
         return scale * (1 - (z * to_cap) * (z * to_cap))
     else:
@@ -206,12 +206,14 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, s
     return stats
 
 
-def fold_jsd(tile: Tensor, pair: Tensor, halves: Tensor) -> Tensor:
-    """See `backends/torch.py`; `halves` is updated in place."""
+def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
+    """See `backends/torch.py`; `jsd_terms` is updated in place."""
     _, rows, columns = tile.shape
     if tile.numel():
-        _fold_jsd_kernel[_grid(rows)](tile, pair, pair.stride(0), halves, rows, columns, ROWS, BLOCK, num_warps=WARPS)
-    return halves
+        _fold_jsd_kernel[_grid(rows)](
+            tile, pair, pair.stride(0), jsd_terms, rows, columns, ROWS, BLOCK, num_warps=WARPS
+        )
+    return jsd_terms
 
 
 def gradient_(
@@ -229,7 +231,7 @@ def gradient_(
 def gradient_pair_(
     tile: Tensor,
     pair: Tensor,
-    halves: Tensor | None,
+    jsd_terms: Tensor | None,
     targets: Tensor | None,
     first: int,
     grads: Tensor,
@@ -240,9 +242,9 @@ def gradient_pair_(
     scale, to_cap, softcap = _slope_arguments(transform)
     if tile.numel():
         _gradient_pair_kernel[_grid(rows, columns)](
-            tile, pair, pair.stride(0), halves, 0 if halves is None else halves.stride(0), targets,
+            tile, pair, pair.stride(0), jsd_terms, 0 if jsd_terms is None else jsd_terms.stride(0), targets,
             grads, grads.stride(0), first, rows, columns, scale, to_cap,
-            targets is not None, halves is not None, softcap, ROWS, BLOCK, num_warps=WARPS,
+            targets is not None, jsd_terms is not None, softcap, ROWS, BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 

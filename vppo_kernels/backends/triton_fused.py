@@ -38,7 +38,7 @@ from vppo_kernels.backends.triton_math import (
     store_pair,
     store_view,
 )
-from vppo_kernels.head import LinearHead
+from vppo_kernels.logits import LinearHead
 
 __all__ = [
     "PEAK", "SCRATCH", "fold", "fold_jsd", "fold_pair", "gradient_", "gradient_pair_", "sweep", "sweep_pair",
@@ -50,7 +50,7 @@ PROGRAMS_PER_CORE = 4  # enough parts of the vocabulary that no multiprocessor i
 
 @triton.jit
 def _finished(z, bias_ptr, column, columns, scale, HAS_BIAS: tl.constexpr):
-    """Raw products to finished logits."""
+    """Raw products to transformed logits."""
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     return z * scale
@@ -59,7 +59,7 @@ def _finished(z, bias_ptr, column, columns, scale, HAS_BIAS: tl.constexpr):
 @triton.jit
 def _sweep_kernel(
     h, w, bias_ptr, alike_ptr, targets_ptr, parts_ptr,
-    first, rows, columns, depth, w_stride, w_inner, span, splits, scale,
+    first, rows, columns, hidden_size, w_stride, w_inner, span, splits, scale,
     PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, ALIKE: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -77,31 +77,31 @@ def _sweep_kernel(
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
     max_p = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    sum_p, moment_p = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    sum_p, weighted_sum_p = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     target_p, target_q = max_p, max_p
-    max_q, sum_q, moment_q, gap, excess = max_p, sum_p, sum_p, sum_p, sum_p
+    max_q, sum_q, weighted_sum_q, mean_diff, excess = max_p, sum_p, sum_p, sum_p, sum_p
 
     for column_start in range(split * span, tl.minimum(split * span + span, columns), BLOCK_N):
         column = column_start + tl.arange(0, BLOCK_N)
         z_p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         z_q = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k_start in range(0, depth, BLOCK_K):
+        for k_start in range(0, hidden_size, BLOCK_K):
             if DESCRIPTORS:
                 b = w.load([column_start, k_start]).T
                 a = h.load([row_start, k_start])
             else:
                 k = k_start + tl.arange(0, BLOCK_K)
                 b_ptr = w + column.to(tl.int64)[None, :] * w_stride + k.to(tl.int64)[:, None] * w_inner
-                b = tl.load(b_ptr, mask=(k < depth)[:, None] & (column < columns)[None, :], other=0.0)
-                a_ptr = h + row.to(tl.int64)[:, None] * depth + k[None, :]
-                inside = there[:, None] & (k < depth)[None, :]
+                b = tl.load(b_ptr, mask=(k < hidden_size)[:, None] & (column < columns)[None, :], other=0.0)
+                a_ptr = h + row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+                inside = there[:, None] & (k < hidden_size)[None, :]
                 a = tl.load(a_ptr, mask=inside, other=0.0)
             z_p = tl.dot(a, b.to(a.dtype), z_p, input_precision="ieee")
             if PAIR:
                 if DESCRIPTORS:
                     a = h.load([rows + row_start, k_start])
                 else:
-                    a = tl.load(a_ptr + tl.cast(rows, tl.int64) * depth, mask=inside, other=0.0)
+                    a = tl.load(a_ptr + tl.cast(rows, tl.int64) * hidden_size, mask=inside, other=0.0)
                 z_q = tl.dot(a, b.to(a.dtype), z_q, input_precision="ieee")
         if ALIKE:  # see head._difference_
             z_q += z_p * tl.load(alike_ptr + row, mask=there, other=0.0)[:, None]
@@ -118,21 +118,21 @@ def _sweep_kernel(
             if HAS_TARGETS:
                 target_q = tl.maximum(target_q, tl.max(tl.where(hit, z_q, outside), 1))
             c, d, e, f, g, i, j, l = fold_block_pair(z_p, z_q)  # noqa: E741
-            max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
-                max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, c, d, e, f, g, i, j, l
+            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = merge_pair(
+                max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, c, d, e, f, g, i, j, l
             )
         else:
             c, d, e, _, _ = fold_block(finite(z_p))
-            max_p, sum_p, moment_p = merge(max_p, sum_p, moment_p, c, d, e)
+            max_p, sum_p, weighted_sum_p = merge(max_p, sum_p, weighted_sum_p, c, d, e)
 
     fields: tl.constexpr = 10 if PAIR else 4
     out = parts_ptr + tl.cast(split, tl.int64) * fields * rows + row
     tl.store(out + 3 * rows, target_p, mask=there)
     if PAIR:
         tl.store(out + 7 * rows, target_q, mask=there)
-        store_pair(out, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess)
+        store_pair(out, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess)
     else:
-        store_view(out, rows, there, max_p, sum_p, moment_p)
+        store_view(out, rows, there, max_p, sum_p, weighted_sum_p)
 
 
 @triton.jit
@@ -144,27 +144,27 @@ def _merge_parts_kernel(parts_ptr, stats_ptr, rows, splits, PAIR: tl.constexpr, 
     target_p = tl.load(parts + 3 * rows, mask=there, other=0.0)
     if PAIR:
         target_q = tl.load(parts + 7 * rows, mask=there, other=0.0)
-        max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = load_pair(parts, rows, there)
+        max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = load_pair(parts, rows, there)
     else:
-        max_p, sum_p, moment_p = load_view(parts, rows, there)
+        max_p, sum_p, weighted_sum_p = load_view(parts, rows, there)
     for _ in range(1, splits):
         parts += fields * rows
         target_p = tl.maximum(target_p, tl.load(parts + 3 * rows, mask=there, other=0.0))
         if PAIR:
             target_q = tl.maximum(target_q, tl.load(parts + 7 * rows, mask=there, other=0.0))
             a, b, c, d, e, f, g, h = load_pair(parts, rows, there)
-            max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess = merge_pair(
-                max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess, a, b, c, d, e, f, g, h
+            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = merge_pair(
+                max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, a, b, c, d, e, f, g, h
             )
         else:
             a, b, c = load_view(parts, rows, there)
-            max_p, sum_p, moment_p = merge(max_p, sum_p, moment_p, a, b, c)
+            max_p, sum_p, weighted_sum_p = merge(max_p, sum_p, weighted_sum_p, a, b, c)
     tl.store(out + 3 * rows, target_p, mask=there)
     if PAIR:
         tl.store(out + 7 * rows, target_q, mask=there)
-        store_pair(out, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess)
+        store_pair(out, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess)
     else:
-        store_view(out, rows, there, max_p, sum_p, moment_p)
+        store_view(out, rows, there, max_p, sum_p, weighted_sum_p)
 
 
 def configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _describable(stacked: Tensor, weight: Tensor) -> bool:
 
 def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) -> Tensor:
     count, columns = rows.stop - rows.start, source.columns
-    stacked, alike = source.stacked(rows)
+    stacked, shares_rounding = source.stacked(rows)
     h: Any = stacked
     w: Any = source.weight
     descriptors = _describable(h, w)
@@ -212,9 +212,9 @@ def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) 
     parts = torch.empty(splits, fields, count, device=stacked.device, dtype=torch.float32)
     scale = source.transform.logit_scale / source.transform.temperature
     _sweep_kernel[(blocks * splits,)](
-        h, w, None if source.bias is None else source.bias.contiguous(), alike, targets, parts,
-        source.first, count, columns, source.depth, source.weight.stride(0), source.weight.stride(1), span, splits,
-        scale, pair, source.bias is not None, targets is not None, alike is not None, descriptors,
+        h, w, None if source.bias is None else source.bias.contiguous(), shares_rounding, targets, parts,
+        source.first, count, columns, source.hidden_size, source.weight.stride(0), source.weight.stride(1), span,
+        splits, scale, pair, source.bias is not None, targets is not None, shares_rounding is not None, descriptors,
         GROUP=GROUP, **config,
     )  # fmt: skip
     if splits == 1:

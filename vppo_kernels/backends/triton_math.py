@@ -56,7 +56,7 @@ def base_of(top):
 
 @triton.jit
 def fold_block(z):
-    """One view, made finite: (max, sum, moment), and of each column its weight and its distance from the maximum."""
+    """One view, made finite: (max, sum, weighted_sum), and of each column its weight and its distance from the max."""
     top = tl.max(z, 1)
     shifted = z - base_of(top)[:, None]
     weights = tl.exp(shifted)
@@ -73,19 +73,19 @@ def gap_of(z_p, z_q, max_p, max_q):
 
 @triton.jit
 def fold_block_pair(z_p, z_q):
-    """Two views: (max, sum, moment) of p and of q, gap, excess."""
+    """Two views: (max, sum, weighted_sum) of p and of q, mean_diff, excess."""
     z_p, z_q = finite(z_p), finite(z_q)
-    max_p, sum_p, moment_p, weights, _ = fold_block(z_p)
-    max_q, sum_q, moment_q, _, shifted_q = fold_block(z_q)
+    max_p, sum_p, weighted_sum_p, weights, _ = fold_block(z_p)
+    max_q, sum_q, weighted_sum_q, _, shifted_q = fold_block(z_q)
     x = gap_of(z_p, z_q, base_of(max_p)[:, None], base_of(max_q)[:, None])
     hidden = (z_q == FLOOR) & (z_p != FLOOR)  # by the second view alone
     gaps = tl.where(hidden, float("inf"), weights * x)
-    gap = tl.where(sum_p > 0, tl.sum(gaps, 1) / sum_p, 0.0)
-    d = gap[:, None] - x
+    mean_diff = tl.where(sum_p > 0, tl.sum(gaps, 1) / sum_p, 0.0)
+    d = mean_diff[:, None] - x
     near = weights * phi(tl.minimum(d, 1.0))
-    far = tl.exp(shifted_q + gap[:, None]) - weights * (1 + d)  # exp(d) alone could overflow
+    far = tl.exp(shifted_q + mean_diff[:, None]) - weights * (1 + d)  # exp(d) alone could overflow
     excess = tl.sum(tl.where(d < 1.0, near, far), 1)
-    return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
+    return max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
 
 
 @triton.jit
@@ -95,14 +95,14 @@ def distance(part, whole):
 
 
 @triton.jit
-def merge(max_a, sum_a, moment_a, max_b, sum_b, moment_b):
+def merge(max_a, sum_a, weighted_sum_a, max_b, sum_b, weighted_sum_b):
     """Statistics of the union of two disjoint parts, one view."""
     top = tl.maximum(max_a, max_b)
     down_a, down_b = distance(max_a, top), distance(max_b, top)
     scale_a, scale_b = tl.exp(down_a), tl.exp(down_b)
     total = scale_a * sum_a + scale_b * sum_b
-    moment = scale_a * (moment_a + down_a * sum_a) + scale_b * (moment_b + down_b * sum_b)
-    return top, total, moment
+    weighted_sum = scale_a * (weighted_sum_a + down_a * sum_a) + scale_b * (weighted_sum_b + down_b * sum_b)
+    return top, total, weighted_sum
 
 
 @triton.jit
@@ -115,32 +115,32 @@ def move_excess(excess, weight, d, down, both):
 
 @triton.jit
 def merge_pair(
-    max_p_a, sum_p_a, moment_p_a, max_q_a, sum_q_a, moment_q_a, gap_a, excess_a,
-    max_p_b, sum_p_b, moment_p_b, max_q_b, sum_q_b, moment_q_b, gap_b, excess_b,
+    max_p_a, sum_p_a, moment_p_a, max_q_a, sum_q_a, moment_q_a, mean_diff_a, excess_a,
+    max_p_b, sum_p_b, moment_p_b, max_q_b, sum_q_b, moment_q_b, mean_diff_b, excess_b,
 ):  # fmt: skip
     """Statistics of the union of two disjoint parts, two views."""
-    max_p, sum_p, moment_p = merge(max_p_a, sum_p_a, moment_p_a, max_p_b, sum_p_b, moment_p_b)
-    max_q, sum_q, moment_q = merge(max_q_a, sum_q_a, moment_q_a, max_q_b, sum_q_b, moment_q_b)
+    max_p, sum_p, weighted_sum_p = merge(max_p_a, sum_p_a, moment_p_a, max_p_b, sum_p_b, moment_p_b)
+    max_q, sum_q, weighted_sum_q = merge(max_q_a, sum_q_a, moment_q_a, max_q_b, sum_q_b, moment_q_b)
     down_a, down_b = distance(max_p_a, max_p), distance(max_p_b, max_p)
     lower_a, lower_b = distance(max_q_a, max_q), distance(max_q_b, max_q)
-    mean_a, mean_b = gap_a + (down_a - lower_a), gap_b + (down_b - lower_b)
+    mean_a, mean_b = mean_diff_a + (down_a - lower_a), mean_diff_b + (down_b - lower_b)
     weight_a, weight_b = tl.exp(down_a) * sum_p_a, tl.exp(down_b) * sum_p_b
     total = tl.maximum(sum_p, 1.0e-37)
-    gap = tl.where(
+    mean_diff = tl.where(
         weight_a > weight_b,
         mean_a + weight_b / total * (mean_b - mean_a),
         mean_b + weight_a / total * (mean_a - mean_b),
     )
-    gap = tl.where(sum_p > 0, gap, 0.0)
-    gap = tl.where((gap_a == float("inf")) | (gap_b == float("inf")), float("inf"), gap)
-    excess = move_excess(excess_a, sum_p_a, gap - mean_a, down_a, lower_a + (gap - gap_a))
-    excess += move_excess(excess_b, sum_p_b, gap - mean_b, down_b, lower_b + (gap - gap_b))
-    return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
+    mean_diff = tl.where(sum_p > 0, mean_diff, 0.0)
+    mean_diff = tl.where((mean_diff_a == float("inf")) | (mean_diff_b == float("inf")), float("inf"), mean_diff)
+    excess = move_excess(excess_a, sum_p_a, mean_diff - mean_a, down_a, lower_a + (mean_diff - mean_diff_a))
+    excess += move_excess(excess_b, sum_p_b, mean_diff - mean_b, down_b, lower_b + (mean_diff - mean_diff_b))
+    return max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
 
 
 @triton.jit
 def load_view(packed, stride, there):
-    """(max, sum, moment) of one view from packed statistics, whose fields lie `stride` apart."""
+    """(max, sum, weighted_sum) of one view from packed statistics, whose fields lie `stride` apart."""
     max_, sum_ = tl.load(packed, mask=there, other=0.0), tl.load(packed + stride, mask=there, other=0.0)
     return max_, sum_, tl.load(packed + 2 * stride, mask=there, other=0.0)
 
@@ -148,23 +148,23 @@ def load_view(packed, stride, there):
 @triton.jit
 def load_pair(packed, stride, there):
     """What `merge_pair` takes of one part."""
-    max_p, sum_p, moment_p = load_view(packed, stride, there)
-    max_q, sum_q, moment_q = load_view(packed + 4 * stride, stride, there)
-    gap = tl.load(packed + 8 * stride, mask=there, other=0.0)
+    max_p, sum_p, weighted_sum_p = load_view(packed, stride, there)
+    max_q, sum_q, weighted_sum_q = load_view(packed + 4 * stride, stride, there)
+    mean_diff = tl.load(packed + 8 * stride, mask=there, other=0.0)
     excess = tl.load(packed + 9 * stride, mask=there, other=0.0)
-    return max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess
+    return max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
 
 
 @triton.jit
-def store_view(packed, stride, there, max_, sum_, moment):
+def store_view(packed, stride, there, max_, sum_, weighted_sum):
     tl.store(packed, max_, mask=there)
     tl.store(packed + stride, sum_, mask=there)
-    tl.store(packed + 2 * stride, moment, mask=there)
+    tl.store(packed + 2 * stride, weighted_sum, mask=there)
 
 
 @triton.jit
-def store_pair(packed, stride, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, gap, excess):
-    store_view(packed, stride, there, max_p, sum_p, moment_p)
-    store_view(packed + 4 * stride, stride, there, max_q, sum_q, moment_q)
-    tl.store(packed + 8 * stride, gap, mask=there)
+def store_pair(packed, stride, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess):
+    store_view(packed, stride, there, max_p, sum_p, weighted_sum_p)
+    store_view(packed + 4 * stride, stride, there, max_q, sum_q, weighted_sum_q)
+    tl.store(packed + 8 * stride, mean_diff, mask=there)
     tl.store(packed + 9 * stride, excess, mask=there)

@@ -45,17 +45,17 @@ inline Vec load_finite(const float* z, int count) { return max(all(kFloor), load
 
 View view_of(const float* z, int64_t columns) {
   const float top = largest(z, columns), base = base_of(top);
-  Vec total{}, moment{};
+  Vec total{}, weighted_sum{};
   each_vector(columns, [&](int64_t j, int n) {
     const Vec shifted = below(load(z + j, n, kOut), base), weight = exp_down(shifted);
     total += weight;
-    moment += weight * shifted;
+    weighted_sum += weight * shifted;
   });
-  return {top, sum(total), sum(moment)};
+  return {top, sum(total), sum(weighted_sum)};
 }
 
 // Both views of a block: one look for the weights, one for the excess about the mean gap. A block with masked words, or
-// with a gap whose exponential overflows, comes out with a gap that is not finite, or is large, unless it is taken as a
+// a gap whose exponential overflows, comes out with a mean that is not finite, or is large, unless it is taken as a
 // RARE one; so is one whose maxima lie apart.
 template <bool kRare>
 Pair pair_of(const float* z_p, const float* z_q, int64_t columns, float top_p, float top_q) {
@@ -67,7 +67,7 @@ Pair pair_of(const float* z_p, const float* z_q, int64_t columns, float top_p, f
   const auto gap_of = [&](Vec p, Vec q) {
     return kRare && apart ? (p - base_p) - (q - base_q) : (p - q) - between;
   };
-  Vec total_p{}, moment_p{}, total_q{}, moment_q{}, gaps{};
+  Vec total_p{}, weighted_sum_p{}, total_q{}, weighted_sum_q{}, gaps{};
   each_vector(columns, [&](int64_t j, int n) {
     const Vec p = at(z_p + j, n), q = at(z_q + j, n);
     const Vec shifted_p = below(p, base_p), weight_p = exp_down(shifted_p);
@@ -75,34 +75,34 @@ Pair pair_of(const float* z_p, const float* z_q, int64_t columns, float top_p, f
     store(weights_p + j, weight_p, n);
     store(weights_q + j, weight_q, n);
     total_p += weight_p;
-    moment_p += weight_p * shifted_p;
+    weighted_sum_p += weight_p * shifted_p;
     total_q += weight_q;
-    moment_q += weight_q * shifted_q;
+    weighted_sum_q += weight_q * shifted_q;
     gaps += weight_p * gap_of(p, q);
     if (kRare) {  // a word that q alone masks
       const Int hidden = (load(z_q + j, n, -INFINITY) == -INFINITY) & (load(z_p + j, n, -INFINITY) != -INFINITY);
       gaps = hidden ? all(INFINITY) : gaps;
     }
   });
-  const View p{top_p, sum(total_p), sum(moment_p)}, q{top_q, sum(total_q), sum(moment_q)};
-  const float gap = kRare && !(p.sum > 0.0f) ? 0.0f : sum(gaps) / p.sum;
-  // w_p phi(d) of the gap from the mean, d; away from 0 without an exponential: w_p exp(d) = w_q exp(gap)
-  const float lift = expf(gap);
+  const View p{top_p, sum(total_p), sum(weighted_sum_p)}, q{top_q, sum(total_q), sum(weighted_sum_q)};
+  const float mean_diff = kRare && !(p.sum > 0.0f) ? 0.0f : sum(gaps) / p.sum;
+  // w_p phi(d) of the gap from the mean, d; away from 0 without an exponential: w_p exp(d) = w_q exp(mean_diff)
+  const float lift = expf(mean_diff);
   Vec excess{};
   each_vector(columns, [&](int64_t j, int n) {
-    const Vec q = at(z_q + j, n), d = gap - gap_of(at(z_p + j, n), q);
+    const Vec q = at(z_q + j, n), d = mean_diff - gap_of(at(z_p + j, n), q);
     const Vec weight_p = load(weights_p + j, n, 0.0f), weight_q = load(weights_q + j, n, 0.0f);
-    const Vec lifted = kRare ? exp((q - base_q) + gap) : weight_q * lift;
+    const Vec lifted = kRare ? exp((q - base_q) + mean_diff) : weight_q * lift;
     excess += abs(d) < 0.5f ? weight_p * phi_near(d) : lifted - weight_p * (d + 1.0f);
   });
-  return {p, q, gap, sum(excess)};
+  return {p, q, mean_diff, sum(excess)};
 }
 
 Pair pair_of(const float* z_p, const float* z_q, int64_t columns) {
   const float top_p = largest(z_p, columns), top_q = largest(z_q, columns);
   if (fabsf(top_p - top_q) <= kApart) {
     const Pair pair = pair_of<false>(z_p, z_q, columns, top_p, top_q);
-    if (fabsf(pair.gap) < kMostGap) return pair;
+    if (fabsf(pair.mean_diff) < kMostGap) return pair;
   }
   return pair_of<true>(z_p, z_q, columns, top_p, top_q);
 }
@@ -114,7 +114,7 @@ View load_view(const Fields& packed, int first, int64_t row) {
 void store_view(const Fields& packed, int first, int64_t row, const View& view) {
   field(packed, first, row) = view.max;
   field(packed, first + 1, row) = view.sum;
-  field(packed, first + 2, row) = view.moment;
+  field(packed, first + 2, row) = view.weighted_sum;
 }
 
 // Calls `body(start, count)` for the blocks of a row.
@@ -146,7 +146,7 @@ void fold_pair(Tile tile, Targets targets, Fields stats, int64_t begin, int64_t 
     });
     store_view(stats, 0, row, pair.p);
     store_view(stats, 4, row, pair.q);
-    field(stats, 8, row) = pair.gap;
+    field(stats, 8, row) = pair.mean_diff;
     field(stats, 9, row) = pair.excess;
     const int64_t target = target_column(targets, row, tile.columns);
     if (target >= 0) {
@@ -170,22 +170,22 @@ struct Row {
 // Both finished views of one row, and `log(p / q) - KL(p || q)`, how far a gap is from the mean gap.
 struct Rows {
   Row p, q;
-  float between, gap, kl;
+  float between, mean_diff, kl;
   bool apart;
 
   Rows(const Fields& packed, int64_t row)
-      : p(packed, 0, row), q(packed, 4, row), between(p.max - q.max), gap(field(packed, 8, row)),
+      : p(packed, 0, row), q(packed, 4, row), between(p.max - q.max), mean_diff(field(packed, 8, row)),
         kl(field(packed, 9, row)), apart(fabsf(between) > kApart) {}
 
   Vec centred(Vec z_p, Vec z_q) const {
-    return (apart ? (z_p - p.max) - (z_q - q.max) : (z_p - z_q) - between) - gap;
+    return (apart ? (z_p - p.max) - (z_q - q.max) : (z_p - z_q) - between) - mean_diff;
   }
 
   // `log(p / q)`, from the gap about the mean gap where that has more digits.
   Vec log_ratio(Vec centred, Vec log_p, Vec log_q) const { return kl > kApart ? log_p - log_q : centred + kl; }
 };
 
-void fold_jsd(Tile tile, Fields pair, Fields halves, int64_t begin, int64_t end) {
+void fold_jsd(Tile tile, Fields pair, Fields jsd_terms, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const float *const z_p = row_of(tile, 0, row), *const z_q = row_of(tile, 1, row);
     const Rows both(pair, row);
@@ -198,8 +198,8 @@ void fold_jsd(Tile tile, Fields pair, Fields halves, int64_t begin, int64_t end)
       half_p += exp_down(log_p) * of_p;
       half_q += exp_down(log_q) * of_q;
     });
-    field(halves, 0, row) += sum(half_p);
-    field(halves, 1, row) += sum(half_q);
+    field(jsd_terms, 0, row) += sum(half_p);
+    field(jsd_terms, 1, row) += sum(half_q);
   }
 }
 
@@ -231,7 +231,7 @@ void gradient(Tile tile, Fields view, Targets targets, Fields grads, Slope slope
 }
 
 template <bool kJsd>
-void gradient_rows(Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope, int64_t begin,
+void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope, int64_t begin,
                    int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     float *const z_p = row_of(tile, 0, row), *const z_q = row_of(tile, 1, row);
@@ -239,7 +239,7 @@ void gradient_rows(Tile tile, Fields pair, Fields halves, Targets targets, Field
     const float scale = field(grads, 0, row), of_entropy_p = field(grads, 1, row), of_entropy_q = field(grads, 2, row);
     const float of_logprob_p = targets.data == nullptr ? 0.0f : field(grads, 3, row);
     const float of_logprob_q = targets.data == nullptr ? 0.0f : field(grads, 4, row);
-    const float half_p = kJsd ? field(halves, 0, row) : 0.0f, half_q = kJsd ? field(halves, 1, row) : 0.0f;
+    const float half_p = kJsd ? field(jsd_terms, 0, row) : 0.0f, half_q = kJsd ? field(jsd_terms, 1, row) : 0.0f;
     const int64_t target = target_column(targets, row, tile.columns);
     const float more_p = at_target(z_p, target, of_logprob_p, slope);
     const float more_q = at_target(z_q, target, of_logprob_q, slope);
@@ -269,10 +269,10 @@ void gradient_rows(Tile tile, Fields pair, Fields halves, Targets targets, Field
   }
 }
 
-void gradient_pair(Tile tile, Fields pair, Fields halves, Targets targets, Fields grads, Slope slope, int64_t begin,
+void gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope, int64_t begin,
                    int64_t end) {
-  (halves.data == nullptr ? gradient_rows<false> : gradient_rows<true>)(tile, pair, halves, targets, grads, slope, begin,
-                                                                        end);
+  const auto rows = jsd_terms.data == nullptr ? gradient_rows<false> : gradient_rows<true>;
+  rows(tile, pair, jsd_terms, targets, grads, slope, begin, end);
 }
 
 }  // namespace

@@ -23,8 +23,8 @@ from vppo.batch import Batch, View
 from vppo.cached_prompts import cache_name
 from vppo.heads import logit_options
 from vppo.packed_rows import refusal
-from vppo.passes import Footprint, ResponsePasses
 from vppo.perturbations import Perturbation, PixelLayout, seeded
+from vppo.prefix_sharing import Footprint, ResponsePasses
 from vppo.scoring import score
 
 NAMES = [f.name for f in families.FAMILIES]

@@ -36,7 +36,7 @@ def _enter(rank: int, worker: Any, store: str, processes: int, *arguments: Any) 
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> Views:
-    views = make_views(rows=9, vocab=PADDED, depth=12, dtype=dtype)
+    views = make_views(rows=9, vocab=PADDED, hidden_size=12, dtype=dtype)
     views.targets %= VOCAB
     return views.grad()
 
@@ -192,7 +192,7 @@ def test_a_split_vocabulary_on_other_backends(tmp_path: Path, name: str) -> None
 
 def ranks_cut_alike(rank: int) -> None:
     """One rank holds nearly everything, and the workspace is too small for all rows at a time."""
-    views = make_views(rows=300, vocab=3000, depth=4)
+    views = make_views(rows=300, vocab=3000, hidden_size=4)
     mine = slice(0, 100) if rank == 0 else slice(100, 3000)
     with workspace_limit(1 << 20):
         one = linear_divergence(views.hidden, views.perturbed, views.weight, kind="jsd")
@@ -234,7 +234,7 @@ def test_a_weight_that_is_a_sharded_tensor(tmp_path: Path) -> None:
 class Head(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(make_views(rows=1, vocab=PADDED, depth=12).weight)
+        self.weight = nn.Parameter(make_views(rows=1, vocab=PADDED, hidden_size=12).weight)
 
     def forward(self, hidden: Tensor, perturbed: Tensor) -> Tensor:
         return linear_divergence(hidden, perturbed, self.weight, vocab_size=VOCAB).divergence.sum()
@@ -252,7 +252,7 @@ class Model(nn.Module):
 
 def fully_sharded(rank: int, own_unit: bool) -> None:
     """Every rank has rows of its own; FSDP averages the gradients of the ranks."""
-    rows = [make_views(rows=5 + r, vocab=PADDED, depth=12, seed=r) for r in range(2)]
+    rows = [make_views(rows=5 + r, vocab=PADDED, hidden_size=12, seed=r) for r in range(2)]
     plain = Model()
     (sum(plain(v.hidden, v.perturbed) for v in rows) / 2).backward()
     model = Model()

@@ -1,7 +1,7 @@
 """Where logits come from: hidden states and a head, or logits that the caller already holds.
 
-A source hands out tiles of finished logits, `[views, rows, columns]`, and takes back the gradient of such a tile. It is
-all that a sweep over the vocabulary knows about its inputs.
+A source hands out tiles of transformed logits, `[views, rows, columns]`, and takes back the gradient of such a tile. It
+is all that a sweep over the vocabulary knows about its inputs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks
-from vppo_kernels.parallel import Shard, sum_ranks
+from vppo_kernels import arguments
 from vppo_kernels.precision import exact_float32
+from vppo_kernels.vocab_parallel import Shard, sum_ranks
 
 MOST_SCALE = 1e30  # of logits: what they are multiplied by must leave them, and their gradient, within float32
 
@@ -30,10 +30,10 @@ class LogitTransform:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        checks.positive("temperature", self.temperature)
-        checks.finite("logit_scale", self.logit_scale)
+        arguments.positive("temperature", self.temperature)
+        arguments.finite("logit_scale", self.logit_scale)
         if self.softcap is not None:
-            checks.positive("softcap", self.softcap)
+            arguments.positive("softcap", self.softcap)
         ratios = [("temperature", "logit_scale / temperature", abs(self.logit_scale) / self.temperature)]
         if self.softcap is not None:
             ratios = [
@@ -62,7 +62,7 @@ class LogitTransform:
         return tile if scale == 1.0 else tile.mul_(scale)
 
     def slope(self, tile: Tensor) -> Tensor | float:
-        """Derivative of finished logits by raw ones, from the finished ones."""
+        """Derivative of transformed logits by raw ones, from the transformed ones."""
         scale = self.logit_scale / self.temperature
         if self.softcap is None:
             return scale
@@ -76,8 +76,8 @@ class Source(Protocol):
         views: 1 or 2.
         rows: Rows that take part: all, or in a backward the active ones.
         columns: Vocabulary columns that this process holds, the first of which is `first` of the whole vocabulary.
-        widest: The most columns that any rank holds.
-        depth: Inner dimension of the matrix products, 0 if there are none.
+        max_columns: The most columns that any rank holds.
+        hidden_size: Inner dimension of the matrix products, 0 if there are none.
         dtype: Of the logits: float32, or float64 for float64 inputs.
         transform: What follows the projection.
     """
@@ -86,15 +86,15 @@ class Source(Protocol):
     rows: int
     columns: int
     first: int
-    widest: int
+    max_columns: int
     group: str
-    depth: int
+    hidden_size: int
     device: torch.device
     dtype: torch.dtype
     transform: LogitTransform
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        """Fill `out`, `[views, rows, columns]`, with finished logits."""
+        """Fill `out`, `[views, rows, columns]`, with transformed logits."""
         ...
 
     def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
@@ -103,8 +103,8 @@ class Source(Protocol):
 
 
 NarrowProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""`product(first, second, alike, weight, out)` of bfloat16 `[r, D]`, `[r or r - 1, D]` and `[V, D]` fills `out`,
-`[rows, V]` float32; `alike`, `[r]` bool, says which second rows are to be rounded as the first ones beside them are."""
+"""`product(first, second, shares_rounding, weight, out)` of bfloat16 `[r, D]`, `[r or r - 1, D]` and `[V, D]` fills
+`out`, `[rows, V]` float32; `shares_rounding`, `[r]` bool: which second rows are rounded as the first ones beside."""
 
 
 def logit_dtype(*tensors: Tensor) -> torch.dtype:
@@ -140,9 +140,9 @@ def _difference_(hidden: Tensor, perturbed: Tensor) -> Tensor:
     several times that of one addition, is the same in both views and drops out of the divergence.
     """
     difference = perturbed - hidden
-    alike = _norm(difference) < 0.5 * _norm(perturbed)
-    torch.where(alike, difference, perturbed, out=perturbed)
-    return alike.to(hidden.dtype)
+    shares_rounding = _norm(difference) < 0.5 * _norm(perturbed)
+    torch.where(shares_rounding, difference, perturbed, out=perturbed)
+    return shares_rounding.to(hidden.dtype)
 
 
 def _norm(rows: Tensor) -> Tensor:
@@ -184,8 +184,12 @@ class LinearHead:
         # kernels read memory, where a view that torch negates when it reads it has the other sign
         self.hidden, self.weight = [h.resolve_neg() for h in hidden], weight.resolve_neg()
         self.bias, self.transform, self.active = bias, transform, active
-        self.first, self.columns, self.widest, _, self.group = shard
-        self.views, self.rows, self.depth = len(hidden), len(hidden[0] if active is None else active), weight.shape[1]
+        self.first, self.columns, self.max_columns, _, self.group = shard
+        self.views, self.rows, self.hidden_size = (
+            len(hidden),
+            len(hidden[0] if active is None else active),
+            weight.shape[1],
+        )
         self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
         # only CUDA multiplies 16-bit operands, equal ones, with a sum in float32; all else goes to the logits' dtype
         narrow = weight.is_cuda and all(h.dtype == weight.dtype for h in hidden)
@@ -196,7 +200,7 @@ class LinearHead:
         if wants is not None:
             want_hidden, want_weight, want_bias = wants
             self._grad_hidden = [
-                h.new_zeros(self.rows, self.depth, dtype=self.dtype) if want else None
+                h.new_zeros(self.rows, self.hidden_size, dtype=self.dtype) if want else None
                 for h, want in zip(hidden, want_hidden, strict=True)
             ]
             self.grad_weight = torch.zeros_like(weight) if want_weight else None
@@ -224,24 +228,24 @@ class LinearHead:
         return out
 
     def _multiply(self, rows: slice, weight: Tensor, out: Tensor) -> None:
-        stacked, alike = self.stacked(rows)
+        stacked, shares_rounding = self.stacked(rows)
         weight = weight.to(self.product_dtype).T
         if stacked.dtype == out.dtype:
             torch.mm(stacked, weight, out=out)
         else:
             torch.ops.aten.mm.dtype_out(stacked, weight, out.dtype, out=out)
-        if alike is not None:
+        if shares_rounding is not None:
             first, second = out.chunk(2)
-            second.addcmul_(first, alike)
+            second.addcmul_(first, shares_rounding)
 
     def _multiply_narrow(self, rows: slice, weight: Tensor, out: Tensor) -> None:
         assert self._narrow_product is not None
-        _, alike = self.stacked(rows)
+        _, shares_rounding = self.stacked(rows)
         picked = self._picked(rows)
         first, second = picked if self.views == 2 else picked[0].tensor_split(2)
-        if alike is None:
-            alike = first.new_zeros(len(first))
-        self._narrow_product(first, second, alike.flatten().bool(), weight, out)
+        if shares_rounding is None:
+            shares_rounding = first.new_zeros(len(first))
+        self._narrow_product(first, second, shares_rounding.flatten().bool(), weight, out)
 
     def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
         weight = self.weight[columns].to(self.product_dtype)
@@ -252,9 +256,11 @@ class LinearHead:
         if self._grad_bias is not None:
             self._grad_bias[columns] += grad.sum((0, 1))
         if self.grad_weight is not None:
-            stacked, alike = self.stacked(rows)
-            if alike is not None:  # the second view's hidden states are the first's plus what stands in the stack
-                narrow[0].addcmul_(narrow[1], alike)
+            stacked, shares_rounding = self.stacked(rows)
+            if (
+                shares_rounding is not None
+            ):  # the second view's hidden states are the first's plus what stands in the stack
+                narrow[0].addcmul_(narrow[1], shares_rounding)
             self._accumulate_weight(columns, narrow.view(-1, narrow.shape[-1]).T, stacked)
 
     def _accumulate_weight(self, columns: slice, grad: Tensor, stacked: Tensor) -> None:
@@ -285,7 +291,7 @@ class LinearHead:
 class GivenLogits:
     """Logits that the caller holds, one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
 
-    depth = 0
+    hidden_size = 0
 
     def __init__(
         self,
@@ -296,7 +302,7 @@ class GivenLogits:
         wants: tuple[bool, ...] | None = None,
     ) -> None:
         self.raw, self.transform, self.active = raw, transform, active
-        self.first, self.columns, self.widest, _, self.group = shard
+        self.first, self.columns, self.max_columns, _, self.group = shard
         self.views, self.rows = len(raw), len(raw[0] if active is None else active)
         self.device, self.dtype = raw[0].device, logit_dtype(*raw)
         if wants is not None:

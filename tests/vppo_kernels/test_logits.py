@@ -1,4 +1,4 @@
-"""From hidden states to finished logits, and the slope on the way back."""
+"""From hidden states to transformed logits, and the slope on the way back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from support.views import make_views
 
 from vppo_kernels import reference
-from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform
-from vppo_kernels.parallel import Shard
+from vppo_kernels.logits import GivenLogits, LinearHead, LogitTransform
+from vppo_kernels.vocab_parallel import Shard
 
 TRANSFORMS = {
     "none": {},
@@ -33,7 +33,7 @@ def test_transform_and_its_slope(options: dict) -> None:
 @pytest.mark.parametrize("active", [None, torch.tensor([8, 0, 3, 9])], ids=["all rows", "some"])
 @pytest.mark.parametrize("columns", [slice(0, 100), slice(13, 14), slice(37, 95)], ids=str)
 def test_any_tile_of_a_head(active: torch.Tensor | None, columns: slice) -> None:
-    views = make_views(rows=10, vocab=100, depth=8, dtype=torch.float64)
+    views = make_views(rows=10, vocab=100, hidden_size=8, dtype=torch.float64)
     options = dict(temperature=0.9, softcap=20.0)
     hidden = [views.hidden, views.perturbed]
     plain = torch.stack(views.logits(bias=True, **options))

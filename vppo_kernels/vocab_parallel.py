@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vppo_kernels import checks
+from vppo_kernels import arguments
 
 CHECKSUM_TOLERANCE = 1e-3  # relative: the same hidden states, whatever order their reductions had
 
@@ -31,14 +31,14 @@ class Shard(NamedTuple):
     Attributes:
         first: Vocabulary index of its first column.
         columns: How many columns it holds, without padding.
-        widest: The most that any rank holds: row blocks are cut by it, so that all ranks cut alike.
+        max_columns: The most that any rank holds: row blocks are cut by it, so that all ranks cut alike.
         total: Size of the whole vocabulary.
         group: Name of the process group; "" for a vocabulary that is whole.
     """
 
     first: int
     columns: int
-    widest: int
+    max_columns: int
     total: int
     group: str = ""
 
@@ -71,7 +71,7 @@ def shard_of(
             )
         sizes = _sizes(process_group, views, local, of, {**same, "vocab_size": vocab_size})
         rank, name = dist.get_rank(process_group), process_group.group_name
-    checks.vocabulary(vocab_size, sum(sizes), f"the vocabulary that {of} holds")
+    arguments.vocabulary(vocab_size, sum(sizes), f"the vocabulary that {of} holds")
     total = sum(sizes) if vocab_size is None else vocab_size
     firsts = [sum(sizes[:r]) for r in range(len(sizes))]
     held = [min(max(total - first, 0), size) for first, size in zip(firsts, sizes, strict=True)]
@@ -153,7 +153,7 @@ def gather_columns(local: Tensor, shard: Shard) -> Tensor:
         return local
     group = _group(shard.group)
     widths = _gather(torch.tensor([shard.columns], device=local.device), group)
-    padded = torch.nn.functional.pad(local, (0, shard.widest - shard.columns))
+    padded = torch.nn.functional.pad(local, (0, shard.max_columns - shard.columns))
     return torch.cat([part[:, : int(w)] for part, w in zip(_gather(padded, group), widths, strict=True)], dim=1)
 
 

@@ -16,7 +16,7 @@ from vppo.analysis.options import AnalysisOptions
 from vppo.analysis.sampling import Sampler, end_tokens, with_transformers, with_vllm
 from vppo.errors import InputError
 from vppo.loading import check_device, load_model, load_processor
-from vppo.passes import GIB, ResponsePasses
+from vppo.prefix_sharing import GIB, ResponsePasses
 
 
 class Subject:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo_kernels import checks, tiling
+from vppo_kernels import arguments, tiling
 from vppo_kernels.backends import narrow_product, resolve
-from vppo_kernels.head import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
-from vppo_kernels.parallel import Shard
+from vppo_kernels.logits import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
 from vppo_kernels.statistics import unpack_pair, unpack_softmax
+from vppo_kernels.vocab_parallel import Shard
 
 FIELDS = {"logprob": 4, "kl": 10, "reverse_kl": 10, "jsd": 12}  # rows of `saved`
 
@@ -22,8 +22,8 @@ def _order(kind: str, both: Any) -> Any:
 
 
 def _shard(numbers: list[int], group: str) -> Shard:
-    first, columns, widest, total = numbers
-    return Shard(first, columns, widest, total, group)
+    first, columns, max_columns, total = numbers
+    return Shard(first, columns, max_columns, total, group)
 
 
 def _outputs(kind: str, targets: Tensor | None) -> int:
@@ -76,12 +76,14 @@ def run_sweep(
             saved = tiling.forward(source, module, targets, workspace, fuse=not gradient)
             view = unpack_softmax(saved)
             return torch.stack([view.logprobs, view.entropy]), saved
-        packed, halves = tiling.forward_pair(source, module, targets, workspace, jsd=kind == "jsd", fuse=not gradient)
+        packed, jsd_terms = tiling.forward_pair(
+            source, module, targets, workspace, jsd=kind == "jsd", fuse=not gradient
+        )
     pair = unpack_pair(packed)
-    value = pair.kl if halves is None else (0.5 * (halves[0] + halves[1])).clamp_min(0.0)
+    value = pair.kl if jsd_terms is None else (0.5 * (jsd_terms[0] + jsd_terms[1])).clamp_min(0.0)
     first, second = _order(kind, (pair.p, pair.q))
     rows = [value, first.entropy, second.entropy, first.logprobs, second.logprobs]
-    saved = packed if halves is None else torch.cat([packed, halves])
+    saved = packed if jsd_terms is None else torch.cat([packed, jsd_terms])
     return torch.stack(rows[: _outputs(kind, targets)]), saved
 
 
@@ -127,8 +129,8 @@ def run_sweep_backward(
             assert targets is not None
             tiling.backward(source, module, saved, targets, grad, workspace)
         else:
-            halves = saved[10:] if kind == "jsd" else None
-            tiling.backward_pair(source, module, saved[:10], halves, targets, grad, workspace)
+            jsd_terms = saved[10:] if kind == "jsd" else None
+            tiling.backward_pair(source, module, saved[:10], jsd_terms, targets, grad, workspace)
     grad_views, *grad_head = source.gradients()
     grads = [*_order(kind, grad_views), *grad_head][: len(wants)]
     return [grad.new_empty(0) if g is None else g for g in grads]
@@ -163,7 +165,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     Raises:
         NotImplementedError: It asks for forward mode.
     """
-    checks.reverse_mode(*tensors)
+    arguments.reverse_mode(*tensors)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
