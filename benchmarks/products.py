@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from vppo_kernels.backends import available, narrow_product, resolve
+from vppo_kernels.backends import available, resolve
 
 ROWS, COLUMNS, WIDTH, ROUNDS = 1024, 2048, 1536, 25  # a tile of the divergence of 512 rows; it stays in the cache
 
@@ -27,7 +27,7 @@ def products() -> dict[str, Callable[[], object]]:
         "float32 of converted weight, torch": lambda: torch.mm(wide_rows, weight.float().T, out=out),
         "bfloat16 rounded to bfloat16, torch": lambda: torch.mm(rows, weight.T, out=narrow_out),
     }
-    product = narrow_product(resolve("native", rows.device, out.dtype)) if "native" in available() else None
+    product = resolve("native", rows.device, out.dtype).product if "native" in available() else None
     if product is not None:
         first, second = rows.chunk(2)
         alike = torch.ones(len(first), dtype=torch.bool)

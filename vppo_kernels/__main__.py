@@ -42,7 +42,7 @@ def _libraries() -> Iterator[tuple[str, str]]:
 def _backends() -> Iterator[tuple[str, str]]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float32, torch.float64):
-            auto = backends.resolve("auto", torch.device(device), dtype).__name__.rpartition(".")[2]
+            auto = backends.resolve("auto", torch.device(device), dtype).name
             names = ", ".join(backends.available(device, dtype))
             yield f"{device}, {str(dtype).removeprefix('torch.')}", f"{names}; auto is {auto}"
 

@@ -17,12 +17,12 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value!r}, takes a finite number above 0")
 
 
-def denominator(value: Any, look: bool) -> None:
-    """What a loss is divided by: a number above 0, or a tensor of one, whose value is looked at where that is free."""
+def denominator(value: Any, check_values: bool) -> None:
+    """What a loss is divided by: a number above 0, or a tensor of one, whose value is checked where that is free."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"denominator: got a tensor of shape {list(value.shape)}, takes one of a single number")
-        if look and value.device.type == "cpu" and not 0 < value.item() < math.inf:
+        if check_values and value.device.type == "cpu" and not 0 < value.item() < math.inf:
             raise ValueError(f"denominator: got {value.item()!r}, takes a finite number above 0")
     elif value is not None:
         positive("denominator", value)

@@ -31,6 +31,10 @@ class Padded:
         """Values of trajectories, `[B]`, at each of their tokens."""
         return values.unsqueeze(1).expand(self.shape)
 
+    def expand(self, values: Tensor) -> Tensor:
+        """Values of trajectories, `[B]`, or of tokens as those of tokens."""
+        return self.spread(values) if values.dim() == 1 else values
+
     def as_rows(self, values: Tensor) -> Tensor:
         """Values of tokens as the matrix that kernels take."""
         return values
@@ -64,6 +68,9 @@ class Packed:
 
     def spread(self, values: Tensor) -> Tensor:
         return torch.cat([values, values.new_zeros(1)])[self.row]
+
+    def expand(self, values: Tensor) -> Tensor:
+        return self.spread(values) if values.shape[0] == self.count else values
 
     def as_rows(self, values: Tensor) -> Tensor:
         return values.unsqueeze(0)

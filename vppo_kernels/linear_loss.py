@@ -1,4 +1,4 @@
-"""A loss of log-probabilities and entropies, from hidden states: its gradient is made in the forward.
+"""The VPPO loss of a batch from hidden states: its gradient is made in the forward.
 
 The loss of a batch needs only two numbers per row, so torch differentiates it as it is written. What it gives, the
 gradient of each row's log-probability and entropy, is all that the logits' gradient waits for: where the logits of all
@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vppo_kernels import tiling
-from vppo_kernels.backends import narrow_product, resolve
+from vppo_kernels import arguments, backends, tiling, vocab_parallel
+from vppo_kernels.backends.protocols import LossInputs, LossOptions
+from vppo_kernels.layout import layout_of
 from vppo_kernels.logits import LinearHead, LogitTransform, full_precision, logit_dtype
+from vppo_kernels.logprob import logprobs_of_rows
+from vppo_kernels.loss import Metrics, Reduction, check_tokens, loss_and_metrics, shaped_by
+from vppo_kernels.shaping import ScaleOptions, TrajectoryStats
 from vppo_kernels.statistics import unpack_softmax
+from vppo_kernels.sweep import wants_gradient
 from vppo_kernels.vocab_parallel import Shard, max_ranks
 
 FLOAT16_TOP = 2.0**15  # half of float16's largest number
@@ -60,9 +65,9 @@ class LinearLoss(torch.autograd.Function):
         workspace: int,
     ) -> Tensor:
         wants = ctx.needs_input_grad
-        module = resolve(backend, weight.device, logit_dtype(hidden, weight))
+        chosen = backends.resolve(backend, weight.device, logit_dtype(hidden, weight))
         want_head = (wants[0],), wants[1], wants[2]
-        source = LinearHead([hidden], weight, bias, transform, shard, None, want_head, narrow_product(module))
+        source = LinearHead([hidden], weight, bias, transform, shard, None, want_head, chosen.product)
         found: list[Tensor] = []  # the loss, and what its gradients are multiplied by until the backward
         half = len(hidden) > 0 and torch.float16 in (hidden.dtype, weight.dtype)
 
@@ -77,7 +82,7 @@ class LinearLoss(torch.autograd.Function):
             return stacked * found[1]
 
         with full_precision(weight.device):
-            tiling.forward_backward(source, module, targets, derivative, workspace)
+            tiling.forward_backward(source, chosen.tiles, targets, derivative, workspace)
             (ctx.grad_hidden,), ctx.grad_weight, ctx.grad_bias = source.gradients()
         loss, ctx.scale = found
         return loss
@@ -91,3 +96,146 @@ class LinearLoss(torch.autograd.Function):
         del ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias  # in place: another copy of the weight's would be large
         factor = upstream / ctx.scale
         return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 6
+
+
+def linear_vppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    dependency: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    keep_ratio: float = 0.4,
+    scale_min: float = 0.9,
+    scale_max: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    clip_dual: float | None = None,
+    loss_agg: str = "token-mean",
+    denominator: Tensor | float | None = None,
+    nll_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    is_weights: Tensor | None = None,
+    has_image: Tensor | None = None,
+    stats: TrajectoryStats | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    process_group: Any = None,
+    stats_group: Any = None,
+    backend: str = "auto",
+    check: bool | None = None,
+) -> tuple[Tensor, Metrics]:
+    """`vppo_loss` from hidden states: only the rows that can carry gradient meet the weight.
+
+    A token whose shaped advantage is 0 (padding, filtered, zero-advantage group) is dropped before the first product,
+    unless an entropy, likelihood or reference term asks for every response token. The gradient is made in the forward,
+    while the logits are there (with `check=True` and with loss_agg "none" in the backward, from recomputed ones), and
+    handed out once: a second backward raises.
+
+    Which tokens are dropped depends on values, and `torch.compile` knows none: in code that it traces all rows meet the
+    weight once, in the forward, and only those that carry gradient again, in the backward. Loss, gradients and metrics
+    are the same.
+
+    Args:
+        hidden: `[B, T, D]` hidden states that predict the response tokens, or `[total, D]` with `cu_seqlens`; not read
+            where they are dropped.
+        weight: `[V, D]`.
+        targets: `[B, T]` or `[total]` response tokens; any value where `mask` is 0.
+        old_logprobs, advantages, mask, dependency, cu_seqlens: As in `vppo_loss`.
+        bias: `[V]` or None.
+        temperature, logit_scale, softcap, vocab_size, process_group, backend: As in `linear_divergence`.
+        stats_group: Statistics over all ranks of this group, as in `vppo_advantages`. Ranks that share a vocabulary
+            (`process_group`) hold the same trajectories, so they belong to different groups of this kind.
+        check: As in `topk_mask`; True also compares a sample of rows with the definition.
+        (others): As in `vppo_loss`; the entropies are computed here.
+
+    Returns:
+        As `vppo_loss`, with the same values. Differentiable, once, in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
+    """
+    scaling = ScaleOptions(scale_min, scale_max, stats, stats_group)
+    options = LossOptions(clip_low, clip_high, clip_dual, nll_coef, entropy_coef, kl_coef)
+    reduction = Reduction(loss_agg, denominator)
+    arguments.fraction("keep_ratio", keep_ratio)
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    weight, bias, process_group = vocab_parallel.localize(weight, bias, process_group)
+    hidden = vocab_parallel.local_hidden("hidden", hidden)
+    vocab_parallel.check_group("process_group", process_group)
+    arguments.head(hidden, weight, bias, empty=process_group is not None)
+    layout = layout_of("old_logprobs", old_logprobs, cu_seqlens, check)
+    if kl_coef and ref_logprobs is None:
+        raise ValueError("ref_logprobs: got None, takes [B, T] log-probabilities where kl_coef is not 0")
+    leading, takes = hidden.shape[:-1], "[total, D] with cu_seqlens" if layout.packed else "[B, T, D]"
+    if len(leading) != old_logprobs.dim():
+        raise ValueError(f"hidden: got shape {list(hidden.shape)}, takes {takes}")
+    arguments.shape("old_logprobs", old_logprobs, tuple(leading), "the leading dimensions of hidden")
+    arguments.same_device("old_logprobs", old_logprobs, weight.device, "weight")
+    arguments.tensor("targets", targets)
+    arguments.shape("targets", targets, tuple(leading), "the leading dimensions of hidden")
+    arguments.same_device("targets", targets, weight.device, "weight")
+    valid = layout.within(arguments.token_mask(mask, old_logprobs))
+    check_values = arguments.wanted(check, old_logprobs)
+    tensors = (old_logprobs, advantages, dependency, ref_logprobs, is_weights, hidden, weight, bias)
+    # `backend` names first of all what sweeps, which may take float64 where kernels of tokens do not
+    double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tensors)
+    ops = backends.token_ops("torch" if double else backend, old_logprobs)
+    shaped = shaped_by(dependency, advantages, valid, has_image, keep_ratio, scaling, layout, ops, check_values)
+    tokens = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "is_weights": is_weights}
+    for name, value in tokens.items():
+        check_tokens(name, value, valid, check_values)
+    old, ref, weights = (None if x is None else x.detach() for x in tokens.values())
+    assert old is not None
+
+    needed = valid if options.every_token else valid & (shaped.advantages != 0)
+    tracing = torch.compiler.is_compiling()
+    rows = None if tracing else needed.nonzero(as_tuple=True)
+    chosen = hidden.flatten(0, -2) if rows is None else hidden[rows]
+    targets = torch.where(valid, targets, 0)
+    same = transform.arguments() | dict(targets=targets, backend=backend, workspace_limit=tiling.current_workspace())
+    shard = vocab_parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight", same)
+    arguments.indices("targets", targets, leading, shard.total, weight.device, check_values)
+    chosen_targets = targets.flatten() if rows is None else targets[rows]
+    if check_values:
+        arguments.all_finite("hidden", hidden, needed)
+    metrics: Metrics = {}
+
+    def placed(values: Tensor, rest: Tensor) -> Tensor:
+        return torch.where(needed, values.view(leading), rest) if rows is None else rest.index_put(rows, values)
+
+    def loss_of(row_logprobs: Tensor, row_entropy: Tensor) -> Tensor:
+        # a dropped token has ratio 1 and advantage 0
+        logprobs = placed(row_logprobs, old.to(row_logprobs.dtype))
+        entropy = placed(row_entropy, torch.zeros_like(logprobs)) if entropy_coef else None
+        inputs = LossInputs(
+            logprobs, old, shaped.advantages, shaped.keep, valid, entropy, ref, weights, dependency
+        )  # fmt: skip
+        loss, found = loss_and_metrics(inputs, shaped.alpha, has_image, options, reduction, layout, ops)
+        metrics.update(found)
+        return loss
+
+    if tracing or check or loss_agg == "none" or not wants_gradient(hidden, weight, bias):
+        return loss_of(
+            *logprobs_of_rows(chosen, weight, bias, chosen_targets, transform, shard, backend, bool(check))
+        ), metrics
+    loss = LinearLoss.apply(
+        chosen,
+        weight,
+        bias,
+        chosen_targets.long(),
+        loss_of,
+        transform,
+        shard,
+        backend,
+        tiling.current_workspace(),
+    )
+    return loss, metrics

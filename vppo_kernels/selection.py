@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from vppo_kernels import arguments, backends
-from vppo_kernels.layout import Layout, Packed, layout_of
-
-
-def keep_counts(lengths: Tensor, keep_ratio: float) -> Tensor:
-    """`ceil(keep_ratio * n)` of each length, as int64 on its device."""
-    # 0.07 * 100 is 7.000000000000001 in binary: step below the rounding before the ceiling
-    return torch.ceil(lengths.double() * keep_ratio * (1 - 2**-40)).long()
+from vppo_kernels.layout import Layout, layout_of
 
 
 def _checked(
@@ -26,48 +18,6 @@ def _checked(
     if arguments.wanted(check, scores):
         arguments.all_finite("scores", scores, valid)
     return valid, layout
-
-
-def _padding_last(scores: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, scores.clamp_min(torch.finfo(scores.dtype).min), -math.inf)
-
-
-def _select(scores: Tensor, valid: Tensor, keep_ratio: float) -> Tensor:
-    order = _padding_last(scores, valid).sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
-    return (rank < keep_counts(valid.sum(1), keep_ratio).unsqueeze(1)) & valid
-
-
-def _select_packed(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Packed) -> Tensor:
-    order = _padding_last(scores, valid).sort(descending=True, stable=True).indices
-    order = order[layout.row[order].sort(stable=True).indices]  # by row, then by score, then by place
-    first = layout.spread(layout.offsets[:-1] - layout.offsets[0])  # in this order; what is in no row comes last
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(scores.shape[0], device=scores.device) - first[order]
-    return (rank < layout.spread(keep_counts(layout.sum(valid, torch.int64), keep_ratio))) & valid
-
-
-def _write(
-    scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout, backend: str, in_place: bool
-) -> Tensor:  # fmt: skip
-    if in_place:
-        scores[:0].zero_()  # tells autograd what kernels do behind its back, or raises where nothing may be written
-    kernels = backends.token_kernels(backend, scores)
-    if kernels is None:
-        if isinstance(layout, Packed):
-            keep = _select_packed(scores, valid, keep_ratio, layout)
-        else:
-            keep = _select(scores, valid, keep_ratio)
-    else:
-        given = scores.detach().resolve_neg().contiguous()
-        direct = in_place and scores.is_contiguous() and not (layout.packed or scores.is_neg())
-        blank = torch.zeros_like if layout.packed else torch.empty_like  # unchecked offsets may leave gaps
-        keep = given if direct else blank(given, dtype=torch.bool)
-        kernels.topk(given, valid, keep_ratio, layout.offsets if isinstance(layout, Packed) else None, keep)
-        if direct:
-            return scores
-    return scores.copy_(keep) if in_place else keep
 
 
 @torch.no_grad()
@@ -101,7 +51,7 @@ def topk_mask(
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
     """
     valid, layout = _checked(scores, mask, keep_ratio, cu_seqlens, check)
-    return _write(scores, valid, keep_ratio, layout, backend, in_place=False)
+    return backends.token_ops(backend, scores).topk(scores, valid, keep_ratio, layout)
 
 
 @torch.no_grad()
@@ -123,4 +73,5 @@ def topk_mask_(
         `scores`.
     """
     valid, layout = _checked(scores, mask, keep_ratio, cu_seqlens, check)
-    return _write(scores, valid, keep_ratio, layout, backend, in_place=True)
+    scores[:0].zero_()  # tells autograd what kernels do behind its back, or raises where nothing may be written
+    return backends.token_ops(backend, scores).topk_(scores, valid, keep_ratio, layout)

@@ -7,33 +7,16 @@ VPPO unchanged.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vppo_kernels import arguments, backends, vocab_parallel
+from vppo_kernels.backends.protocols import TokenOps, TrajectoryStats
+from vppo_kernels.backends.torch_tokens import stats_of
 from vppo_kernels.layout import Layout, layout_of
-from vppo_kernels.selection import topk_mask
-
-MIN_SPREAD = 1e-6
-
-
-class TrajectoryStats(NamedTuple):
-    """Statistics of the trajectories' mean dependencies; each a scalar tensor, or a number.
-
-    Attributes:
-        minimum: Smallest mean.
-        maximum: Largest mean.
-        mean: Mean of the means.
-        trajectories: How many they were taken over; below 2 nothing is shaped.
-    """
-
-    minimum: Tensor | float
-    maximum: Tensor | float
-    mean: Tensor | float
-    trajectories: Tensor | float = 2
 
 
 class Shaped(NamedTuple):
@@ -44,14 +27,33 @@ class Shaped(NamedTuple):
     alpha: Tensor
 
 
-def _row_means(scores: Tensor, valid: Tensor, layout: Layout, backend: str) -> tuple[Tensor, Tensor]:
-    """Mean score of each row over its valid tokens, and which rows have any."""
-    kernels = backends.token_kernels(backend, scores)
-    if kernels is not None and hasattr(kernels, "row_means") and not layout.packed:
-        return kernels.row_means(scores, valid)
-    count = layout.sum(valid, torch.int64)
-    total = layout.sum(torch.where(valid, scores, 0), torch.promote_types(scores.dtype, torch.float32))
-    return total / count.clamp_min(1), count > 0
+@dataclass(frozen=True)
+class ScaleOptions:
+    """The knobs of the trajectory factor; `trajectory_scale` says what they mean.
+
+    Raises:
+        TypeError, ValueError: A value is of the wrong type or out of its range.
+    """
+
+    scale_min: float
+    scale_max: float | None
+    stats: TrajectoryStats | None
+    stats_group: Any
+
+    def __post_init__(self) -> None:
+        arguments.scales(self.scale_min, self.scale_max)
+        vocab_parallel.check_group("stats_group", self.stats_group)
+        stats = self.stats
+        if stats is not None and not (isinstance(stats, tuple) and len(stats) == len(TrajectoryStats._fields)):
+            raise TypeError(f"stats: got {stats!r:.80}, takes a TrajectoryStats")
+        if stats is not None and self.stats_group is not None:
+            raise ValueError("stats: given together with stats_group, takes one of the two")
+
+    def scale(self, ops: TokenOps, scores: Tensor, valid: Tensor, layout: Layout) -> Tensor:
+        """The factor of each trajectory, `[B]`, from scores that are checked."""
+        means, present = ops.row_means(scores, valid, layout)
+        stats = self.stats if self.stats_group is None else stats_of(means, present, self.stats_group)
+        return ops.trajectory_scale(means, present, stats, self.scale_min, self.scale_max)
 
 
 @torch.no_grad()
@@ -81,27 +83,8 @@ def trajectory_stats(
     vocab_parallel.check_group("stats_group", stats_group)
     layout = layout_of("scores", scores, cu_seqlens, check=None)
     valid = layout.within(arguments.token_mask(mask, scores))
-    return _stats(*_row_means(scores, valid, layout, backend), stats_group)
-
-
-def _stats(means: Tensor, present: Tensor, stats_group: Any) -> TrajectoryStats:
-    low = torch.where(present, means, torch.inf).amin(0) if len(means) else means.new_full((), torch.inf)
-    high = torch.where(present, means, -torch.inf).amax(0) if len(means) else means.new_full((), -torch.inf)
-    total = torch.stack([torch.where(present, means, 0).sum(), present.sum().to(means.dtype)])
-    if stats_group is not None:
-        dist.all_reduce(low, dist.ReduceOp.MIN, group=stats_group)
-        dist.all_reduce(high, dist.ReduceOp.MAX, group=stats_group)
-        dist.all_reduce(total, dist.ReduceOp.SUM, group=stats_group)
-    return TrajectoryStats(low, high, total[0] / total[1].clamp_min(1), total[1])
-
-
-def _check_scaling(scale_min: float, scale_max: float | None, stats: TrajectoryStats | None, stats_group: Any) -> None:
-    arguments.scales(scale_min, scale_max)
-    vocab_parallel.check_group("stats_group", stats_group)
-    if stats is not None and not (isinstance(stats, tuple) and len(stats) == len(TrajectoryStats._fields)):
-        raise TypeError(f"stats: got {stats!r:.80}, takes a TrajectoryStats")
-    if stats is not None and stats_group is not None:
-        raise ValueError("stats: given together with stats_group, takes one of the two")
+    means, present = backends.token_ops(backend, scores).row_means(scores, valid, layout)
+    return stats_of(means, present, stats_group)
 
 
 @torch.no_grad()
@@ -141,39 +124,12 @@ def trajectory_scale(
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
     """
     layout = layout_of("scores", scores, cu_seqlens, check)
-    _check_scaling(scale_min, scale_max, stats, stats_group)
+    options = ScaleOptions(scale_min, scale_max, stats, stats_group)
     valid = layout.within(arguments.token_mask(mask, scores))
     if arguments.wanted(check, scores):
         arguments.all_finite("scores", scores, valid)
         arguments.summable("scores", scores, valid)
-    return _scale(scores, valid, layout, scale_min, scale_max, stats, stats_group, backend)
-
-
-def _scale(
-    scores: Tensor,
-    valid: Tensor,
-    layout: Layout,
-    scale_min: float,
-    scale_max: float | None,
-    stats: TrajectoryStats | None,
-    stats_group: Any,
-    backend: str,
-) -> Tensor:
-    """`trajectory_scale` of arguments that are checked."""
-    means, present = _row_means(scores, valid, layout, backend)
-    if stats is None:
-        kernels = backends.token_kernels(backend, scores)
-        if kernels is not None and hasattr(kernels, "alpha_of") and stats_group is None:
-            return kernels.alpha_of(means, present, scale_min, scale_max, MIN_SPREAD)
-        stats = _stats(means, present, stats_group)
-    low, high, mean, count = (torch.as_tensor(x, dtype=means.dtype, device=means.device) for x in stats)
-    spread = high - low
-    u = (means - low) / spread
-    mean_u = ((mean - low) / spread).clamp_min(1e-6)  # given statistics may be of other rows, all at the minimum
-    top = scale_min + (1 - scale_min) / mean_u if scale_max is None else scale_max
-    alpha = scale_min + u * (top - scale_min)
-    flat = (spread <= MIN_SPREAD) | (count < 2)  # a NaN spread compares False, so NaN scores stay visible
-    return torch.where(flat | ~present, 1.0, alpha)
+    return options.scale(backends.token_ops(backend, scores), scores, valid, layout)
 
 
 def shape_advantages(
@@ -192,45 +148,55 @@ def shape_advantages(
     check: bool | None = None,
 ) -> Shaped:
     """`vppo_advantages` with the two parts it is made of. Arguments as there."""
-    with torch.no_grad():
-        layout = layout_of("dependency", dependency, cu_seqlens, check)
-        _check_scaling(scale_min, scale_max, stats, stats_group)
-        valid = layout.within(arguments.token_mask(mask, dependency))
-        per_token = expand_advantages(advantages, dependency, layout)
-        seen = valid
-        if has_image is not None:
-            arguments.tensor("has_image", has_image)
-            arguments.shape("has_image", has_image, (layout.count,), "one entry per trajectory")
-            arguments.same_device("has_image", has_image, dependency.device, "dependency")
-            seen = valid & layout.spread(has_image != 0)
-        if arguments.wanted(check, dependency):
-            arguments.all_finite("dependency", dependency, seen)
-            arguments.summable("dependency", dependency, seen)
-            arguments.all_finite("advantages", per_token, valid)
-        kernels = backends.token_kernels(backend, dependency, advantages)
-        backend = "torch" if kernels is None else backend
-        keep = topk_mask(dependency, seen, keep_ratio, cu_seqlens=cu_seqlens, backend=backend, check=False)
-        if has_image is not None:
-            keep |= valid & ~seen
-        alpha = _scale(dependency, seen, layout, scale_min, scale_max, stats, stats_group, backend)
-        if kernels is not None and hasattr(kernels, "shape") and not layout.packed:
-            shaped = kernels.shape(advantages, alpha, keep)
-        else:
-            shaped = torch.where(keep, per_token * layout.spread(alpha).to(per_token.dtype), 0)
-    return Shaped(shaped, keep, alpha)
+    layout = layout_of("dependency", dependency, cu_seqlens, check)
+    options = ScaleOptions(scale_min, scale_max, stats, stats_group)
+    valid = layout.within(arguments.token_mask(mask, dependency))
+    ops = backends.token_ops(backend, dependency, advantages)
+    check_values = arguments.wanted(check, dependency)
+    arguments.fraction("keep_ratio", keep_ratio)
+    return apply_shaping(advantages, dependency, valid, has_image, keep_ratio, options, layout, ops, check_values)
+
+
+@torch.no_grad()
+def apply_shaping(
+    advantages: Tensor,
+    dependency: Tensor,
+    valid: Tensor,
+    has_image: Tensor | None,
+    keep_ratio: float,
+    options: ScaleOptions,
+    layout: Layout,
+    ops: TokenOps,
+    check_values: bool,
+) -> Shaped:
+    """`shape_advantages` with everything but the tensors of trajectories and tokens checked."""
+    per_token = expand_advantages(advantages, dependency, layout)
+    seen = valid
+    if has_image is not None:
+        arguments.tensor("has_image", has_image)
+        arguments.shape("has_image", has_image, (layout.count,), "one entry per trajectory")
+        arguments.same_device("has_image", has_image, dependency.device, "dependency")
+        seen = valid & layout.spread(has_image != 0)
+    if check_values:
+        arguments.all_finite("dependency", dependency, seen)
+        arguments.summable("dependency", dependency, seen)
+        arguments.all_finite("advantages", per_token, valid)
+    keep = ops.topk(dependency, seen, keep_ratio, layout)
+    if has_image is not None:
+        keep |= valid & ~seen
+    alpha = options.scale(ops, dependency, seen, layout)
+    return Shaped(ops.shape(advantages, alpha, keep, layout), keep, alpha)
 
 
 def expand_advantages(advantages: Tensor, like: Tensor, layout: Layout) -> Tensor:
     """Advantages of trajectories, `[B]`, or of tokens as those of tokens."""
     arguments.floating("advantages", advantages)
     arguments.same_device("advantages", advantages, like.device, "the other tensors")
-    if advantages.dim() == 1 and advantages.shape[0] == layout.count:
-        return layout.spread(advantages)
-    if advantages.shape != like.shape:
+    if advantages.shape != like.shape and tuple(advantages.shape) != (layout.count,):
         raise ValueError(
             f"advantages: got shape {list(advantages.shape)}, takes [{layout.count}] or {list(like.shape)}"
         )
-    return advantages
+    return layout.expand(advantages)
 
 
 def vppo_advantages(

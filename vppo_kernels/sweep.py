@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vppo_kernels import arguments, tiling
-from vppo_kernels.backends import narrow_product, resolve
+from vppo_kernels.backends import resolve
 from vppo_kernels.logits import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
 from vppo_kernels.statistics import unpack_pair, unpack_softmax
 from vppo_kernels.vocab_parallel import Shard
@@ -64,21 +64,20 @@ def run_sweep(
     """
     views = _order(kind, views)
     options, part = LogitTransform(*transform), _shard(shard, group)
-    module = resolve(backend, views[0].device, logit_dtype(*_inputs(views, weight, None)))
+    chosen = resolve(backend, views[0].device, logit_dtype(*_inputs(views, weight, None)))
     source: GivenLogits | LinearHead
     if weight is None:
         source = GivenLogits(views, options, part)
     else:
-        source = LinearHead(views, weight, bias, options, part, product=narrow_product(module))
+        source = LinearHead(views, weight, bias, options, part, product=chosen.product)
+    fused = None if gradient else chosen.fused
     with full_precision(source.device):
         if kind == "logprob":
             assert targets is not None
-            saved = tiling.forward(source, module, targets, workspace, fuse=not gradient)
+            saved = tiling.forward(source, chosen.tiles, targets, workspace, fused)
             view = unpack_softmax(saved)
             return torch.stack([view.logprobs, view.entropy]), saved
-        packed, jsd_terms = tiling.forward_pair(
-            source, module, targets, workspace, jsd=kind == "jsd", fuse=not gradient
-        )
+        packed, jsd_terms = tiling.forward_pair(source, chosen.tiles, targets, workspace, kind == "jsd", fused)
     pair = unpack_pair(packed)
     value = pair.kl if jsd_terms is None else (0.5 * (jsd_terms[0] + jsd_terms[1])).clamp_min(0.0)
     first, second = _order(kind, (pair.p, pair.q))
@@ -117,20 +116,20 @@ def run_sweep_backward(
 
     swapped, options, part = _order(kind, views), LogitTransform(*transform), _shard(shard, group)
     want_views = tuple(_order(kind, wants[: len(views)]))
-    module = resolve(backend, views[0].device, logit_dtype(*_inputs(views, weight, None)))
+    chosen = resolve(backend, views[0].device, logit_dtype(*_inputs(views, weight, None)))
     source: GivenLogits | LinearHead
     if weight is None:
         source = GivenLogits(swapped, options, part, active, want_views)
     else:
         want_head = want_views, wants[len(views)], bias is not None and wants[-1]
-        source = LinearHead(swapped, weight, bias, options, part, active, want_head, narrow_product(module))
+        source = LinearHead(swapped, weight, bias, options, part, active, want_head, chosen.product)
     with full_precision(source.device):
         if kind == "logprob":
             assert targets is not None
-            tiling.backward(source, module, saved, targets, grad, workspace)
+            tiling.backward(source, chosen.tiles, saved, targets, grad, workspace)
         else:
             jsd_terms = saved[10:] if kind == "jsd" else None
-            tiling.backward_pair(source, module, saved[:10], jsd_terms, targets, grad, workspace)
+            tiling.backward_pair(source, chosen.tiles, saved[:10], jsd_terms, targets, grad, workspace)
     grad_views, *grad_head = source.gradients()
     grads = [*_order(kind, grad_views), *grad_head][: len(wants)]
     return [grad.new_empty(0) if g is None else g for g in grads]

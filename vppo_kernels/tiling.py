@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from vppo_kernels.backends.protocols import FusedSweep, TileOps
 from vppo_kernels.logits import LinearHead, Source
 from vppo_kernels.statistics import (
     finish,
@@ -81,12 +81,12 @@ def _slices(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def choose_tiling(source: Source, backend: ModuleType, workspace: int, keep_tiles: bool = False) -> Tiling:
+def choose_tiling(source: Source, ops: TileOps, workspace: int, keep_tiles: bool = False) -> Tiling:
     """Tile shape for a source: as many rows as keep a product busy, then as many columns as the cache holds.
 
     Args:
         source: What the tiles are cut from.
-        backend: Its `SCRATCH` and `PEAK` say how many tiles of one view it holds at a time.
+        ops: Its `SCRATCH` and `PEAK` say how many tiles of one view it holds at a time.
         workspace: Bound in bytes; 0 for the one in force.
         keep_tiles: All column tiles of a row block stay in memory until the block is done.
     """
@@ -97,22 +97,22 @@ def choose_tiling(source: Source, backend: ModuleType, workspace: int, keep_tile
         (source.views + 1) * source.hidden_size * size
     )  # stacked rows, and their difference or a gradient to be added
     per_column = 4 * source.hidden_size * size  # converted weights, their gradient, its sum, and that rounded
-    per_entry = backend.PEAK * size
+    per_entry = ops.PEAK * size
 
     rows = min(max(source.rows, 1), CPU_ROWS if source.device.type == "cpu" else GPU_ROWS)
     rows = min(rows, budget // 2 // max(per_row, COLUMN_MULTIPLE * per_entry))
     if keep_tiles:
         rows = min(rows, workspace // 2 // max(source.max_columns * source.views * size, 1))
     rows = max(rows, 1)
-    columns = min(_cached_columns(source, backend, rows), budget // (rows * per_entry + per_column))
+    columns = min(_cached_columns(source, ops, rows), budget // (rows * per_entry + per_column))
     if columns > COLUMN_MULTIPLE:
         columns = columns // COLUMN_MULTIPLE * COLUMN_MULTIPLE
     return Tiling(rows, max(1, min(columns, source.max_columns)))
 
 
-def _cached_columns(source: Source, backend: ModuleType, rows: int) -> int:
+def _cached_columns(source: Source, ops: TileOps, rows: int) -> int:
     """Columns of a tile that is still in the cache when the fold reads what the product wrote."""
-    per_column = rows * (source.views + backend.SCRATCH) * source.dtype.itemsize
+    per_column = rows * (source.views + ops.SCRATCH) * source.dtype.itemsize
     if source.device.type == "cpu":
         return 16 * MIB // per_column  # half of a 32 MiB last-level cache: 2,048 columns beat 16,384 by a quarter
     chip = torch.cuda.get_device_properties(source.device)
@@ -146,18 +146,18 @@ def _merge_pair(a: Tensor, b: Tensor) -> Tensor:
     return pack(merge_pair(unpack_pair_stats(a), unpack_pair_stats(b)))
 
 
-def _fuses(source: Source, backend: ModuleType, jsd: bool = False) -> bool:
-    """Whether the backend multiplies and folds in one kernel, without any tile."""
+def _head_to_fuse(source: Source, fused: FusedSweep | None) -> LinearHead | None:
+    """The source where a fused sweep takes it, else None."""
     # a cap's rounding must be the same here and in the backward, whose tiles torch caps
     capped = source.transform.softcap is not None
-    return (
-        hasattr(backend, "sweep_pair") and isinstance(source, LinearHead) and source.columns > 0 and not (jsd or capped)
-    )
+    if fused is None or capped or not isinstance(source, LinearHead) or not source.rows or not source.columns:
+        return None
+    return source
 
 
 def _fold_tiles(
     source: Source,
-    backend: ModuleType,
+    ops: TileOps,
     targets: Tensor | None,
     rows: slice,
     column_tiles: list[slice],
@@ -169,59 +169,67 @@ def _fold_tiles(
     stats, tiles = nothing(source.views, count, scratch), []
     for index, columns in enumerate(column_tiles if count else []):
         tile = source.logits(rows, columns, _tile(buffers[index % len(buffers)], source.views, count, columns))
-        work, first = _tile(scratch, backend.SCRATCH, count, columns), source.first + columns.start
+        work, first = _tile(scratch, ops.SCRATCH, count, columns), source.first + columns.start
         if source.views == 1:
             assert targets is not None
-            stats = backend.fold(tile[0], targets, first, stats, work)
+            stats = ops.fold(tile[0], targets, first, stats, work)
         else:
-            stats = backend.fold_pair(tile, targets, first, stats, work)
+            stats = ops.fold_pair(tile, targets, first, stats, work)
         tiles.append(tile)
     return stats, tiles
 
 
-def forward(source: Source, backend: ModuleType, targets: Tensor, workspace: int, fuse: bool) -> Tensor:
-    """One view: normaliser, entropy and log-probability of every row, a packed `Softmax`, `[4, rows]`."""
-    tiling = choose_tiling(source, backend, workspace)
-    fused = fuse and _fuses(source, backend)
-    buffers = [] if fused else [_buffer(source, tiling, 1)]
-    scratch = _buffer(source, tiling, backend.SCRATCH)
+def forward(source: Source, ops: TileOps, targets: Tensor, workspace: int, fused: FusedSweep | None = None) -> Tensor:
+    """One view: normaliser, entropy and log-probability of every row, a packed `Softmax`, `[4, rows]`.
+
+    `fused` sweeps instead of the tile operations where it takes the source.
+    """
+    tiling = choose_tiling(source, ops, workspace)
+    head = _head_to_fuse(source, fused)
+    buffers = [] if head else [_buffer(source, tiling, 1)]
+    scratch = _buffer(source, tiling, ops.SCRATCH)
     column_tiles, blocks = list(tiling.column_tiles(source.columns)), []
     for rows in _row_blocks(source, tiling):
-        if fused and source.rows:
-            stats = backend.sweep(source, rows, targets[rows])
+        if fused is not None and head is not None:
+            stats = fused.sweep(head, rows, targets[rows])
         else:
-            stats, _ = _fold_tiles(source, backend, targets[rows], rows, column_tiles, buffers, scratch)
+            stats, _ = _fold_tiles(source, ops, targets[rows], rows, column_tiles, buffers, scratch)
         blocks.append(pack(finish(unpack_stats(merge_ranks(stats, source.group, _merge)))))
     return torch.cat(blocks, dim=1)
 
 
 def forward_pair(
-    source: Source, backend: ModuleType, targets: Tensor | None, workspace: int, jsd: bool, fuse: bool
+    source: Source,
+    ops: TileOps,
+    targets: Tensor | None,
+    workspace: int,
+    jsd: bool = False,
+    fused: FusedSweep | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Two views: both softmaxes and `KL(p || q)` of every row, a packed `Pair`, `[10, rows]`.
 
-    With `jsd` also `[2, rows]`: the two halves of that divergence. It needs both normalisers first, so a second fold
-    follows over the tiles of the row block, which are kept: no product is done twice.
+    With `jsd` also the two terms of that divergence, `[2, rows]`. It needs both normalisers first, so a second fold
+    follows over the tiles of the row block, which are kept: no product is done twice, and nothing is fused.
     """
-    tiling = choose_tiling(source, backend, workspace, keep_tiles=jsd)
-    fused = fuse and _fuses(source, backend, jsd)
+    tiling = choose_tiling(source, ops, workspace, keep_tiles=jsd)
+    head = None if jsd else _head_to_fuse(source, fused)
     column_tiles = list(tiling.column_tiles(source.columns))
-    buffers = [] if fused else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
-    scratch = _buffer(source, tiling, backend.SCRATCH)
+    buffers = [] if head else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
+    scratch = _buffer(source, tiling, ops.SCRATCH)
     blocks, jsd_terms = [], []
     for rows in _row_blocks(source, tiling):
         chosen = None if targets is None else targets[rows]
-        if fused and source.rows:
+        if fused is not None and head is not None:
             tiles: list[Tensor] = []
-            stats = backend.sweep_pair(source, rows, chosen)
+            stats = fused.sweep_pair(head, rows, chosen)
         else:
-            stats, tiles = _fold_tiles(source, backend, chosen, rows, column_tiles, buffers, scratch)
+            stats, tiles = _fold_tiles(source, ops, chosen, rows, column_tiles, buffers, scratch)
         pair = pack(finish_pair(unpack_pair_stats(merge_ranks(stats, source.group, _merge_pair))))
         blocks.append(pair)
         if jsd:
             half = stats.new_zeros(2, rows.stop - rows.start)
             for tile in tiles:
-                half = backend.fold_jsd(tile, pair, half)
+                half = ops.fold_jsd(tile, pair, half)
             jsd_terms.append(sum_ranks(half, source.group))
     return torch.cat(blocks, dim=1), torch.cat(jsd_terms, dim=1) if jsd else None
 
@@ -242,9 +250,9 @@ def _of_pair(pair: Tensor, grads: Tensor, jsd: bool) -> Tensor:
     return torch.cat([divergence, grads[1:3], _of_finite(pair[3:8:4], grads[3:]) if len(grads) > 3 else grads[3:]])
 
 
-def _backward_tiles(source: Source, backend: ModuleType, workspace: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Recomputed tiles, all rows of a column tile before the next column tile; none where there are no rows."""
-    tiling = choose_tiling(source, backend, workspace)
+    tiling = choose_tiling(source, ops, workspace)
     buffer = _buffer(source, tiling, source.views)
     for columns in tiling.column_tiles(source.columns):
         for rows in tiling.row_tiles(source.rows):
@@ -252,7 +260,7 @@ def _backward_tiles(source: Source, backend: ModuleType, workspace: int) -> Iter
             yield rows, columns, source.logits(rows, columns, tile)
 
 
-def backward(source: Source, backend: ModuleType, view: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
+def backward(source: Source, ops: TileOps, view: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
     """Hand the source the gradient of all its tiles.
 
     Args:
@@ -260,18 +268,18 @@ def backward(source: Source, backend: ModuleType, view: Tensor, targets: Tensor,
         view: `[4, rows]`, what `forward` returned.
         targets: `[rows]`.
         grads: `[2, rows]`, upstream of log-probability and entropy.
-        backend, workspace: As in the forward.
+        ops, workspace: As in the forward.
     """
     grads = _of_view(view, grads)
-    for rows, columns, tile in _backward_tiles(source, backend, workspace):
+    for rows, columns, tile in _backward_tiles(source, ops, workspace):
         first = source.first + columns.start
-        backend.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+        ops.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
         source.accumulate(rows, columns, tile)
 
 
 def forward_backward(
     source: Source,
-    backend: ModuleType,
+    ops: TileOps,
     targets: Tensor,
     derivative: Callable[[Tensor], Tensor],
     workspace: int,
@@ -282,20 +290,20 @@ def forward_backward(
         source: Of all rows.
         targets: `[rows]`.
         derivative: From a packed `Softmax`, `[4, rows]`, to what `backward` takes as `grads`.
-        backend, workspace: As in the forward.
+        ops, workspace: As in the forward.
     """
-    tiling = choose_tiling(source, backend, workspace)
+    tiling = choose_tiling(source, ops, workspace)
     column_tiles, row_blocks = list(tiling.column_tiles(source.columns)), list(tiling.row_tiles(source.rows))
     size = source.rows * source.columns * source.dtype.itemsize
     if source.rows == 0 or size > (workspace or current_workspace()) // 2:
-        view = forward(source, backend, targets, workspace, fuse=False)
-        backward(source, backend, view, targets, derivative(view), workspace)
+        view = forward(source, ops, targets, workspace)
+        backward(source, ops, view, targets, derivative(view), workspace)
         return
-    scratch = _buffer(source, tiling, backend.SCRATCH)
+    scratch = _buffer(source, tiling, ops.SCRATCH)
     kept, blocks = [], []
     for rows in row_blocks:
         buffers = [scratch.new_empty((rows.stop - rows.start) * (c.stop - c.start)) for c in column_tiles]
-        stats, tiles = _fold_tiles(source, backend, targets[rows], rows, column_tiles, buffers, scratch)
+        stats, tiles = _fold_tiles(source, ops, targets[rows], rows, column_tiles, buffers, scratch)
         blocks.append(pack(finish(unpack_stats(merge_ranks(stats, source.group, _merge)))))
         kept.append(tiles)
     view = torch.cat(blocks, dim=1)
@@ -303,13 +311,13 @@ def forward_backward(
     for index, columns in enumerate(column_tiles):
         for rows, tiles in zip(row_blocks, kept, strict=True):
             tile, first = tiles[index], source.first + columns.start
-            backend.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+            ops.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
             source.accumulate(rows, columns, tile)
 
 
 def backward_pair(
     source: Source,
-    backend: ModuleType,
+    ops: TileOps,
     pair: Tensor,
     jsd_terms: Tensor | None,
     targets: Tensor | None,
@@ -318,8 +326,8 @@ def backward_pair(
 ) -> None:
     """The same for two views; `grads` is upstream of (divergence, both entropies, both log-probabilities)."""
     grads = _of_pair(pair, grads, jsd_terms is not None)
-    for rows, columns, tile in _backward_tiles(source, backend, workspace):
-        backend.gradient_pair_(
+    for rows, columns, tile in _backward_tiles(source, ops, workspace):
+        ops.gradient_pair_(
             tile,
             pair[:, rows],
             None if jsd_terms is None else jsd_terms[:, rows],

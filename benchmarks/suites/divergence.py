@@ -16,7 +16,7 @@ from benchmarks.floor import head_products
 from benchmarks.pair import Pair, Truth, differentiated, make_pair
 from benchmarks.peers import peers, plain
 from vppo_kernels import backends, linear_divergence
-from vppo_kernels.backends import narrow_product, resolve
+from vppo_kernels.backends import resolve
 
 
 class Divergence(Suite):
@@ -43,7 +43,7 @@ class Divergence(Suite):
         }
         case = Case(labels, contestants(pair, peers), Judge(pair))
         names = backend_names(setting.device)
-        multiplying = [name for name in names if narrow_product(resolve(name, setting.device, dtype))]
+        multiplying = [name for name in names if resolve(name, setting.device, dtype).product]
         return with_bfloat16(case, pair, multiplying) if multiplying else case
 
 

@@ -21,7 +21,8 @@ from triton.compiler import ASTSource
 
 from vppo_kernels.backends import triton as tiles
 from vppo_kernels.backends import triton_fused as fused
-from vppo_kernels.backends import triton_selection as selection
+from vppo_kernels.backends import triton_loss as loss
+from vppo_kernels.backends import triton_tokens as tokens
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,9 +55,9 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
         yield f"gradient softcap={softcap}", tiles._gradient_kernel, dict(SOFTCAP=softcap, **shape), {}, options
 
     for name, kernel, constants, types in token_variants():
-        yield name, kernel, constants, types, dict(num_warps=selection.WARPS)
+        yield name, kernel, constants, types, dict(num_warps=tokens.WARPS)
         alone = dict.fromkeys((size for size in ONES if size in kernel.arg_names), 1)  # 1 is a constant to the compiler
-        yield f"{name}, one token", kernel, constants | alone, types, dict(num_warps=selection.WARPS)
+        yield f"{name}, one token", kernel, constants | alone, types, dict(num_warps=tokens.WARPS)
 
     arch = TARGETS[target].arch
     capability = divmod(arch, 10) if isinstance(arch, int) else (0, 0)
@@ -82,20 +83,20 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
 def token_variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:
     """Selection, shaping and loss: as `variants`, less the options."""
     for packed, scores in ((False, "*fp32"), (True, "*bf16")):
-        constants = dict(PACKED=packed, KEYS=selection.KEYS) | ({} if packed else {"offsets_ptr": None})
+        constants = dict(PACKED=packed, KEYS=tokens.KEYS) | ({} if packed else {"offsets_ptr": None})
         types = {"scores_ptr": scores, "ratio_bits": "i64", "keep_ptr": scores if packed else "*i1"}
-        yield f"topk packed={packed} {scores}", selection._topk_kernel, constants, types
-    shape = dict(ROWS=1, BLOCK=selection.BLOCK)
-    yield "row_means", selection._row_means_kernel, shape, {}
+        yield f"topk packed={packed} {scores}", tokens._topk_kernel, constants, types
+    shape = dict(ROWS=1, BLOCK=tokens.BLOCK)
+    yield "row_means", tokens._row_means_kernel, shape, {}
     for flag in (True, False):
-        yield f"alpha dynamic={flag}", selection._alpha_kernel, dict(DYNAMIC=flag, BLOCK=selection.BLOCK), {}
-        yield f"shape per_token={flag}", selection._shape_kernel, dict(PER_TOKEN=flag, **shape), {}
+        yield f"alpha dynamic={flag}", tokens._alpha_kernel, dict(DYNAMIC=flag, BLOCK=tokens.BLOCK), {}
+        yield f"shape per_token={flag}", tokens._shape_kernel, dict(PER_TOKEN=flag, **shape), {}
         constants = dict(DUAL=flag, PER_TOKEN=flag, **shape)
         gone = [] if flag else ["entropy_ptr", "ref_ptr", "weights_ptr", "dependency_ptr", "values_ptr"]
         forward = constants | dict(REF_OF_ALL=flag) | dict.fromkeys(gone)
-        yield f"loss all={flag}", selection._loss_kernel, forward, {}
+        yield f"loss all={flag}", loss._loss_kernel, forward, {}
         gone = [] if flag else ["ref_ptr", "weights_ptr", "grad_entropy_ptr"]
-        yield f"loss_gradient all={flag}", selection._loss_gradient_kernel, constants | dict.fromkeys(gone), {}
+        yield f"loss_gradient all={flag}", loss._loss_gradient_kernel, constants | dict.fromkeys(gone), {}
 
 
 def compile_one(

@@ -170,7 +170,8 @@ def test_one_view_of_an_odd_number_of_rows() -> None:
 
 
 def test_other_instruction_sets_leave_it_to_torch() -> None:
-    code = "from vppo_kernels.backends import native, narrow_product; print(narrow_product(native))"
+    code = "import torch; from vppo_kernels.backends import resolve; "
+    code += "print(resolve('native', torch.device('cpu'), torch.float32).product)"
     environment = os.environ | {"VPPO_KERNELS_ISA": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vppo_kernels import reference, topk_mask, topk_mask_
 from vppo_kernels.backends import available
-from vppo_kernels.selection import keep_counts
+from vppo_kernels.backends.torch_tokens import keep_counts
 
 few = settings(max_examples=15)  # a launch under the interpreter takes its time
 RATIOS = (0.4, 0.07, 0.1, 1 / 3, 1e-6, 1.0)
@@ -26,7 +26,7 @@ def several_blocks() -> Iterator[None]:
     """Rows of these tests reach over more than one block of a kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if "triton" in available():
-            patch.setattr("vppo_kernels.backends.triton_selection.KEYS", 16)
+            patch.setattr("vppo_kernels.backends.triton_tokens.KEYS", 16)
         yield
 
 
@@ -34,7 +34,7 @@ def several_blocks() -> Iterator[None]:
 def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many scores at once as the interpreter takes."""
     if "triton" in available():
-        monkeypatch.setattr("vppo_kernels.backends.triton_selection.KEYS", 16384)
+        monkeypatch.setattr("vppo_kernels.backends.triton_tokens.KEYS", 16384)
 
 
 @st.composite

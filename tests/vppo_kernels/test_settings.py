@@ -188,7 +188,7 @@ class OnlyWithin:
 
 def test_kernels_of_tokens_start_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a model on several GPUs it is not the current one."""
-    kernels = pytest.importorskip("vppo_kernels.backends.triton_selection")
+    modules = [pytest.importorskip(f"vppo_kernels.backends.triton_{name}") for name in ("tokens", "loss")]
     current: list[Any] = []
     ran: list[Any] = []
 
@@ -199,11 +199,11 @@ def test_kernels_of_tokens_start_on_the_device_of_the_tensors(monkeypatch: pytes
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    names = [name for name in vars(kernels) if name.endswith("_kernel")]
-    for name in names:
-        monkeypatch.setattr(kernels, name, OnlyWithin(getattr(kernels, name), current, ran))
+    kernels = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
+    for module, name in kernels:
+        monkeypatch.setattr(module, name, OnlyWithin(getattr(module, name), current, ran))
     dependency, mask = torch.rand(B, T), torch.ones(B, T, dtype=torch.bool)
     logprobs = (-torch.rand(B, T)).requires_grad_()
     loss, _ = vppo_loss(logprobs, logprobs.detach(), torch.ones(B), mask, dependency, backend="triton")
     loss.backward()
-    assert len({id(kernel) for kernel in ran}) == len(names) == 6
+    assert len({id(kernel) for kernel in ran}) == len(kernels) == 6

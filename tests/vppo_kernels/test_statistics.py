@@ -39,9 +39,9 @@ def logits(seed: int, columns: int, dtype: torch.dtype = torch.float32, distance
 
 def fold(backend: str, tile: Tensor, first: int = 0, targets: Tensor | None = None) -> PairStats:
     scratch = torch.full((3, *tile.shape[1:]), math.nan, dtype=tile.dtype)
-    module = resolve(backend, tile.device, tile.dtype)
+    ops = resolve(backend, tile.device, tile.dtype).tiles
     empty = nothing(2, tile.shape[1], tile)
-    return unpack_pair_stats(module.fold_pair(tile.contiguous(), targets, first, empty, scratch))
+    return unpack_pair_stats(ops.fold_pair(tile.contiguous(), targets, first, empty, scratch))
 
 
 def fold_parts(backend: str, tile: Tensor, cuts: list[int], targets: Tensor | None = None) -> list[PairStats]:
@@ -138,9 +138,9 @@ def test_a_column_that_only_the_second_view_sees(backend: str, cut: list[int], d
 
 def test_one_view_merges_and_finishes_alone(backend: str) -> None:
     tile, targets = logits(4, 50)[0], torch.arange(ROWS) * 12
-    module, empty = resolve(backend, tile.device, tile.dtype), nothing(1, ROWS, tile)
+    ops, empty = resolve(backend, tile.device, tile.dtype).tiles, nothing(1, ROWS, tile)
     parts = [
-        unpack_stats(module.fold(tile[:, a:b].contiguous(), targets, a, empty.clone(), torch.empty(3, ROWS, b - a)))
+        unpack_stats(ops.fold(tile[:, a:b].contiguous(), targets, a, empty.clone(), torch.empty(3, ROWS, b - a)))
         for a, b in ((0, 7), (7, 50))
     ]
     view = finish(merge(*parts))

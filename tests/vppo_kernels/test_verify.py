@@ -45,11 +45,11 @@ FAULTS: dict[str, tuple[str, Callable[[Any], Any], str, str]] = {
 
 def faulty(backend: str, name: str, spoil: Callable[[Any], Any]) -> Any:
     """The backend with a fault in one of its operations, and in the fused sweep that stands in for it."""
-    module = resolve(backend, torch.device("cpu"), torch.float32)
+    chosen = resolve(backend, torch.device("cpu"), torch.float32)
     patches = contextlib.ExitStack()
-    for each in (name, name.replace("fold", "sweep")):
-        if hasattr(module, each):
-            patches.enter_context(mock.patch.object(module, each, spoiled(getattr(module, each), spoil)))
+    for operations, each in ((chosen.tiles, name), (chosen.fused, name.replace("fold", "sweep"))):
+        if operations is not None and each != "sweep_jsd":
+            patches.enter_context(mock.patch.object(operations, each, spoiled(getattr(operations, each), spoil)))
     return patches
 
 

@@ -1,28 +1,23 @@
-"""The tile operations, once per kind of machine. A backend folds tiles and writes gradients; it knows nothing else.
+"""Who computes: which backends there are, which of them run here, and what a name stands for.
 
-Every backend is a module with `fold`, `fold_pair`, `fold_jsd`, `gradient_` and `gradient_pair_` (`torch.py` says what
-each does) and two numbers for the tile rule: `SCRATCH`, the tiles of working space that the driver hands to a fold, and
-`PEAK`, the tiles of one view that its hungriest step holds at a time. One that also multiplies has `sweep_pair`, or
-`product`, a `NarrowProduct`, and `has_product`, which says whether this machine can run it.
-
-What happens to tokens afterwards has modules of kernels of its own: `triton_selection.py` for selection, shaping and
-the loss, `native_selection.py` for selection and the loss. Plain torch stands beside each call of them.
+A backend is a module of tile operations, and a module of token operations that goes with it; `protocols.py` says what
+both must have. The matrix products between them stay with torch, except where a backend has a faster one.
 """
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, compiler, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
 
 from vppo_kernels import arguments, native_library
+from vppo_kernels.backends import torch_tokens
+from vppo_kernels.backends.protocols import FusedSweep, TileOps, TokenOps
 from vppo_kernels.logits import NarrowProduct
 
 NAMES = ("torch", "native", "triton", "triton_fused")
@@ -83,35 +78,67 @@ def _choose(name: str, device: Device, dtype: Dtype) -> str:
     return name
 
 
-def resolve(name: str, device: Device, dtype: Dtype) -> ModuleType:
-    """The backend module of that name, or of the one that "auto" stands for.
+class Backend(NamedTuple):
+    """What sweeps over the vocabulary.
+
+    Attributes:
+        name: Of the backend, never "auto".
+        tiles: Its tile operations.
+        fused: Its sweeps with the product inside, where it has them.
+        product: Its product of bfloat16 operands for a `LinearHead`, where this machine can run one.
+    """
+
+    name: str
+    tiles: TileOps
+    fused: FusedSweep | None = None
+    product: NarrowProduct | None = None
+
+
+def resolve(name: str, device: Device, dtype: Dtype) -> Backend:
+    """The backend of that name, or the one that "auto" stands for.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.
     """
-    return import_module(f"vppo_kernels.backends.{_choose(name, device, dtype)}")
+    name = _choose(name, device, dtype)
+    if name == "torch":
+        from vppo_kernels.backends import torch
+
+        return Backend(name, torch)
+    if name == "native":
+        from vppo_kernels.backends import native
+
+        return Backend(name, native, product=native.product if native.has_product() else None)
+    from vppo_kernels.backends import triton
+
+    if name == "triton":
+        return Backend(name, triton)
+    from vppo_kernels.backends import triton_fused
+
+    return Backend(name, triton, fused=triton_fused)
 
 
-def narrow_product(backend: ModuleType) -> NarrowProduct | None:
-    """The backend's own product of bfloat16 operands for a `LinearHead`, if it has one on this machine."""
-    return backend.product if hasattr(backend, "product") and backend.has_product() else None
+def token_ops(name: str, *tensors: Any) -> TokenOps:
+    """The token operations of that backend, or of the one that "auto" stands for, for these tensors.
 
-
-def token_kernels(name: str, *tensors: Any) -> ModuleType | None:
-    """The kernels of selection, shaping and loss, or None where plain torch takes these tensors.
-
-    Both of Triton's backends have the same ones; the native one leaves shaping to torch. Nothing is launched on empty
-    input. Code that `torch.compile` traces stays plain torch, whatever the name: the compiler fuses it.
+    Both of Triton's backends have the same ones. Empty input goes to plain torch, which launches nothing, and so does
+    code that `torch.compile` traces, whatever the name: the compiler fuses it.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.
     """
     if compiler.is_compiling():
         _check_name(name)
-        return None
+        return torch_tokens
     given = [x for x in tensors if isinstance(x, Tensor)]
     dtype = float64 if any(x.dtype == float64 for x in given) else float32
     chosen = _choose(name, given[0].device, dtype)
     if chosen == "torch" or not given[0].numel():
-        return None
-    return import_module(f"vppo_kernels.backends.{'native' if chosen == 'native' else 'triton'}_selection")
+        return torch_tokens
+    if chosen == "native":
+        from vppo_kernels.backends import native_tokens
+
+        return native_tokens
+    from vppo_kernels.backends import triton_tokens
+
+    return triton_tokens

@@ -18,15 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vppo_kernels.backends.triton import (
-    PEAK,
-    SCRATCH,
-    fold,
-    fold_jsd,
-    fold_pair,
-    gradient_,
-    gradient_pair_,
-)
 from vppo_kernels.backends.triton_math import (
     finite,
     fold_block,
@@ -39,10 +30,6 @@ from vppo_kernels.backends.triton_math import (
     store_view,
 )
 from vppo_kernels.logits import LinearHead
-
-__all__ = [
-    "PEAK", "SCRATCH", "fold", "fold_jsd", "fold_pair", "gradient_", "gradient_pair_", "sweep", "sweep_pair",
-]  # fmt: skip
 
 GROUP = 8  # row blocks that walk the vocabulary side by side, so that a tile of the weight is read from the cache
 PROGRAMS_PER_CORE = 4  # enough parts of the vocabulary that no multiprocessor idles at the end
