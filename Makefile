@@ -86,7 +86,7 @@ test-wheel: wheel
 	.ci/test-wheel dist/*.whl
 
 # the trainer's tests on the oldest and on the newest versions that pyproject.toml accepts
-TRAINER_TESTS := $(addprefix tests/vppo/test_,$(addsuffix .py,trainer trainer_recipes training_pass passes scoring \
+TRAINER_TESTS := $(addprefix tests/vppo/test_,$(addsuffix .py,trainer trainer_recipes training_pass prefix_sharing scoring \
 	loading card extras))
 
 test-oldest test-newest: test-%: .venv-%/.installed

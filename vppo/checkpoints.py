@@ -53,11 +53,24 @@ def fault(checkpoint: str | Path) -> str | None:
     return f"it has no readable {STATE_FILE}" if saved_step(folder) is None else _visible_fault(folder)
 
 
-def check_whole(checkpoint: str | Path) -> None:
-    """Raises an `InputError` where no run can go on from a checkpoint that was named."""
-    reason = fault(checkpoint)
-    if reason is not None:
-        raise InputError(f"resume: {checkpoint} is not a complete checkpoint ({reason})")
+def named_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint whose folder is named, or the newest whole one of the run whose folder is.
+
+    Raises:
+        InputError: No run can go on from it.
+    """
+    folder = Path(folder)
+    reason = fault(folder)
+    if reason is None:
+        return folder
+    if not checkpoints(folder):
+        raise InputError(
+            f"resume: {folder} is not a complete checkpoint ({reason}); takes a folder checkpoint-N, or that of a run"
+        )
+    newest = last_complete_checkpoint(folder)
+    if newest is None:
+        raise InputError(f"resume: no checkpoint in {folder} is complete")
+    return newest
 
 
 def _visible_fault(folder: Path) -> str | None:

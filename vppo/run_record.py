@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vppo.contents import PROCESSOR, WEIGHTS, digest_folder
 from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.folders import kind_of, read_object
@@ -34,6 +36,7 @@ FREE = frozenset((
     "vllm_group_port", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
 ))
 # fmt: on
+DATA = ("dataset", "image_dir")  # told by the rows that come of them
 LENGTH = ("max_steps", "num_train_epochs")  # a run may be made longer, unless its learning rate follows its length
 
 
@@ -59,7 +62,9 @@ def read_record(output_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def write_record(output_dir: Path, config: Mapping[str, Any], processes: int, rows: str) -> None:
+def write_record(
+    output_dir: Path, config: Mapping[str, Any], processes: int, rows: str, model_files: str | None
+) -> None:
     """Keeps what a run is started with.
 
     Args:
@@ -67,21 +72,34 @@ def write_record(output_dir: Path, config: Mapping[str, Any], processes: int, ro
         config: Keys and values as they were given.
         processes: How many train.
         rows: What `digest_rows` says.
+        model_files: What `digest_model_files` says.
     """
     kept = {key: _located(key, _plain(value)) for key, value in config.items() if not is_free(key)}
-    record = {"config": kept, "processes": processes, "rows": rows}
+    record = {"config": kept, "processes": processes, "rows": rows, "model_files": model_files}
     write_atomic(output_dir / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def check_same(output_dir: Path, before: tuple[Any, ...], now: tuple[Any, ...], processes: tuple[int, int]) -> None:
-    """Raises an `InputError` where a run would be gone on with in another way than it was started.
+def check_same(
+    output_dir: Path,
+    before: tuple[Any, ...],
+    now: tuple[Any, ...],
+    processes: tuple[int, int],
+    model_files: tuple[str | None, str | None],
+) -> list[str]:
+    """What is gone on with under another name; see `check_rows` for the data.
 
     Args:
         output_dir: The run's folder.
         before: The dataclasses of options that it was started with.
         now: Those that it would be gone on with, of the same classes.
         processes: How many trained, and how many would.
+        model_files: What `digest_model_files` said of the model, and what it says.
+
+    Raises:
+        InputError: The run would be gone on with in another way than it was started.
     """
+    said = []
+    both = None not in model_files  # otherwise names decide
     for old, new in zip(before, now, strict=True):
         assert is_dataclass(old)
         for field in fields(old):
@@ -90,10 +108,20 @@ def check_same(output_dir: Path, before: tuple[Any, ...], now: tuple[Any, ...], 
                 field.name in LENGTH and _plain(getattr(new, "lr_scheduler_type", "")) == "constant"
             ):
                 continue
+            if field.name in DATA or (field.name == "model" and both and model_files[0] == model_files[1]):
+                if values[0] != values[1]:
+                    said.append(f"{field.name}: {values[1]} holds what {values[0]} held when this run was started")
+                continue
             if values[0] != values[1]:
                 raise InputError(_difference(field.name, output_dir, *values))
+            if field.name == "model" and both:
+                raise InputError(
+                    f"model: {values[1]} has other weights or settings than when the run in {output_dir} was started: "
+                    "go on with those, or choose another output_dir"
+                )
     if processes[0] != processes[1]:
         raise InputError(_difference("processes", output_dir, *processes))
+    return said
 
 
 def _difference(name: str, output_dir: Path, before: Any, now: Any) -> str:
@@ -104,22 +132,41 @@ def _difference(name: str, output_dir: Path, before: Any, now: Any) -> str:
     )
 
 
-def check_rows(output_dir: Path, dataset: str, before: str, now: str) -> None:
-    """Raises an `InputError` where the rows of a dataset are others than a run was started with."""
-    if before != now:
+def check_rows(output_dir: Path, dataset: str, record: Mapping[str, Any], rows: str) -> None:
+    """Raises an `InputError` where the rows of a dataset are others than a run was started with.
+
+    Args:
+        output_dir: The run's folder.
+        dataset: What they were read from.
+        record: What `read_record` says.
+        rows: What `digest_rows` says of them.
+    """
+    if record["rows"] != rows:
         raise InputError(
-            f"dataset: {dataset} has other problems, answers or images than when the run in {output_dir} was started: "
-            "go on with those, or choose another output_dir"
+            f"dataset: {dataset} has other problems, answers or images than when the run in {output_dir} was started "
+            f"with {record['config'].get('dataset')}: go on with those, or choose another output_dir"
         )
 
 
+def digest_model_files(model: str) -> str | None:
+    """A fingerprint of a model's folder; None for a model on the hub, which has its name and revision."""
+    folder = Path(model)
+    return digest_folder(folder, (*WEIGHTS, *PROCESSOR)) if folder.is_dir() else None
+
+
 def digest_rows(dataset: Dataset) -> str:
-    """A fingerprint of the rows of `load_training_data`: of images the bytes, where a row has only a path the path."""
+    """A fingerprint of the rows of `load_training_data`: of images the bytes, wherever they are."""
     found = hashlib.sha256()
-    for batch in dataset.with_format("arrow").iter(batch_size=256):
-        for row in batch.to_pylist():
-            found.update(json.dumps(row, sort_keys=True, default=_digestible).encode() + b"\n")
+    with ThreadPoolExecutor() as pool:  # a picture that the rows name by its path is read
+        for batch in dataset.with_format("arrow").iter(batch_size=256):
+            for line in pool.map(_line, batch.to_pylist()):
+                found.update(line)
     return found.hexdigest()[:16]
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    pictures = [one["bytes"] or Path(one["path"]).read_bytes() for one in row.get("images") or ()]
+    return json.dumps({**row, "images": pictures}, sort_keys=True, default=_digestible).encode() + b"\n"
 
 
 def _digestible(value: Any) -> str:

@@ -13,9 +13,9 @@ from vppo.card import METHODS, corrected
 from vppo.checkpoints import (
     check_resuming,
     check_saving,
-    check_whole,
     drop_older,
     last_complete_checkpoint,
+    named_checkpoint,
     restore_weights,
 )
 from vppo.config import VPPOConfig
@@ -69,8 +69,7 @@ class SavedTrainer(LoggedTrainer):
             if newest is None:
                 raise InputError(f"resume_from_checkpoint: no checkpoint in {self.args.output_dir} is whole")
             return str(newest)
-        check_whole(str(asked))
-        return str(asked)
+        return str(named_checkpoint(str(asked)))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """TRL's; then, when every process is done, the list of what was saved. Older ones go only after that."""

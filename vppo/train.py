@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vppo.checkpoints import check_whole, checkpoints, last_complete_checkpoint
+from vppo.checkpoints import checkpoints, last_complete_checkpoint, named_checkpoint
 from vppo.data import BadRowError, DataOptions, RowOptions, load_training_data
 from vppo.data.bad_rows import read_bad_rows, write_bad_rows
 from vppo.errors import InputError
@@ -29,7 +29,7 @@ from vppo.monitoring.evaluation_options import evaluation_defaults
 from vppo.processes import on_first
 from vppo.progress import read_lines
 from vppo.rewards.named import beside, load_rewards
-from vppo.run_record import check_rows, check_same, digest_rows, read_record, write_record
+from vppo.run_record import check_rows, check_same, digest_model_files, digest_rows, read_record, write_record
 from vppo.vllm_engine import check_version
 from vppo.words import load_yaml, parse_word
 
@@ -67,7 +67,8 @@ class ScriptArguments(RowOptions):
             `module:function` or `file.py:function`, called as TRL calls rewards; or a list of such, weighted by TRL's
             `reward_weights`.
         resume: True goes on from the last complete checkpoint in `output_dir` (from the beginning if it has none); a
-            path goes on from that checkpoint. What is trained must be what the run in `output_dir` was started with.
+            path goes on from that checkpoint, or from the last complete one of that run. What is trained must be what
+            the run in `output_dir` was started with.
     """
 
     model: str
@@ -265,12 +266,20 @@ def train(config: Config) -> Path:
 def _train(config: Config, script: ScriptArguments, model_args: ModelConfig, args: VPPOConfig, held: ExitStack) -> Path:
     output_dir = Path(str(args.output_dir))
     checkpoint, record = on_first(lambda: _enter(script.resume, output_dir, held))
+    model_files = on_first(lambda: digest_model_files(script.model))
+    renamed: list[str] = []
     if record is not None:
         try:
             before = make_arguments({**record["config"], "output_dir": script.output_dir})
         except (InputError, TypeError) as error:
             raise InputError(f"{output_dir / 'options.json'}: {error}; choose another output_dir") from error
-        check_same(output_dir, before, (script, model_args, args), (record["processes"], args.world_size))
+        renamed = check_same(
+            output_dir,
+            before,
+            (script, model_args, args),
+            (record["processes"], args.world_size),
+            (record.get("model_files"), model_files),
+        )
     if checkpoint:
         args.eval_on_start = False  # the run has begun long since
     _check_installed(args)
@@ -304,10 +313,10 @@ def _train(config: Config, script: ScriptArguments, model_args: ModelConfig, arg
     _check_length(len(dataset), args)
     rows = on_first(lambda: digest_rows(dataset))
     if record is not None:
-        check_rows(output_dir, script.dataset, record["rows"], rows)
+        check_rows(output_dir, script.dataset, record, rows)
     trainer = _make_trainer(script, model_args, args, rewards, dataset, eval_dataset, processor)
     if trainer.is_world_process_zero():
-        write_record(output_dir, config, args.world_size, rows)
+        write_record(output_dir, config, args.world_size, rows, model_files)
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
         if script.bad_rows == "skip":
             write_bad_rows(skipped_path, skipped)
@@ -315,7 +324,7 @@ def _train(config: Config, script: ScriptArguments, model_args: ModelConfig, arg
         count = f"{len(skipped)} row{'s' if len(skipped) > 1 else ''}"
         trainer.accelerator.print(f"Skipped {count}, listed in {skipped_path}; the first: {skipped[0]}")
     if checkpoint:
-        trainer.accelerator.print(f"Going on from {checkpoint}")
+        trainer.accelerator.print("\n".join([f"Going on from {checkpoint}", *renamed]))
     trainer.accelerator.print(trainer.describe_sampler())
     _run(trainer, checkpoint)
     with writing(output_dir / "model", "make room; with resume: true the run then only saves its model"):
@@ -393,8 +402,7 @@ def _enter(resume: bool | str, output_dir: Path, held: ExitStack) -> tuple[Path 
     for name in ("metrics.jsonl", "timings.jsonl"):
         read_lines(output_dir / name, cut_short=True)  # before a model is loaded
     if isinstance(resume, str):
-        check_whole(resume)
-        return Path(resume), record
+        return named_checkpoint(resume), record
     return last_complete_checkpoint(output_dir), record
 
 

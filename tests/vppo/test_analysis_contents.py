@@ -20,9 +20,9 @@ from support.runs import FAMILY, rows
 
 import vppo.analysis.run
 from vppo import Analysis, analyze
-from vppo.analysis.identity import digest, digest_model, digest_problems
 from vppo.analysis.model import Subject
 from vppo.analysis.options import AnalysisOptions
+from vppo.contents import digest, digest_model, digest_problems
 from vppo.data import Problems
 from vppo.errors import InputError
 

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save as serialized
 
 from vppo import manifest
-from vppo.checkpoints import drop_older, last_complete_checkpoint, restore_weights, saved_step
+from vppo.checkpoints import drop_older, last_complete_checkpoint, named_checkpoint, restore_weights, saved_step
+from vppo.errors import InputError
 
 
 def save(output_dir: Path, name: str, state: str) -> Path:
@@ -34,6 +35,27 @@ def test_what_a_crash_left_is_passed_over(tmp_path: Path, debris: str) -> None:
     save(tmp_path, "checkpoint-20", debris)
     (tmp_path / "checkpoint-30").mkdir()  # killed before the state was written
     assert last_complete_checkpoint(tmp_path) == good
+
+
+def test_a_checkpoint_and_a_run_can_be_named(tmp_path: Path) -> None:
+    first, newest = (save(tmp_path / "run", f"checkpoint-{step}", whole(step)) for step in (9, 10))
+    assert named_checkpoint(str(first)) == first and named_checkpoint(str(tmp_path / "run")) == newest
+    save(tmp_path / "run", "checkpoint-11", "")
+    assert named_checkpoint(tmp_path / "run") == newest
+    for name, reason in (
+        ("missing", "there is no such folder"),
+        ("", "it has no readable trainer_state.json"),
+        ("run/checkpoint-11", "it has no readable trainer_state.json"),
+    ):
+        with pytest.raises(InputError) as caught:
+            named_checkpoint(tmp_path / name)
+        assert str(caught.value) == (
+            f"resume: {tmp_path / name} is not a complete checkpoint ({reason}); takes a folder checkpoint-N, or that "
+            "of a run"
+        )
+    save(tmp_path / "broken", "checkpoint-1", "")
+    with pytest.raises(InputError, match=f"resume: no checkpoint in {tmp_path}/broken is complete"):
+        named_checkpoint(tmp_path / "broken")
 
 
 def test_older_ones_go_and_broken_ones_before_them(tmp_path: Path) -> None:

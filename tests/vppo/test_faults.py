@@ -349,7 +349,10 @@ def test_sigterm_outside_of_training_is_a_line(
     [
         (["--seed=3"], "seed: got 3, but the run in "),
         (["--learning_rate=2e-3"], "learning_rate: got 0.002, but the run in "),
-        (["--dataset={folder}/other.jsonl"], "dataset: got '{folder}/other.jsonl', but the run in "),
+        (
+            ["--dataset={folder}/other.jsonl"],
+            "dataset: {folder}/other.jsonl has other problems, answers or images than ",
+        ),
         (["--keep_ratio=0.5"], "keep_ratio: got 0.5, but the run in "),
         (["--model={folder}"], "model: got '{folder}', but the run in "),
         (["--reward=accuracy"], "reward: got 'accuracy', but the run in "),
@@ -361,22 +364,65 @@ def test_a_run_is_gone_on_with_as_it_was_started(
     config: dict[str, Any], interrupted: Path, words: list[str], expected: str
 ) -> None:
     folder = Path(config["dataset"]).parent
-    (folder / "other.jsonl").write_text((folder / "train.jsonl").read_text())
+    (folder / "other.jsonl").write_text((folder / "train.jsonl").read_text().replace("3+1?", "3+2?"))
     before = (interrupted / "metrics.jsonl").read_text()
     result = command(config, interrupted, "--resume", *(word.format(folder=folder) for word in words))
     check_one_line(result, expected.format(folder=folder), "was started with")
     assert (interrupted / "metrics.jsonl").read_text() == before
 
 
-def test_other_rows_under_the_same_name_are_refused(config: dict[str, Any], interrupted: Path) -> None:
-    path = Path(config["dataset"])
-    rows = path.read_text()
-    path.write_text(rows.replace("3+1?", "3+2?"))
-    try:
-        result = command(config, interrupted, "--resume")
-    finally:
-        path.write_text(rows)
-    check_one_line(result, f"dataset: {path} has other problems, answers or images than when the run in {interrupted}")
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (rewrite("train.jsonl", lambda rows: rows.replace(b"3+1?", b"3+2?")), "dataset: {}/train.jsonl has other prob"),
+        (lambda folder: shutil.copy(folder / "4.png", folder / "3.png"), "dataset: {}/train.jsonl has other problems"),
+        (rewrite("start/config.json", lambda text: text + b" "), "model: {}/start has other weights or settings than"),
+        (rewrite("start/model.safetensors", DAMAGES["one bit"]), "model: {}/start has other weights or settings than"),
+    ],
+    ids=["row", "picture", "config", "weights"],
+)
+def test_other_contents_under_the_same_name_are_refused(
+    config: dict[str, Any], interrupted: Path, tmp_path: Path, change: Callable[[Path], Any], expected: str
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(Path(config["dataset"]).parent, moved)
+    here = {"dataset": str(moved / "train.jsonl"), "model": str(moved / "start")}
+    record = json.loads((interrupted / "options.json").read_text())
+    (interrupted / "options.json").unlink()
+    (interrupted / "options.json").write_text(json.dumps({**record, "config": {**record["config"], **here}}))
+    change(moved)
+    result = command({**config, **here}, interrupted, "--resume")
+    check_one_line(result, expected.format(moved), f"than when the run in {interrupted} was started")
+
+
+def test_the_same_contents_under_another_name_go_on(
+    config: dict[str, Any], straight: Path, interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
+    moved = tmp_path / "moved"
+    shutil.copytree(Path(config["dataset"]).parent, moved)
+    (moved / "train.jsonl").rename(moved / "problems.jsonl")
+    here = {"dataset": str(moved / "problems.jsonl"), "model": str(moved / "start")}
+    train({**config, **here, "output_dir": str(interrupted), "resume": True})
+    assert ending(interrupted) == ending(straight)
+    said = capsys.readouterr().out
+    for key, name in here.items():
+        assert f"{key}: {name} holds what {config[key]} held when this run was started" in " ".join(said.split())
+
+
+def test_names_decide_where_no_contents_were_kept(config: dict[str, Any], interrupted: Path, tmp_path: Path) -> None:
+    """As in records from before they were."""
+    record = json.loads((interrupted / "options.json").read_text())
+    del record["model_files"]
+    (interrupted / "options.json").unlink()
+    (interrupted / "options.json").write_text(json.dumps(record))
+    shutil.copytree(config["model"], tmp_path / "moved")
+    result = command(config, interrupted, "--resume", f"--model={tmp_path / 'moved'}")
+    check_one_line(result, f"model: got '{tmp_path / 'moved'}', but the run in ", "was started with")
 
 
 def test_what_changes_nothing_in_training_may_change(config: dict[str, Any], straight: Path, interrupted: Path) -> None:

@@ -345,6 +345,16 @@ def test_messages_name_the_argument() -> None:
 HUGE = (2**61, 2**62, 2**62 - 1)
 
 
+def every_function() -> dict[str, list[Any]]:
+    """Those of `arguments`, and of the product, whose merely wrong ones are in `test_product`."""
+    if not getattr(LIBRARY, "has_product", bool)():  # an emulated library has the operations only
+        return arguments()
+    half, weight = (torch.zeros(rows, 6, dtype=torch.bfloat16) for rows in (4, 3))
+    scratch, out = torch.zeros(LIBRARY.product_scratch(8, 6)), torch.zeros(8, 3)
+    product = [half, half.clone(), torch.zeros(4, dtype=torch.bool), weight, scratch, out]
+    return arguments() | {"product": product, "product_scratch": [8, 6]}
+
+
 def hostile(size: int, form: int) -> Any:
     """Tensors without entries, or with one, whose sizes and strides overflow when they are multiplied."""
     return (
@@ -352,6 +362,7 @@ def hostile(size: int, form: int) -> Any:
         lambda: torch.empty(2, size, 0),
         lambda: torch.empty(size, 0, dtype=torch.bool),
         lambda: torch.empty(size, 0, dtype=torch.int64),
+        lambda: torch.empty(size, 0, dtype=torch.bfloat16),
         lambda: torch.zeros(2).as_strided((1, 2), (size, 1)),
         lambda: torch.zeros(1).expand(size),
         lambda: torch.zeros(1, dtype=torch.bool).expand(size, 1),
@@ -362,7 +373,7 @@ def hostile(size: int, form: int) -> Any:
 
 pieces = st.one_of(
     st.none(),
-    st.builds(hostile, st.sampled_from(HUGE), st.integers(0, 8)),
+    st.builds(hostile, st.sampled_from(HUGE), st.integers(0, 9)),
     st.sampled_from([*HUGE, *(-x for x in HUGE)]),
     st.integers(-(2**63), 2**63 - 1),
     st.floats(),
@@ -378,11 +389,11 @@ pieces = st.one_of(
 )
 
 
-@drawn(name=st.sampled_from(sorted(arguments())), where=st.lists(st.integers(0, 18), min_size=1, max_size=3),
+@drawn(name=st.sampled_from(sorted(every_function())), where=st.lists(st.integers(0, 18), min_size=1, max_size=3),
        what=st.lists(pieces, min_size=3, max_size=3))  # fmt: skip
 def test_whatever_comes_is_taken_or_refused(name: str, where: list[int], what: list[Any]) -> None:
     """Nothing but an exception: a crash would end this process."""
-    given = arguments()[name]
+    given = every_function()[name]
     for index, value in zip(where, what, strict=False):
         given[index % len(given)] = value
     try:
@@ -394,16 +405,17 @@ def test_whatever_comes_is_taken_or_refused(name: str, where: list[int], what: l
 @pytest.mark.parametrize("size", HUGE)
 def test_hostile_sizes_are_taken_or_refused(size: int) -> None:
     """In every place, and in all places of tensors at once."""
-    for form in range(9):
-        for name, index in TENSORS:
+    for form in range(10):
+        for name, good in every_function().items():
             if not hasattr(LIBRARY, name.split()[0]):
                 continue  # an emulated library has the operations only
-            given = arguments()[name]
-            given[index] = hostile(size, form)
-            everywhere = [hostile(size, form) if isinstance(x, Tensor) else x for x in given]
-            for attempt in (given, everywhere):
+            tensors = [index for index, value in enumerate(good) if isinstance(value, Tensor)]
+            for places in [tensors, *([index] for index in tensors)]:
+                given = every_function()[name]
+                for index in places:
+                    given[index] = hostile(size, form)
                 with suppress(*REFUSALS):
-                    call(name, attempt)
+                    call(name, given)
 
 
 def test_a_tensor_larger_than_memory_is_refused() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from vppo.analysis.identity import PROCESSOR, WEIGHTS, digest, digest_folder, digest_model
 from vppo.analysis.options import AnalysisOptions
 from vppo.analysis.sampling import Sampler, end_tokens, with_transformers, with_vllm
+from vppo.contents import PROCESSOR, WEIGHTS, digest, digest_folder, digest_model
 from vppo.errors import InputError
 from vppo.loading import check_device, load_model, load_processor
 from vppo.prefix_sharing import GIB, ResponsePasses

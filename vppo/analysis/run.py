@@ -28,7 +28,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from vppo.analysis.identity import digest, digest_file, digest_problems
 from vppo.analysis.model import Subject
 from vppo.analysis.options import AnalysisOptions
 from vppo.analysis.pictures import picture_path
@@ -45,6 +44,7 @@ from vppo.analysis.tables import (
     write_table,
 )
 from vppo.analysis.token_scores import Scoring, TokenScores, score_tokens
+from vppo.contents import digest, digest_file, digest_problems
 from vppo.data import Problem, Problems
 from vppo.data.checks import placeholder_in, placeholders
 from vppo.data.prompts import Prompts

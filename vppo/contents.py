@@ -1,4 +1,4 @@
-"""What tells one analysis from another: the contents of model, data and responses, and not their names alone."""
+"""What tells one analysis or run from another: the contents of model, data and responses, and not their names alone."""
 
 from __future__ import annotations
 
