@@ -103,8 +103,8 @@ class ScriptArguments(RowOptions):
 
 # -- configs -----------------------------------------------------------------------------------------------------------
 
-# Not by TRL's TrlParser, which lets an unknown word of the command line pass, takes true for a whole number, and answers
-# a value of the wrong type with 200 lines of usage.
+# Not by TRL's TrlParser: it lets an unknown word of the command line pass, takes true for a whole number, and answers a
+# value of the wrong type with 200 lines of usage.
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
