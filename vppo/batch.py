@@ -43,7 +43,7 @@ class Batch:
     """The rows of a TRL batch with their images apart, so that any of them can be taken together.
 
     Args:
-        inputs: What `GRPOTrainer._generate_and_score_completions` returns: prompts padded on the left, responses on the
+        inputs: What `TRLTrainer.generate_and_score_completions` returns: prompts padded on the left, responses on the
             right.
 
     Attributes:

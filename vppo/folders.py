@@ -1,4 +1,4 @@
-"""What the folders hold that our commands write, and their JSON files, read so that an error says what is wrong."""
+"""The folders that our commands write: whose they are, what they hold, and their JSON files with errors that help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vppo.errors import InputError
+from vppo.files import write_atomic
 
+ELSEWHERE = "choose another --out, or remove that folder"
 # what only a folder of this kind has, the first match counts
 _KINDS = (
     ("a comparison of analyses", ("comparison.json",)),
@@ -20,6 +22,34 @@ _KINDS = (
     ("a checkpoint", ("trainer_state.json",)),
     ("a model", ("config.json",)),
 )
+
+
+def enter(folder: Path, identity: dict[str, Any], *, what: str, known_by: set[str]) -> dict[str, Any] | None:
+    """Makes a folder a run's own, by an `options.json` that says what is run, or finds what was begun in it.
+
+    Args:
+        folder: New, empty, or of a run that began in it; held against other processes (see `vppo.locks`).
+        identity: What a run that goes on must have in common with the one that began.
+        what: A run of this kind, in words, for messages.
+        known_by: Keys of `identity` that a run of another kind does not have.
+
+    Returns:
+        The identity of the run that began here; None where this one begins.
+
+    Raises:
+        InputError: The folder holds something else.
+    """
+    marker = folder / "options.json"
+    if not marker.exists():
+        # what is hidden is the claim, and what a crash leaves of the marker itself
+        if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
+            raise InputError(f"--out: {folder} holds other files; takes a new or empty folder")
+        write_atomic(marker, json.dumps(identity, indent=2) + "\n")
+        return None
+    before = read_object(marker, remedy=ELSEWHERE)
+    if not before.keys() >= known_by:
+        raise InputError(f"--out: {folder} holds {kind_of(folder)}, no {what}; choose another --out")
+    return before
 
 
 def kind_of(folder: Path) -> str:

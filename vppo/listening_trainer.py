@@ -25,20 +25,19 @@ class ListeningTrainer(SavedTrainer):
         super().__init__(*args, **kwargs)
         self._has_dropout = _has_dropout(self.model)
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's. What its sampling gives the head are the clean view's hidden states: one pass less.
 
         Only in float32, where decoding token by token and passing whole differ in the last digits alone.
         """
-        whole = not (self._dist.is_fsdp or self._dist.is_zero3)
         exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        if self._recorded is None or self._has_dropout or not (whole and exact):
-            return super()._generate_single_turn(*args, **kwargs)
+        if self._recorded is None or self._has_dropout or self.joins_forwards or not exact:
+            return super().generate_single_turn(*args, **kwargs)
         steps: list[Tensor] = []
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, inputs: steps.append(inputs[0][:, -1:].clone()))
         try:
-            result = super()._generate_single_turn(*args, **kwargs)
+            result = super().generate_single_turn(*args, **kwargs)
         finally:
             hook.remove()
         if len({len(step) for step in steps}) == 1:

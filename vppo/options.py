@@ -84,7 +84,9 @@ class VPPOOptions:
             "help": "Weight of the mean -log p over all response tokens (0.06 in the released code, 0.12 for 8B)."
         },
     )
-    perturbation: str = field(default="patch", metadata={"help": "Perturbed view: 'patch', 'noise', 'blur' or 'grey'."})
+    perturbation: str = field(
+        default=Perturbation.kind, metadata={"help": "Perturbed view: 'patch', 'noise', 'blur' or 'grey'."}
+    )
     perturbation_scope: str | None = field(
         default=None,
         metadata={
@@ -96,9 +98,15 @@ class VPPOOptions:
     patch_size: int | None = field(
         default=None, metadata={"help": "Side of a blackened patch in pixels; None takes the model's own patch, or 14."}
     )
-    patch_probability: float = field(default=0.5, metadata={"help": "Chance of each patch to be blackened, 0..1."})
-    noise_std: float = field(default=189.0, metadata={"help": "Standard deviation of the noise, on the 0..255 scale."})
-    blur_radius: float = field(default=6.0, metadata={"help": "Standard deviation of the blur, in pixels."})
+    patch_probability: float = field(
+        default=Perturbation.patch_probability, metadata={"help": "Chance of each patch to be blackened, 0..1."}
+    )
+    noise_std: float = field(
+        default=Perturbation.noise_std, metadata={"help": "Standard deviation of the noise, on the 0..255 scale."}
+    )
+    blur_radius: float = field(
+        default=Perturbation.blur_radius, metadata={"help": "Standard deviation of the blur, in pixels."}
+    )
     check_kernels: bool = field(
         default=False, metadata={"help": "Compare a sample of every divergence with its float64 definition."}
     )
@@ -145,8 +153,7 @@ class VPPOOptions:
 
     def make_perturbation(self, model_patch_size: int) -> Perturbation:
         """The perturbation of this run; blackened patches default to the model's own."""
-        size = model_patch_size if self.patch_size is None else self.patch_size
-        return Perturbation(self.perturbation, size, self.patch_probability, self.noise_std, self.blur_radius)
+        return Perturbation.of(self, model_patch_size)
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

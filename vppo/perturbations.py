@@ -87,6 +87,18 @@ class Perturbation:
         if not self.blur_radius > 0:
             raise ValueError(f"blur_radius: got {self.blur_radius!r}, takes a number above 0")
 
+    @classmethod
+    def of(cls, options: Any, model_patch_size: int) -> Perturbation:
+        """What the options of a run ask for.
+
+        Args:
+            options: With the fields of this class, but `perturbation` for `kind`; a `patch_size` of None
+                is the model's own.
+            model_patch_size: In pixels.
+        """
+        size = model_patch_size if options.patch_size is None else options.patch_size
+        return cls(options.perturbation, size, options.patch_probability, options.noise_std, options.blur_radius)
+
     def __call__(
         self,
         image: Tensor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +17,7 @@ from vppo.errors import InputError
 from vppo.listening_trainer import ListeningTrainer
 from vppo.processors import placeholder_tokens
 from vppo.sampler_guard import Gap, SamplerGuard, tolerance
+from vppo.trl_seams import engine_options
 from vppo.vllm_prompts import TextOnly, Unexpanded, first_difference
 
 RESHAPING = (  # in `generation_kwargs`
@@ -44,7 +44,7 @@ class SampledTrainer(ListeningTrainer):
             options = _image_options(model, args, kwargs.get("processing_class"))
         self._unexpanded = Unexpanded()
         self._difference: str | None = None  # between a prompt of the batch at hand and the one that vLLM used
-        with vllm_engine.engine_options(**options):
+        with engine_options(**options):
             super().__init__(model, reward_funcs, args, **kwargs)
         self._colocated = self.use_vllm and self.vllm_mode == "colocate"
         if self.use_vllm:
@@ -63,9 +63,9 @@ class SampledTrainer(ListeningTrainer):
         bias = {**generation.generation_kwargs.get("logit_bias", {})}
         bias.update({token: -100.0 for token in placeholder_tokens(self.model.config)})
         generation.generation_kwargs = {**generation.generation_kwargs, "logit_bias": bias}
-        vars(generation)["sync_weights"] = partial(self._sync_weights, generation.sync_weights)
+        self.hand_over(sync_weights=self._sync_weights)
         if self._colocated:
-            vars(generation)["generate"] = partial(self._generate_colocated, generation.generate)
+            self.hand_over(generate=self._generate_colocated)
         elif self.accelerator.is_main_process:
             vllm_engine.notice_silence(generation.vllm_client.session)
 
@@ -125,21 +125,21 @@ class SampledTrainer(ListeningTrainer):
         finally:
             self.processing_class = processor
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+    def tokenize_prompts(self, prompts: list[Any]) -> Any:
         """TRL's; what vLLM is to be given instead is remembered."""
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        prompt_ids, images, fields = super().tokenize_prompts(prompts)
         if self._colocated and images is not None:
             with self._text_only():
-                plain, *_ = super()._tokenize_prompts(prompts)
+                plain, *_ = super().tokenize_prompts(prompts)
             self._unexpanded.tell_prompts(prompt_ids, plain)
         return prompt_ids, images, fields
 
-    def _get_tool_suffix_ids(self, tool_messages: list[Any]) -> list[int]:
+    def get_tool_suffix_ids(self, tool_messages: list[Any]) -> list[int]:
         """TRL's; what vLLM is to be given instead is remembered."""
-        ids: list[int] = super()._get_tool_suffix_ids(tool_messages)
-        if self._colocated and self._is_vlm:
+        ids = super().get_tool_suffix_ids(tool_messages)
+        if self._colocated and self.shows_images:
             with self._text_only():
-                self._unexpanded.tell_results(ids, super()._get_tool_suffix_ids(tool_messages))
+                self._unexpanded.tell_results(ids, super().get_tool_suffix_ids(tool_messages))
         return ids
 
     def _generate_colocated(self, generate: Any, prompts: list[Any], images: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,17 +155,17 @@ class SampledTrainer(ListeningTrainer):
 
     # -- a server that is gone ---------------------------------------------------------------------------------------
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's. A server that no longer answers ends the run, with a checkpoint, where it would wait for ever."""
         if not self.use_vllm or self._colocated:
-            return super()._generate_single_turn(*args, **kwargs)
+            return super().generate_single_turn(*args, **kwargs)
         url = vllm_engine.server_url(self.args)
         main = self.accelerator.is_main_process
         gone = torch.tensor([int(main and not vllm_engine.answers(url, PATIENCE))], device=self.accelerator.device)
         if self.accelerator.gather(gone).any():
             raise InputError(self._left_by_server(url))
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            return super().generate_single_turn(*args, **kwargs)
         except OSError as error:  # requests' and the connection's own
             if self.accelerator.num_processes > 1:
                 raise InputError(f"the vLLM server at {url} no longer answers: {error}") from error
@@ -176,24 +176,24 @@ class SampledTrainer(ListeningTrainer):
         step = self.state.global_step
         folder = f"{self.args.output_dir}/checkpoint-{step}"
         if step and saved_step(folder) is None and self.model.training:
-            self._save_checkpoint(self.model, trial=None)
+            self.save_checkpoint(self.model, trial=None)
         kept = f"; the run can go on from {folder}" if saved_step(folder) == step else ""
         return f"the vLLM server at {url} no longer answers{kept}"
 
     # -- the guard ---------------------------------------------------------------------------------------------------
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's; then the sampler's log-probabilities against those of TRL's pass, where it makes one here."""
         self._unexpanded.clear()
         self._difference = None
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        output = super().generate_and_score_completions(inputs)
         if "old_per_token_logps" in output:
             self._compare(output, output["old_per_token_logps"])
         return output
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def compute_micro_batch_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's; the training pass is the first over these tokens where TRL has made none before it."""
-        loss: Tensor = super()._compute_loss(model, inputs)
+        loss = super().compute_micro_batch_loss(model, inputs)
         if self.model.training and "old_per_token_logps" not in inputs and self._train_logprobs is not None:
             self._compare(inputs, self._train_logprobs.detach())
         return loss
@@ -207,7 +207,7 @@ class SampledTrainer(ListeningTrainer):
             mask &= batch["tool_mask"].bool()
         gap = Gap.gather(self.accelerator, sampled, trained, mask)
         difference, self._difference = self._difference, None
-        log = self._metrics["train" if self.model.training else "eval"]
+        log = self.metrics_of()
         if gap.tokens:  # not where every response is cut off and masked: NaN would be the mean of the whole step
             log["vppo/sampler_gap_mean"].append(gap.mean)
             log["vppo/sampler_gap_max"].append(gap.maximum)

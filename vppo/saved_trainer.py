@@ -41,8 +41,7 @@ class SavedTrainer(LoggedTrainer):
     def __init__(self, model: Any, reward_funcs: Any, args: VPPOConfig, **kwargs: Any) -> None:
         check_saving(args)
         method = METHODS[args.algorithm]
-        self._name, self._paper = method.name, method.paper or super()._paper
-        self._tag_names = ["trl", "vppo" if args.scores_tokens else args.algorithm]
+        self.describe_method(method.name, method.paper, ["trl", "vppo" if args.scores_tokens else args.algorithm])
         super().__init__(model, reward_funcs, args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -56,12 +55,10 @@ class SavedTrainer(LoggedTrainer):
                 if isinstance(callback, StopOnSigterm):
                     callback.release()
 
-    def _init_training_state(  # as transformers has it
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *resumed: Any
-    ) -> tuple[int, int]:
+    def init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *resumed: Any) -> tuple[int, int]:
         """transformers', which makes one step more of a run that has made all of them."""
-        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *resumed)
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else done
+        done = super().init_training_state(max_steps, steps_per_epoch, epochs, *resumed)
+        return (epochs, 0) if self.state.global_step >= max_steps else done
 
     def _whole(self, asked: str | bool) -> str:
         if asked is True:
@@ -71,16 +68,15 @@ class SavedTrainer(LoggedTrainer):
             return str(newest)
         return str(named_checkpoint(str(asked)))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def save_checkpoint(self, model: Any, trial: Any) -> None:
         """TRL's; then, when every process is done, the list of what was saved. Older ones go only after that."""
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = self.run_folder(trial) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with writing(folder, "make room, and go on with resume from the checkpoint before it"):
                 if self.args.should_save:
                     manifest.begin(folder)
-                super()._save_checkpoint(model, trial)
+                super().save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     manifest.finish(folder)
@@ -90,7 +86,7 @@ class SavedTrainer(LoggedTrainer):
             drop_older(folder, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # a process that ends early has a launcher end the others
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def load_rng_state(self, checkpoint: str | None) -> None:
         """transformers' passes over a random state that is not there."""
         world = self.args.world_size
         if checkpoint is not None and not self.args.save_on_each_node:
@@ -100,21 +96,21 @@ class SavedTrainer(LoggedTrainer):
                     f"{checkpoint} was saved by {saved} processes, and {world} go on from it: with other random "
                     "numbers, and so with other rollouts"
                 )
-        super()._load_rng_state(checkpoint)
+        super().load_rng_state(checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """transformers' own restores next to nothing of a vision-language model: see `restore_weights`."""
         if self.is_fsdp_enabled or not restore_weights(self.model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super().load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        return EpochSampler(super()._get_train_sampler(dataset))
+    def get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler(super().get_train_sampler(dataset))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled:
             check_resuming(checkpoint, self.args)
         given = self._initial_rate()
-        super()._load_optimizer_and_scheduler(checkpoint)
+        super().load_optimizer_and_scheduler(checkpoint)
         if given != (kept := self._initial_rate()):
             logger.warning(
                 f"learning_rate: got {given}, which has no effect: the run goes on with the optimizer of {checkpoint}, "
@@ -127,11 +123,11 @@ class SavedTrainer(LoggedTrainer):
         rate: float | None = groups[0].get("initial_lr")
         return rate
 
-    def _load_best_model(self) -> None:
+    def load_best_model(self) -> None:
         """transformers' own would leave most of the last weights in place, as it does on resuming."""
         in_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if in_pieces or not restore_weights(self.model, str(self.state.best_model_checkpoint)):
-            super()._load_best_model()
+            super().load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's, corrected: see `vppo.card`."""

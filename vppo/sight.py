@@ -1,4 +1,4 @@
-"""Whether a run has any image to look at."""
+"""Whether a run has any image to look at, and whether its model sees when the image changes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset
+from torch import Tensor
 
 logger = get_logger(__name__)
 COLUMNS = ("images", "image")  # where TRL looks, in this order
+BLIND = 1e-8  # nats: below this mean dependency the perturbed view has changed nothing
 
 
 def missing_images(dataset: Any) -> str:
@@ -55,14 +57,14 @@ def _in_prompts(dataset: Dataset) -> bool:
 
 
 class ImageWatch:
-    """Warns once if a run shows its model no image.
+    """Warns once if a run shows its model no image, and once if perturbing the image changes nothing.
 
     Args:
         algorithm: Of the run.
     """
 
     def __init__(self, algorithm: str) -> None:
-        self._warned = False
+        self._warned = self._warned_blind = False
         self._last: int | None = None  # the step at which a batch has last shown one
         self._consequence = (
             f"No token can depend on an image then: algorithm {algorithm!r} filters and shapes nothing, and trains as "
@@ -89,4 +91,18 @@ class ImageWatch:
             self._warned = True
             logger.warning(
                 f"No prompt of steps {self._last} to {step} has shown the model an image. {self._consequence}"
+            )
+
+    def dependency(self, values: Tensor) -> None:
+        """Looks at what was measured of a generation batch of all processes.
+
+        Args:
+            values: `[N]` dependency of its tokens, in nats.
+        """
+        if len(values) and values.mean() < BLIND and not self._warned_blind:
+            self._warned_blind = True
+            logger.warning(
+                f"The perturbed view changes nothing: mean dependency {values.mean().item():.1e} nats over "
+                f"{values.numel()} tokens. Likely causes: images are dropped on the way to the model, the projector "
+                "between vision tower and language model is zero and frozen, or the perturbation is too weak."
             )

@@ -104,6 +104,9 @@ class ScriptArguments(RowOptions):
 
 # -- configs -----------------------------------------------------------------------------------------------------------
 
+# Not by TRL's TrlParser: it lets an unknown word of the command line pass, takes true for a whole number, and answers a
+# value of the wrong type with 200 lines of usage.
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a training config and checks its keys and types.

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from http.client import HTTPException
 from importlib import metadata
 from typing import Any
-from unittest import mock
 from urllib.request import urlopen
 
 from packaging.requirements import Requirement
@@ -86,18 +82,6 @@ def image_options(model: str, processor: Any, **options: Any) -> dict[str, int]:
             "values are saved, and cannot be told these; save the processor into a copy of the model's folder"
         )
     return limits if differ else {}
-
-
-@contextmanager
-def engine_options(**options: Any) -> Iterator[None]:
-    """TRL builds its engine with these options, too."""
-    from trl.generation import vllm_generation
-
-    if not options:
-        yield
-        return
-    with mock.patch.object(vllm_generation, "LLM", partial(vllm_generation.LLM, **options)):
-        yield
 
 
 # -- a server ----------------------------------------------------------------------------------------------------------

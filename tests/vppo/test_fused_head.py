@@ -15,8 +15,9 @@ from peft import LoraConfig
 from support.runs import fix_rollouts, generation_batch, rows, trainer
 from torch import Tensor
 
-import vppo.trainer
+import vppo.packed_trainer
 from vppo import fused_head
+from vppo.trl_seams import warn_slower
 from vppo_kernels.logits import LinearHead
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
@@ -46,7 +47,7 @@ def test_the_same_training_as_with_trls_own(
     case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, our_losses = trained(tmp_path / "ours", case)
-    monkeypatch.setattr(vppo.trainer, "fused_head", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(vppo.packed_trainer, "fused_head", lambda *_, **__: nullcontext())
     trls, trl_losses = trained(tmp_path / "trl", case)
     assert our_losses == pytest.approx(trl_losses, rel=1e-4, abs=1e-6)
     moved = 0
@@ -78,9 +79,9 @@ def test_filtered_tokens_meet_no_product_of_the_backward(tmp_path: Path, monkeyp
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    fused_head._warn.cache_clear()
+    warn_slower.cache_clear()
     PartialState()  # its logger needs one, whichever tests have run before
-    caplog.set_level(logging.WARNING, logger="vppo.fused_head")
+    caplog.set_level(logging.WARNING, logger="vppo.trl_seams")
     return caplog
 
 

@@ -7,12 +7,12 @@ import pytest
 from datasets import Dataset
 from support.families import build, picture
 from support.runs import options, rows, varied_reward
-from trl import GRPOTrainer
 
 import vppo.loading
 from vppo import VPPOConfig, VPPOTrainer
 from vppo.errors import InputError
 from vppo.loading import load_model, load_processor
+from vppo.trl_seams import TRLTrainer
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_the_trainer_finds_the_processor_of_a_loaded_model(folders: dict[str, Pa
 def test_what_the_trainer_asks_the_hub_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(vppo.loading, "load_processor", lambda name, **options: asked.append((name, options)))
-    monkeypatch.setattr(GRPOTrainer, "__init__", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(TRLTrainer, "__init__", lambda *args, **kwargs: 1 / 0)
     args = {"trust_remote_code": True, "model_init_kwargs": {"revision": "v2"}}
     for model, revision in (("org/model", "v2"), (build("llava")[0], "main")):
         if not isinstance(model, str):

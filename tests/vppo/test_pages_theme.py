@@ -6,14 +6,37 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from vppo.pages.theme import THEMES, DependencyScale, Theme, _to_oklab
+from vppo.pages.theme import THEMES, DependencyScale, Theme
+
+# sRGB to the cones' responses, and those to lightness and two opponent axes: the constants that define OKLab
+TO_LMS = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+TO_LAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+
+
+def linear_rgb(colour: str) -> np.ndarray:
+    rgb = np.array(to_rgb(colour))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def oklab(colour: str) -> np.ndarray:
+    return TO_LAB @ np.cbrt(TO_LMS @ linear_rgb(colour))
 
 
 def luminance(colour: str) -> float:
     """Relative luminance as WCAG defines it."""
-    rgb = np.array(to_rgb(colour))
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
+    return float(linear_rgb(colour) @ [0.2126, 0.7152, 0.0722])
 
 
 def contrast(first: str, second: str) -> float:
@@ -26,7 +49,7 @@ def test_equal_steps_of_the_scale_are_equal_steps_of_colour(theme: Theme) -> Non
     scale = DependencyScale(4.0)
     colours = scale.colours(4.0 * np.linspace(0, 1, 9) ** 2, theme)
     assert (colours[0], colours[-1]) == (theme.low, theme.high)
-    steps = np.linalg.norm(np.diff([_to_oklab(colour) for colour in colours], axis=0), axis=1)
+    steps = np.linalg.norm(np.diff([oklab(colour) for colour in colours], axis=0), axis=1)
     assert steps == pytest.approx(np.full(8, steps.mean()), rel=0.1)  # colours are rounded to 8 bits
 
 

@@ -31,6 +31,7 @@ from support.runs import (
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+import vppo.packed_trainer
 import vppo.trainer
 from vppo import VPPOConfig, VPPOTrainer
 from vppo.prefix_sharing import ResponsePasses
@@ -63,7 +64,7 @@ def one_group_for_nothing(completions: list[Any], answer: list[str], **kwargs: A
 @pytest.mark.parametrize("algorithm", ["dapo", "grpo"])
 def test_without_dependency_it_is_trls_trainer(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, with TRL's own head; that ours does the same is tested in `test_fused_head.py`."""
-    monkeypatch.setattr(vppo.trainer, "fused_head", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(vppo.packed_trainer, "fused_head", lambda *_, **__: nullcontext())
     run = trainer(tmp_path, algorithm=algorithm)
     run.train()
     model, processor = families.build(FAMILY)

@@ -47,11 +47,11 @@ class AnalysisOptions(DataOptions):
 
     limit: int | None = None
     samples: int = 1
-    perturbation: str = "patch"
+    perturbation: str = Perturbation.kind
     patch_size: int | None = None
-    patch_probability: float = 0.5
-    noise_std: float = 189.0
-    blur_radius: float = 6.0
+    patch_probability: float = Perturbation.patch_probability
+    noise_std: float = Perturbation.noise_std
+    blur_radius: float = Perturbation.blur_radius
     draws: int = 1
     divergence: str = "kl"
     keep_ratio: float = 0.4
@@ -100,6 +100,5 @@ class AnalysisOptions(DataOptions):
         return DataOptions(**{field.name: getattr(self, field.name) for field in fields(DataOptions)})
 
     def make_perturbation(self, model_patch_size: int) -> Perturbation:
-        """The perturbation; blackened patches default to the model's own."""
-        size = model_patch_size if self.patch_size is None else self.patch_size
-        return Perturbation(self.perturbation, size, self.patch_probability, self.noise_std, self.blur_radius)
+        """The perturbation of this run; blackened patches default to the model's own."""
+        return Perturbation.of(self, model_patch_size)

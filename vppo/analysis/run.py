@@ -50,7 +50,7 @@ from vppo.data.checks import placeholder_in, placeholders
 from vppo.data.prompts import Prompts
 from vppo.errors import InputError
 from vppo.files import write_atomic
-from vppo.folders import kind_of, read_object
+from vppo.folders import ELSEWHERE, enter, read_object
 from vppo.locks import claimed
 from vppo.perturbations import PixelLayout
 from vppo.prefix_sharing import GIB
@@ -63,7 +63,6 @@ PART = 32  # responses between two writes
 PACKAGES = ("torch", "transformers", "vppo-kernels")
 _TABLES = (("tokens", TOKENS), ("trajectories", TRAJECTORIES))
 _CONTENTS = ("weights", "processor", "rows")  # in the identity: what names stand for
-_ELSEWHERE = "choose another --out, or remove that folder"
 _AGAIN = "remove that folder, and the same command makes it anew"
 
 
@@ -173,19 +172,11 @@ class _Run:
 
     def _claim(self) -> None:
         """Make the folder this run's, or find that it is another's."""
-        marker = self.out / "options.json"
-        if marker.exists():
-            before = read_object(marker, remedy=_ELSEWHERE)
-            if not before.keys() >= {"model", "data", "problems", "responses"}:
-                raise InputError(f"--out: {self.out} holds {kind_of(self.out)}, no analysis; choose another --out")
-            for name, value in self.identity.items():
-                if before.get(name) != value:
-                    raise InputError(f"{self._difference(name, before)}; {_ELSEWHERE}")
-        # hidden: the claim, and what a crash leaves of the marker itself
-        elif self.out.exists() and (not self.out.is_dir() or any(p.name[0] != "." for p in self.out.iterdir())):
-            raise InputError(f"--out: {self.out} holds other files; takes a new or empty folder")
-        else:
-            write_atomic(marker, json.dumps(self.identity, indent=2) + "\n")
+        keys = {"model", "data", "problems", "responses"}
+        before = enter(self.out, self.identity, what="analysis", known_by=keys)
+        for name, value in self.identity.items():
+            if before is not None and before.get(name) != value:
+                raise InputError(f"{self._difference(name, before)}; {ELSEWHERE}")
 
     def _difference(self, name: str, before: dict[str, Any]) -> str:
         """What is other than when the analysis in the folder was started."""

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vppo.analysis.sampling import Sampling, with_transformers
+from vppo.data import Problem
+from vppo.data.prompts import Prompts
 from vppo.demo.digits import Strip
+from vppo.prefix_sharing import GIB, quiet
 from vppo.rewards import accuracy_reward
 
 MAX_NEW_TOKENS = 20
@@ -41,25 +45,16 @@ def forbidden_tokens(processor: Any) -> list[int]:
     ]
 
 
-@torch.no_grad()
 def answer(model: Any, processor: Any, strips: Sequence[Strip]) -> list[list[int]]:
     """Greedy responses as token ids, each with its end token if it reached one."""
-    tokenizer = processor.tokenizer
-    training, responses = model.training, []
-    model.eval()
-    for start in range(0, len(strips), BATCH):
-        inputs = encode(processor, strips[start : start + BATCH], with_response=False, device=model.device)
-        output = model.generate(
-            **inputs,
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            suppress_tokens=forbidden_tokens(processor),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
-            length = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-            responses.append(ids[:length])
-    model.train(training)
+    end = processor.tokenizer.eos_token_id
+    sample, responses = with_transformers(model), list[list[int]]()
+    greedy = Sampling(MAX_NEW_TOKENS, 0.0, 0, 4 * GIB, forbidden_tokens(processor), [end])
+    with quiet(model):
+        for start in range(0, len(strips), BATCH):
+            problems = [Problem(strip.prompt, [strip.image], strip.answer) for strip in strips[start : start + BATCH]]
+            rows = range(len(problems))
+            responses += sample(Prompts(processor, problems), rows, [(start + row, 0) for row in rows], greedy)
     return responses
 
 

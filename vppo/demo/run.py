@@ -25,7 +25,7 @@ from rich.text import Text
 from vppo.checkpoints import last_complete_checkpoint
 from vppo.errors import InputError
 from vppo.files import write_atomic, writing
-from vppo.folders import kind_of, read_object
+from vppo.folders import enter, read_object
 from vppo.locks import claimed
 
 PROMPTS, ROLLOUTS = 16, 8
@@ -154,23 +154,15 @@ def _finished(out: Path) -> dict[str, Any]:
 
 def _claim(options: DemoOptions) -> None:
     """Make the folder this run's, or find that it is another's."""
-    marker = options.out / "options.json"
-    if not marker.exists():
-        # hidden: the claim, and what a crash leaves of the marker itself
-        if any(not path.name.startswith(".") for path in options.out.iterdir()):
-            raise InputError(f"--out: {options.out} holds other files; takes a new or empty folder")
-        write_atomic(marker, json.dumps(options.identity(), indent=2) + "\n")
+    identity = options.identity()
+    before = enter(options.out, identity, what="run of `vppo demo`", known_by={"algorithm", "steps", "seed"})
+    if before is None:
         return
-    before = read_object(marker, remedy="choose another --out, or remove that folder")
-    if not before.keys() >= {"algorithm", "steps", "seed"}:
-        raise InputError(
-            f"--out: {options.out} holds {kind_of(options.out)}, no run of `vppo demo`; choose another --out"
-        )
     if not options.resume:
         raise InputError(
             f"--out: {options.out} already holds a run: go on with --resume, remove it, or choose another folder"
         )
-    for name, value in options.identity().items():
+    for name, value in identity.items():
         if before.get(name) != value:
             raise InputError(
                 f"--{name}: got {value!r}, but the run in {options.out} was started with {before.get(name)!r}"

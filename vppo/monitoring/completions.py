@@ -38,7 +38,7 @@ class CompletionLog:
         """Takes the rows of a generation over.
 
         Args:
-            logs: What `GRPOTrainer` gathered of it in `_logs`; it is emptied.
+            logs: What `GRPOTrainer` gathered of it; it is emptied.
             columns: Further values, one per row of the generation over all processes.
 
         Raises:

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from trl import GRPOTrainer
 
 from vppo.monitoring import loggers
 from vppo.monitoring.completion_view import FEW, chosen, show
 from vppo.monitoring.completions import CompletionLog, plain_text
 from vppo.monitoring.evaluation import random_numbers
 from vppo.monitoring.measured import Measured
+from vppo.trl_seams import TRLTrainer
 
 
-class LoggedTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` whose evaluations change nothing in training, and whose completion tables are of one kind each.
+class LoggedTrainer(TRLTrainer):
+    """`TRLTrainer` whose evaluations change nothing in training, and whose completion tables are of one kind each.
 
     TRL keeps the completions of training and evaluation in one list of the size of a generation, writes both to the
     same file, and averages an evaluation's metrics over its batches, the last and smaller one like the others. Here an
@@ -27,18 +27,16 @@ class LoggedTrainer(GRPOTrainer):
     A subclass calls `_keep_completions` after each generation.
     """
 
-    args: Any
-    model: Any
     num_generations: int
     num_generations_eval: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # TRL adds each generation here; it is taken over at once
-        self._logs: dict[str, Any] = {
+        self._generated_rows: dict[str, Any] = {  # of the last generation; taken over at once
             **{name: [] for name in ("images", "prompt", "completion", "advantages")},
             **{name: defaultdict(list) for name in ("rewards", "extra")},
         }
+        self.take_logs(self._generated_rows)
         size = int(self.args.generation_batch_size)
         pictured = self.log_completions and self.log_multimodal and self.accelerator.is_main_process
         # prompts hold their images; TRL would gather them once more, and wait for ever for a process that has none
@@ -54,7 +52,7 @@ class LoggedTrainer(GRPOTrainer):
 
     def _keep_completions(self, columns: dict[str, list[Any]]) -> None:
         """Takes a generation's completions over, with further columns of one value per completion of all processes."""
-        self._completions["train" if self.model.training else "eval"].add(self._logs, columns)
+        self._completions["train" if self.model.training else "eval"].add(self._generated_rows, columns)
 
     def evaluation_loop(  # as transformers has it
         self,
@@ -65,7 +63,7 @@ class LoggedTrainer(GRPOTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """TRL's, with random numbers of its own; then the metrics that are taken over all rows."""
-        completions, metrics = self._completions["eval"], self._metrics["eval"]
+        completions, metrics = self._completions["eval"], self.metrics_of("eval")
         completions.keep(0)
         metrics.clear()
         self._measured, self._evaluation = [], metric_key_prefix

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ DARK = Theme(
     bad="#ff8077",
 )
 THEMES = (LIGHT, DARK)
+# at equal steps from low to high on a straight line in OKLab, so that equal steps are perceived as equal
+_BETWEEN = {"light": ("#f4ceba", "#f5af8d", "#f38e5e"), "dark": ("#493430", "#6b3c2b", "#8e4221")}
 _SERIES = {
     "light": ("#d9560b", "#2b6cb0", "#1c7c43", "#8a4fb5", "#96700a", "#c0327a", "#0f8090", "#626974"),
     "dark": ("#f58442", "#74aee8", "#5cc98a", "#c39bea", "#d8b44a", "#f083b4", "#55c3d0", "#9da5af"),
@@ -106,35 +108,7 @@ class DependencyScale:
 
 
 def colour_map(theme: Theme) -> LinearSegmentedColormap:
-    """The theme's colours from no dependency to the top of the scale: a straight line in OKLab, so evenly perceived."""
-    line = np.linspace(_to_oklab(theme.low), _to_oklab(theme.high), 65)
-    return LinearSegmentedColormap.from_list(f"dependency-{theme.name}", _from_oklab(line).tolist(), N=256)
-
-
-# sRGB to the cones' responses, and those to lightness and two opponent axes: the constants that define OKLab
-_TO_LMS = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_TO_LAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
-
-
-def _to_oklab(colour: str) -> np.ndarray:
-    rgb = np.array(to_rgb(colour))
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return _TO_LAB @ np.cbrt(_TO_LMS @ linear)
-
-
-def _from_oklab(lab: np.ndarray) -> np.ndarray:
-    linear = (lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_LMS).T
-    linear = np.clip(linear, 0.0, 1.0)
-    return np.clip(np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055), 0.0, 1.0)
+    """The theme's colours from no dependency to the top of the scale."""
+    return LinearSegmentedColormap.from_list(
+        f"dependency-{theme.name}", [theme.low, *_BETWEEN[theme.name], theme.high], N=256
+    )
