@@ -16,7 +16,7 @@ from support.faultruns import before, die, ending, prepare
 
 from vppo.checkpoints import last_complete_checkpoint
 
-WORLD, STEPS, SECONDS = 2, 3, 120
+WORLD, STEPS, SECONDS = 2, 3, 300
 
 
 def outcome(config: dict[str, Any], run: Path, **changes: Any) -> str:
