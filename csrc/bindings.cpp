@@ -124,79 +124,6 @@ void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional
   }
 }
 
-// Arguments of the loss, `[rows, columns]` as its mask.
-struct LikeMask {
-  DLDevice device;
-  int64_t rows, columns;
-
-  explicit LikeMask(const TensorView& mask) : device(device_of("mask", mask)) {
-    if (mask.ndim() != 2) TVM_FFI_THROW(ValueError) << "mask: got shape " << shape_of(mask) << ", takes [rows, columns]";
-    rows = mask.size(0);
-    columns = mask.size(1);
-  }
-  template <typename T = float>
-  T* data(const char* name, const TensorView& tensor) const {
-    return check_contiguous<T>(name, tensor, {rows, columns}, device);
-  }
-  float* data(const char* name, const Optional<TensorView>& tensor) const {
-    return tensor.has_value() ? data(name, *tensor) : nullptr;
-  }
-};
-
-LossOptions loss_options(double low, double high, double dual, double limit, double nll_coef, double entropy_coef,
-                         double kl_coef, bool ref_of_all) {
-  const auto single = [](double x) { return static_cast<float>(x); };
-  return {single(low),          single(high),    single(dual), single(limit), single(nll_coef),
-          single(entropy_coef), single(kl_coef), ref_of_all};
-}
-
-void clipped_loss_(TensorView logprobs, Optional<TensorView> entropy, TensorView old_logprobs, TensorView advantages,
-                   TensorView keep, TensorView mask, Optional<TensorView> ref_logprobs, Optional<TensorView> is_weights,
-                   Optional<TensorView> dependency, double low, double high, double dual, double limit, double nll_coef,
-                   double entropy_coef, double kl_coef, bool ref_of_all, Optional<TensorView> values, TensorView sums) {
-  const LikeMask like(mask);
-  const Tokens tokens{like.data("logprobs", logprobs),
-                      like.data("old_logprobs", old_logprobs),
-                      like.data("advantages", advantages),
-                      like.data<bool>("keep", keep),
-                      like.data<bool>("mask", mask),
-                      like.data("entropy", entropy),
-                      like.data("ref_logprobs", ref_logprobs),
-                      like.data("is_weights", is_weights),
-                      like.data("dependency", dependency),
-                      like.rows,
-                      like.columns};
-  const LossOptions options = loss_options(low, high, dual, limit, nll_coef, entropy_coef, kl_coef, ref_of_all);
-  float* const of_tokens = like.data("values", values);
-  Fields of_rows{};
-  of_rows.data = check_rows<float>("sums", sums, {kSums, like.rows}, like.device, of_rows.stride);
-  if (like.rows > 0) clipped_loss(like.device, tokens, options, of_tokens, of_rows);
-}
-
-void clipped_loss_gradient_(TensorView logprobs, TensorView old_logprobs, TensorView advantages, TensorView mask,
-                            Optional<TensorView> ref_logprobs, Optional<TensorView> is_weights, TensorView upstream,
-                            double low, double high, double dual, double limit, double nll_coef, double entropy_coef,
-                            double kl_coef, TensorView grad, Optional<TensorView> grad_entropy) {
-  const LikeMask like(mask);
-  Tokens tokens{};
-  tokens.logprobs = like.data("logprobs", logprobs);
-  tokens.old_logprobs = like.data("old_logprobs", old_logprobs);
-  tokens.advantages = like.data("advantages", advantages);
-  tokens.mask = like.data<bool>("mask", mask);
-  tokens.ref_logprobs = like.data("ref_logprobs", ref_logprobs);
-  tokens.is_weights = like.data("is_weights", is_weights);
-  tokens.rows = like.rows;
-  tokens.columns = like.columns;
-  const LossOptions options = loss_options(low, high, dual, limit, nll_coef, entropy_coef, kl_coef, false);
-  LossGradient gradient{};
-  gradient.per_token = upstream.ndim() == 2;
-  gradient.upstream = gradient.per_token ? like.data("upstream", upstream)
-                                         : check_contiguous<float>("upstream", upstream, {like.rows}, like.device);
-  gradient.logprobs = like.data("grad", grad);
-  gradient.entropy = like.data("grad_entropy", grad_entropy);
-  if (like.rows > 0 && like.columns > 0) clipped_loss_gradient(like.device, tokens, options, gradient);
-}
-
 }  // namespace
 }  // namespace vppo
 
@@ -206,5 +133,3 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(fold_jsd, vppo::fold_jsd_)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gradient, vppo::gradient_)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gradient_pair, vppo::gradient_pair_)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_mask, vppo::topk_mask_)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(clipped_loss, vppo::clipped_loss_)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(clipped_loss_gradient, vppo::clipped_loss_gradient_)

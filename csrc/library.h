@@ -1,7 +1,7 @@
 // What the library of a device has to offer, and `bindings.cpp` hands on to Python.
 //
-// Arguments are checked, lie on `device` and have rows; the contracts are those of `vppo_kernels/backends/torch.py`,
-// `selection.py` and `loss.py`. Nothing is allocated.
+// Arguments are checked, lie on `device` and have rows; the contracts are those of
+// `vppo_kernels/backends/protocols.py`. Nothing is allocated.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -23,9 +23,5 @@ void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Ta
 // the mask goes to `keep`, which may be the scores
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float* keep);
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, bool* keep);
-// `values`, `[rows, columns]`, may be null; `sums` is `[kSums, rows]`
-void clipped_loss(DLDevice device, const Tokens& tokens, const LossOptions& options, float* values, Fields sums);
-void clipped_loss_gradient(DLDevice device, const Tokens& tokens, const LossOptions& options,
-                           const LossGradient& gradient);
 
 }  // namespace vppo

@@ -5,8 +5,8 @@
 
 namespace vppo {
 
-// Packed numbers of all rows, in the order of statistics.py and of `SUMS` of loss.py.
-constexpr int kViewFields = 4, kPairFields = 10, kSums = 12;
+// Packed numbers of all rows, in the order of statistics.py.
+constexpr int kViewFields = 4, kPairFields = 10;
 
 // Finished logits, `[rows, columns]`, of one view, or of two views one after the other.
 struct Tile {
@@ -37,27 +37,6 @@ struct Scores {
   const bool* valid;
   const std::int64_t* offsets;
   std::int64_t rows, columns, total;
-};
-
-// Tokens `[rows, columns]` of a batch. Values where `mask` is 0 take part in nothing. From `entropy` on there may be none.
-struct Tokens {
-  const float *logprobs, *old_logprobs, *advantages;
-  const bool *keep, *mask;
-  const float *entropy, *ref_logprobs, *is_weights, *dependency;
-  std::int64_t rows, columns;
-};
-
-// As the arguments of `_clipped_loss` in loss.py; `dual` is infinite where there is no such clip.
-struct LossOptions {
-  float low, high, dual, limit, nll_coef, entropy_coef, kl_coef;
-  bool ref_of_all;
-};
-
-// Upstream gradient of each token's loss, or of each row's, and where those of log-probabilities and entropy go.
-struct LossGradient {
-  const float* upstream;
-  bool per_token;
-  float *logprobs, *entropy;  // `entropy` may be null
 };
 
 }  // namespace vppo

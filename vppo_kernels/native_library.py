@@ -22,8 +22,6 @@ EXPORTED = (  # by the library of every device
     "gradient",
     "gradient_pair",
     "topk_mask",
-    "clipped_loss",
-    "clipped_loss_gradient",
 )
 
 

@@ -25,7 +25,7 @@ void evaluate(tvm::ffi::String function, TensorView x, TensorView out) {
   const float* const from = check_contiguous<float>("x", x, {count}, {kDLCPU, 0});
   float* const into = check_contiguous<float>("out", out, {count}, {kDLCPU, 0});
   if (!operations().evaluate(function.c_str(), from, into, count)) {
-    TVM_FFI_THROW(ValueError) << "function: got '" << function << "', takes exp, exp_down, expm1, phi or log1p";
+    TVM_FFI_THROW(ValueError) << "function: got '" << function << "', takes exp, exp_down, phi_near or log1p";
   }
 }
 

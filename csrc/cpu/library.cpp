@@ -60,16 +60,4 @@ void gradient_pair(DLDevice, Tile tile, Fields pair, Fields jsd_terms, Targets t
 void topk_mask(DLDevice, const Scores& scores, double keep_ratio, float* keep) { write_mask(scores, keep_ratio, keep); }
 void topk_mask(DLDevice, const Scores& scores, double keep_ratio, bool* keep) { write_mask(scores, keep_ratio, keep); }
 
-void clipped_loss(DLDevice, const Tokens& tokens, const LossOptions& options, float* values, Fields sums) {
-  const Operations& on = operations();
-  for_rows(tokens.rows, tokens.columns,
-           [&](auto begin, auto end) { on.clipped_loss(tokens, options, values, sums, begin, end); });
-}
-
-void clipped_loss_gradient(DLDevice, const Tokens& tokens, const LossOptions& options, const LossGradient& gradient) {
-  const Operations& on = operations();
-  for_rows(tokens.rows, tokens.columns,
-           [&](auto begin, auto end) { on.clipped_loss_gradient(tokens, options, gradient, begin, end); });
-}
-
 }  // namespace vppo

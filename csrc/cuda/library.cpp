@@ -66,14 +66,4 @@ void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, bool* k
   write_mask(device, scores, keep_ratio, keep);
 }
 
-void clipped_loss(DLDevice device, const Tokens& tokens, const LossOptions& options, float* values, Fields sums) {
-  on(device, tokens.rows, [&](cudaStream_t stream) { return clipped_loss(tokens, options, values, sums, stream); });
-}
-
-void clipped_loss_gradient(DLDevice device, const Tokens& tokens, const LossOptions& options,
-                           const LossGradient& gradient) {
-  on(device, tokens.rows,
-     [&](cudaStream_t stream) { return clipped_loss_gradient(tokens, options, gradient, stream); });
-}
-
 }  // namespace vppo

@@ -49,12 +49,6 @@ inline Vec phi_near(Vec x) {
   return x * x * p;
 }
 
-// `exp(x) - 1 - x`
-inline Vec phi(Vec x) { return abs(x) < 0.5f ? phi_near(x) : exp(x) - 1.0f - x; }
-
-// `exp(x) - 1`
-inline Vec expm1(Vec x) { return abs(x) < 0.5f ? x + phi_near(x) : exp(x) - 1.0f; }
-
 // `log(1 + u)` for 0 <= u <= 1: twice the inverse hyperbolic tangent of u / (2 + u).
 inline Vec log1p(Vec u) {
   const Vec s = u / (u + 2.0f), t = s * s;
@@ -83,8 +77,7 @@ inline bool evaluate(const char* function, const float* x, float* out, int64_t c
   };
   if (is("exp_down")) return apply([](Vec v) { return exp_down(max(all(kLeast), v)); });
   if (is("exp")) return apply([](Vec v) { return exp(v); });
-  if (is("expm1")) return apply([](Vec v) { return expm1(v); });
-  if (is("phi")) return apply([](Vec v) { return phi(v); });
+  if (is("phi_near")) return apply([](Vec v) { return phi_near(v); });
   if (is("log1p")) return apply([](Vec v) { return log1p(v); });
   return false;
 }

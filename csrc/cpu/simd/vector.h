@@ -24,7 +24,6 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef std::int32_t Int __attribute__((vector_size(4 * kWidth)));  // also of conditions: -1 where true
-typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
 
 inline Vec all(float value) { return Vec{} + value; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
@@ -51,13 +50,6 @@ inline Vec load(const float* from, int count, float rest) {
 }
 
 inline void store(float* to, Vec value, int count) { __builtin_memcpy(to, &value, sizeof(float) * count); }
-
-// Where a mask is not 0.
-inline Int load(const bool* from, int count) {
-  Bytes bytes{};
-  __builtin_memcpy(&bytes, from, count);
-  return __builtin_convertvector(bytes != 0, Int);
-}
 
 // Calls `body(column, count)` for the vectors of a row one after the other.
 template <typename Body>
