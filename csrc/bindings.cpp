@@ -47,7 +47,7 @@ Slope slope_of(double scale, double to_cap) { return {static_cast<float>(scale),
 void fold_(TensorView tile, Optional<TensorView> targets, int64_t first, TensorView stats) {
   const TileArguments of(tile, 1);
   const Targets chosen = of.targets(targets, first);
-  const Fields into = of.fields("stats", stats, kViewFields);
+  const Fields into = of.fields("stats", stats, kSoftmaxFields);
   if (!of.empty()) fold(of.device, of.tile, chosen, into);
 }
 
@@ -61,27 +61,28 @@ void fold_pair_(TensorView tile, Optional<TensorView> targets, int64_t first, Te
 void fold_jsd_(TensorView tile, TensorView pair, TensorView jsd_terms) {
   const TileArguments of(tile, 2);
   const Fields both = of.fields("pair", pair, kPairFields);
-  const Fields into = of.fields("jsd_terms", jsd_terms, 2);
+  const Fields into = of.fields("jsd_terms", jsd_terms, kJsdFields);
   if (!of.empty()) fold_jsd(of.device, of.tile, both, into);
 }
 
-void gradient_(TensorView tile, TensorView view, TensorView targets, int64_t first, TensorView grads, double scale,
+void gradient_(TensorView tile, TensorView softmax, TensorView targets, int64_t first, TensorView grads, double scale,
                double to_cap) {
   const TileArguments of(tile, 1);
-  const Fields softmax = of.fields("view", view, kViewFields);
+  const Fields view = of.fields("softmax", softmax, kSoftmaxFields);
   const Targets chosen = of.targets(targets, first);
-  const Fields upstream = of.fields("grads", grads, 2);
-  if (!of.empty()) gradient(of.device, of.tile, softmax, chosen, upstream, slope_of(scale, to_cap));
+  const Fields upstream = of.fields("grads", grads, kGradFields);
+  if (!of.empty()) gradient(of.device, of.tile, view, chosen, upstream, slope_of(scale, to_cap));
 }
 
 void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> jsd_terms, Optional<TensorView> targets,
                     int64_t first, TensorView grads, double scale, double to_cap) {
   const TileArguments of(tile, 2);
   const Fields both = of.fields("pair", pair, kPairFields);
-  const Fields half = jsd_terms.has_value() ? of.fields("jsd_terms", *jsd_terms, 2) : Fields{};
+  const Fields terms = jsd_terms.has_value() ? of.fields("jsd_terms", *jsd_terms, kJsdFields) : Fields{};
   const Targets chosen = of.targets(targets, first);
-  const Fields upstream = of.fields("grads", grads, targets.has_value() ? 5 : 3);
-  if (!of.empty()) gradient_pair(of.device, of.tile, both, half, chosen, upstream, slope_of(scale, to_cap));
+  const int outputs = targets.has_value() ? kPairGradFields : kPairGradFieldsWithoutTargets;
+  const Fields upstream = of.fields("grads", grads, outputs);
+  if (!of.empty()) gradient_pair(of.device, of.tile, both, terms, chosen, upstream, slope_of(scale, to_cap));
 }
 
 // `out`, like the scores, is the scores themselves or a bool mask.

@@ -16,7 +16,7 @@ extern const char* const kDeviceName;
 void fold(DLDevice device, Tile tile, Targets targets, Fields stats);
 void fold_pair(DLDevice device, Tile tile, Targets targets, Fields stats);
 void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields jsd_terms);
-void gradient(DLDevice device, Tile tile, Fields view, Targets targets, Fields grads, Slope slope);
+void gradient(DLDevice device, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope);
 // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
 void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads,
                    Slope slope);

@@ -37,13 +37,13 @@ VPPO_BOTH float log_share(float d) {
 }
 
 // One view over a part of the vocabulary: largest logit m, `sum exp(z - m)`, `sum exp(z - m) (z - m)`.
-struct View {
+struct SoftmaxStats {
   float max, sum, weighted_sum;
 };
 
 // Two views over a part: and the mean gap under p, and the excess about it.
-struct Pair {
-  View p, q;
+struct PairStats {
+  SoftmaxStats p, q;
   float mean_diff, excess;
 };
 
@@ -56,7 +56,7 @@ VPPO_BOTH float excess_of(float weight, float d, float log_q, float mean_diff) {
 // `part - whole <= 0`, finite also where one or both are -inf.
 VPPO_BOTH float distance(float part, float whole) { return part == whole ? 0.0f : fmaxf(part - whole, kFloor); }
 
-VPPO_BOTH View merge(const View& a, const View& b) {
+VPPO_BOTH SoftmaxStats merge(const SoftmaxStats& a, const SoftmaxStats& b) {
   const float top = fmaxf(a.max, b.max);
   const float down_a = distance(a.max, top), down_b = distance(b.max, top);
   const float scale_a = expf(down_a), scale_b = expf(down_b);
@@ -65,13 +65,13 @@ VPPO_BOTH View merge(const View& a, const View& b) {
 }
 
 // A part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`.
-VPPO_BOTH float move_excess(const Pair& part, float d, float down, float both) {
+VPPO_BOTH float move_excess(const PairStats& part, float d, float down, float both) {
   const float step = d < 1.0f ? expf(down) * phi(d) : expf(both) - expf(down) * (1.0f + d);
   return expf(both) * part.excess + step * part.p.sum;
 }
 
-VPPO_BOTH Pair merge(const Pair& a, const Pair& b) {
-  const View p = merge(a.p, b.p), q = merge(a.q, b.q);
+VPPO_BOTH PairStats merge(const PairStats& a, const PairStats& b) {
+  const SoftmaxStats p = merge(a.p, b.p), q = merge(a.q, b.q);
   const float down_a = distance(a.p.max, p.max), down_b = distance(b.p.max, p.max);
   const float lower_a = distance(a.q.max, q.max), lower_b = distance(b.q.max, q.max);
   const float mean_diff_a = a.mean_diff + (down_a - lower_a), mean_diff_b = b.mean_diff + (down_b - lower_b);

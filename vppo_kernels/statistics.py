@@ -111,7 +111,20 @@ class Pair(NamedTuple):
     kl: Tensor
 
 
-# Between sweep, kernels and ranks statistics travel packed, one row of a `[fields, rows]` tensor per field.
+# Between sweep, kernels and ranks statistics travel packed, as `[fields, rows]`. `csrc/types.h` has the same names.
+MAX, SUM, WEIGHTED_SUM, TARGET = range(4)  # the fields of SoftmaxStats
+LOG_SUM, ENTROPY, LOGPROB = 1, 2, 3  # those of Softmax, whose first is MAX too
+SOFTMAX_FIELDS = 4
+P, Q = 0, SOFTMAX_FIELDS  # where the fields of p and of q begin among those of two views
+MEAN_DIFF = 2 * SOFTMAX_FIELDS  # what follows them,
+EXCESS = KL = MEAN_DIFF + 1  # and last in PairStats the one, in Pair the other
+PAIR_FIELDS = MEAN_DIFF + 2
+
+# So do the terms `KL(p || m)` and `KL(q || m)` of a Jensen-Shannon divergence,
+JSD_P, JSD_Q, JSD_FIELDS = 0, 1, 2
+# and the upstream gradients of one view's outputs and of two views'; without targets the last two are missing.
+GRAD_LOGPROB, GRAD_ENTROPY = range(2)
+GRAD_DIVERGENCE, GRAD_ENTROPY_P, GRAD_ENTROPY_Q, GRAD_LOGPROB_P, GRAD_LOGPROB_Q = range(5)
 
 
 def pack(stats: SoftmaxStats | PairStats | Softmax | Pair) -> Tensor:
@@ -128,7 +141,7 @@ def unpack_stats(packed: Tensor) -> SoftmaxStats:
 
 def unpack_pair_stats(packed: Tensor) -> PairStats:
     """`[10, rows]` to `PairStats`."""
-    return PairStats(SoftmaxStats(*packed[0:4]), SoftmaxStats(*packed[4:8]), packed[8], packed[9])
+    return PairStats(SoftmaxStats(*packed[P:Q]), SoftmaxStats(*packed[Q:MEAN_DIFF]), packed[MEAN_DIFF], packed[EXCESS])
 
 
 def unpack_softmax(packed: Tensor) -> Softmax:
@@ -138,14 +151,14 @@ def unpack_softmax(packed: Tensor) -> Softmax:
 
 def unpack_pair(packed: Tensor) -> Pair:
     """`[10, rows]` to `Pair`."""
-    return Pair(Softmax(*packed[0:4]), Softmax(*packed[4:8]), packed[8], packed[9])
+    return Pair(Softmax(*packed[P:Q]), Softmax(*packed[Q:MEAN_DIFF]), packed[MEAN_DIFF], packed[KL])
 
 
 def nothing(views: int, rows: int, like: Tensor) -> Tensor:
     """Packed statistics of an empty part of the vocabulary: what merging leaves as it is."""
-    packed = like.new_zeros(4 if views == 1 else 10, rows)
-    for view in range(views):
-        packed[4 * view] = packed[4 * view + 3] = -torch.inf  # max and target
+    packed = like.new_zeros(SOFTMAX_FIELDS if views == 1 else PAIR_FIELDS, rows)
+    for first in (P, Q)[:views]:
+        packed[first + MAX] = packed[first + TARGET] = -torch.inf
     return packed
 
 

@@ -10,10 +10,26 @@ from torch import Tensor
 from vppo_kernels import arguments, tiling
 from vppo_kernels.backends import resolve
 from vppo_kernels.logits import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
-from vppo_kernels.statistics import unpack_pair, unpack_softmax
+from vppo_kernels.statistics import (
+    GRAD_DIVERGENCE,
+    GRAD_ENTROPY_P,
+    GRAD_ENTROPY_Q,
+    GRAD_LOGPROB_P,
+    GRAD_LOGPROB_Q,
+    JSD_FIELDS,
+    PAIR_FIELDS,
+    SOFTMAX_FIELDS,
+    unpack_pair,
+    unpack_softmax,
+)
 from vppo_kernels.vocab_parallel import Shard
 
-FIELDS = {"logprob": 4, "kl": 10, "reverse_kl": 10, "jsd": 12}  # rows of `saved`
+# rows of `saved`
+FIELDS = {"logprob": SOFTMAX_FIELDS, "kl": PAIR_FIELDS, "reverse_kl": PAIR_FIELDS, "jsd": PAIR_FIELDS + JSD_FIELDS}
+
+
+# the upstream gradients of two views in the order of the swapped ones
+SWAPPED = (GRAD_DIVERGENCE, GRAD_ENTROPY_Q, GRAD_ENTROPY_P, GRAD_LOGPROB_Q, GRAD_LOGPROB_P)
 
 
 def _order(kind: str, both: Any) -> Any:
@@ -111,7 +127,7 @@ def run_sweep_backward(
         grad, saved = grad[:, active], saved[:, active]
         targets = None if targets is None else targets[active]
     if kind == "reverse_kl":
-        grad = grad[[0, 2, 1, 4, 3][: len(grad)]]
+        grad = grad[list(SWAPPED[: len(grad)])]
     grad, saved = grad.resolve_neg().contiguous(), saved.contiguous()  # kernels take fields of consecutive rows
 
     swapped, options, part = _order(kind, views), LogitTransform(*transform), _shard(shard, group)
@@ -128,8 +144,8 @@ def run_sweep_backward(
             assert targets is not None
             tiling.backward(source, chosen.tiles, saved, targets, grad, workspace)
         else:
-            jsd_terms = saved[10:] if kind == "jsd" else None
-            tiling.backward_pair(source, chosen.tiles, saved[:10], jsd_terms, targets, grad, workspace)
+            jsd_terms = saved[PAIR_FIELDS:] if kind == "jsd" else None
+            tiling.backward_pair(source, chosen.tiles, saved[:PAIR_FIELDS], jsd_terms, targets, grad, workspace)
     grad_views, *grad_head = source.gradients()
     grads = [*_order(kind, grad_views), *grad_head][: len(wants)]
     return [grad.new_empty(0) if g is None else g for g in grads]

@@ -17,6 +17,15 @@ from torch import Tensor
 from vppo_kernels.backends.protocols import FusedSweep, TileOps
 from vppo_kernels.logits import LinearHead, Source
 from vppo_kernels.statistics import (
+    GRAD_DIVERGENCE,
+    GRAD_ENTROPY_P,
+    GRAD_LOGPROB,
+    GRAD_LOGPROB_P,
+    JSD_FIELDS,
+    KL,
+    LOGPROB,
+    MEAN_DIFF,
+    SOFTMAX_FIELDS,
     finish,
     finish_pair,
     merge,
@@ -227,10 +236,10 @@ def forward_pair(
         pair = pack(finish_pair(unpack_pair_stats(merge_ranks(stats, source.group, _merge_pair))))
         blocks.append(pair)
         if jsd:
-            half = stats.new_zeros(2, rows.stop - rows.start)
+            terms = stats.new_zeros(JSD_FIELDS, rows.stop - rows.start)
             for tile in tiles:
-                half = ops.fold_jsd(tile, pair, half)
-            jsd_terms.append(sum_ranks(half, source.group))
+                terms = ops.fold_jsd(tile, pair, terms)
+            jsd_terms.append(sum_ranks(terms, source.group))
     return torch.cat(blocks, dim=1), torch.cat(jsd_terms, dim=1) if jsd else None
 
 
@@ -239,15 +248,21 @@ def _of_finite(values: Tensor, grads: Tensor) -> Tensor:
     return torch.where(torch.isinf(values), 0.0, grads)
 
 
-def _of_view(view: Tensor, grads: Tensor) -> Tensor:
-    """Upstream gradients of (log-probability, entropy) that a view's tiles are to be given."""
-    return torch.cat([_of_finite(view[3:4], grads[:1]), grads[1:]])
+def _of_view(softmax: Tensor, grads: Tensor) -> Tensor:
+    """Upstream gradients of one view's outputs, as its tiles are given them."""
+    after = GRAD_LOGPROB + 1
+    return torch.cat([_of_finite(softmax[LOGPROB:], grads[:after]), grads[after:]])
 
 
 def _of_pair(pair: Tensor, grads: Tensor, jsd: bool) -> Tensor:
-    """Those of (divergence, both entropies, both log-probabilities), the last two if there are targets."""
-    divergence = grads[:1] if jsd else _of_finite(pair[9:], grads[:1])
-    return torch.cat([divergence, grads[1:3], _of_finite(pair[3:8:4], grads[3:]) if len(grads) > 3 else grads[3:]])
+    """Those of two views' outputs; without targets there are none of log-probabilities."""
+    entropies, logprobs = grads[GRAD_ENTROPY_P:GRAD_LOGPROB_P], grads[GRAD_LOGPROB_P:]
+    divergence = grads[GRAD_DIVERGENCE:GRAD_ENTROPY_P]
+    if not jsd:
+        divergence = _of_finite(pair[KL:], divergence)
+    if len(logprobs):
+        logprobs = _of_finite(pair[LOGPROB:MEAN_DIFF:SOFTMAX_FIELDS], logprobs)
+    return torch.cat([divergence, entropies, logprobs])
 
 
 def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -260,20 +275,20 @@ def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[tu
             yield rows, columns, source.logits(rows, columns, tile)
 
 
-def backward(source: Source, ops: TileOps, view: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
+def backward(source: Source, ops: TileOps, softmax: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
     """Hand the source the gradient of all its tiles.
 
     Args:
         source: Of the active rows, as are all the others.
-        view: `[4, rows]`, what `forward` returned.
+        softmax: `[4, rows]`, what `forward` returned.
         targets: `[rows]`.
         grads: `[2, rows]`, upstream of log-probability and entropy.
         ops, workspace: As in the forward.
     """
-    grads = _of_view(view, grads)
+    grads = _of_view(softmax, grads)
     for rows, columns, tile in _backward_tiles(source, ops, workspace):
         first = source.first + columns.start
-        ops.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+        ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transform)
         source.accumulate(rows, columns, tile)
 
 
@@ -296,8 +311,8 @@ def forward_backward(
     column_tiles, row_blocks = list(tiling.column_tiles(source.columns)), list(tiling.row_tiles(source.rows))
     size = source.rows * source.columns * source.dtype.itemsize
     if source.rows == 0 or size > (workspace or current_workspace()) // 2:
-        view = forward(source, ops, targets, workspace)
-        backward(source, ops, view, targets, derivative(view), workspace)
+        softmax = forward(source, ops, targets, workspace)
+        backward(source, ops, softmax, targets, derivative(softmax), workspace)
         return
     scratch = _buffer(source, tiling, ops.SCRATCH)
     kept, blocks = [], []
@@ -306,12 +321,12 @@ def forward_backward(
         stats, tiles = _fold_tiles(source, ops, targets[rows], rows, column_tiles, buffers, scratch)
         blocks.append(pack(finish(unpack_stats(merge_ranks(stats, source.group, _merge)))))
         kept.append(tiles)
-    view = torch.cat(blocks, dim=1)
-    grads = _of_view(view, derivative(view))
+    softmax = torch.cat(blocks, dim=1)
+    grads = _of_view(softmax, derivative(softmax))
     for index, columns in enumerate(column_tiles):
         for rows, tiles in zip(row_blocks, kept, strict=True):
             tile, first = tiles[index], source.first + columns.start
-            ops.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+            ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transform)
             source.accumulate(rows, columns, tile)
 
 

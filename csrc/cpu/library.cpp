@@ -45,10 +45,10 @@ void fold_jsd(DLDevice, Tile tile, Fields pair, Fields jsd_terms) {
   for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_jsd(tile, pair, jsd_terms, begin, end); });
 }
 
-void gradient(DLDevice, Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
+void gradient(DLDevice, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope) {
   const Operations& on = operations();
   for_rows(tile.rows, tile.columns,
-           [&](auto begin, auto end) { on.gradient(tile, view, targets, grads, slope, begin, end); });
+           [&](auto begin, auto end) { on.gradient(tile, softmax, targets, grads, slope, begin, end); });
 }
 
 void gradient_pair(DLDevice, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope) {

@@ -13,7 +13,7 @@ struct Operations {
   void (*fold)(Tile tile, Targets targets, Fields stats, std::int64_t begin, std::int64_t end);
   void (*fold_pair)(Tile tile, Targets targets, Fields stats, std::int64_t begin, std::int64_t end);
   void (*fold_jsd)(Tile tile, Fields pair, Fields jsd_terms, std::int64_t begin, std::int64_t end);
-  void (*gradient)(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, std::int64_t begin,
+  void (*gradient)(Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope, std::int64_t begin,
                    std::int64_t end);
   // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
   void (*gradient_pair)(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope,

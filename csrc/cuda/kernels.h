@@ -13,7 +13,7 @@ namespace vppo {
 cudaError_t fold(Tile tile, Targets targets, Fields stats, cudaStream_t stream);
 cudaError_t fold_pair(Tile tile, Targets targets, Fields stats, cudaStream_t stream);
 cudaError_t fold_jsd(Tile tile, Fields pair, Fields jsd_terms, cudaStream_t stream);
-cudaError_t gradient(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, cudaStream_t stream);
+cudaError_t gradient(Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope, cudaStream_t stream);
 // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
 cudaError_t gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope,
                           cudaStream_t stream);

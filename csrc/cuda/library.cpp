@@ -48,8 +48,8 @@ void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields jsd_terms) {
   on(device, tile.rows, [&](cudaStream_t stream) { return fold_jsd(tile, pair, jsd_terms, stream); });
 }
 
-void gradient(DLDevice device, Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
-  on(device, tile.rows, [&](cudaStream_t stream) { return gradient(tile, view, targets, grads, slope, stream); });
+void gradient(DLDevice device, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope) {
+  on(device, tile.rows, [&](cudaStream_t stream) { return gradient(tile, softmax, targets, grads, slope, stream); });
 }
 
 void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads,

@@ -97,6 +97,10 @@ inline dim3 grid_over(int64_t rows, int64_t columns, int64_t columns_of_block) {
   return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(blocks < most ? blocks : most));
 }
 
+__device__ inline float& field(const Fields& packed, int index, int64_t row) {
+  return packed.data[index * packed.stride + row];
+}
+
 // Column of a row's target within the tile, or -1.
 __device__ inline int64_t target_column(const Targets& targets, int64_t row, int64_t columns) {
   if (targets.data == nullptr || targets.data[row] < targets.first) return -1;
