@@ -48,14 +48,6 @@ def exact_transform(logits: Tensor, transform: LogitTransform, shard: Shard) -> 
     return gather_columns(reference.transform(logits.double(), **vars(transform)), shard)
 
 
-def bound(field: str, expected: Tensor) -> Tensor:
-    """How far a float32 result may lie from float64: relative for divergences, absolute for the others."""
-    if field == "divergence":
-        expected = expected.clamp_min(0)
-        return 1e-5 * expected + 3e-6 * expected.sqrt() + 1e-8
-    return torch.full_like(expected, 2e-5)
-
-
 def rounding(*logits: Tensor, terms: Tensor | None = None) -> Tensor:
     """What rounding logits to float32 can move a result by: it grows with their size, and with their `terms`."""
     size = torch.stack([_unmasked(z).abs().amax(-1) for z in logits]).amax(0) * 4
@@ -71,9 +63,11 @@ def compare(
         if value is None:
             continue
         value = value.flatten()[rows].double()
-        # the slope of a divergence in the logits is of the order of its square root, and its curvature of 1
-        moved = slack * truth.clamp_min(0).sqrt() + slack**2 if field == "divergence" else slack
-        allowed = bound(field, truth) + moved + truth.abs() * torch.finfo(torch.float32).eps
+        allowed = reference.LOGPROB_BOUND + slack
+        if field == "divergence":
+            # the slope of a divergence in the logits is of the order of its square root, and its curvature of 1
+            allowed = reference.divergence_bound(truth) + slack * truth.clamp_min(0).sqrt() + slack**2
+        allowed = allowed + truth.abs() * torch.finfo(torch.float32).eps
         bad = torch.where(torch.isinf(truth), value != truth, ~((value - truth).abs() <= allowed))
         if bad.any():
             at = int(bad.nonzero()[0])
