@@ -1,4 +1,4 @@
-// What Python calls, of the library of any device: checks its tensors.
+// The functions that Python calls, the same for every device: each checks its tensors and calls the library.
 #include <tvm/ffi/tvm_ffi.h>
 
 #include "arguments.h"
@@ -7,7 +7,7 @@
 namespace vppo {
 namespace {
 
-// Where the first tensor lies, and with it all others.
+// The device of the first tensor, which all others must be on.
 DLDevice device_of(const char* name, const TensorView& tensor) {
   const DLDevice device = tensor.device();
   if (device.device_type != kDeviceType) {
@@ -16,7 +16,7 @@ DLDevice device_of(const char* name, const TensorView& tensor) {
   return device;
 }
 
-// A tile of so many views, and what belongs to its rows.
+// A tile of `views` views, and the checks of what belongs to its rows.
 struct TileArguments {
   DLDevice device;
   Tile tile;
@@ -85,7 +85,7 @@ void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> jsd_t
   if (!of.empty()) gradient_pair(of.device, of.tile, both, terms, chosen, upstream, slope_of(scale, to_cap));
 }
 
-// `out`, like the scores, is the scores themselves or a bool mask.
+// `out` has the shape of the scores and is bool or float; it may be the scores themselves.
 void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional<TensorView> offsets, TensorView out) {
   const DLDevice device = device_of("scores", scores);
   if (!(keep_ratio > 0.0 && keep_ratio <= 1.0)) {
@@ -99,7 +99,7 @@ void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional
   Scores given{};
   given.rows = scores.size(0);
   given.columns = scores.size(-1);
-  given.total = given.rows;  // of packed scores; of others only once their sizes are checked
+  given.total = given.rows;  // of packed scores; of others it is set below, when their sizes are checked
   if (packed) {
     const TensorView places = *offsets;
     const int64_t count = places.ndim() == 1 ? places.size(0) : 0;

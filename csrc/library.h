@@ -1,6 +1,6 @@
-// What the library of a device has to offer, and `bindings.cpp` hands on to Python.
+// What the library of every device implements, and `bindings.cpp` exports to Python.
 //
-// Arguments are checked, lie on `device` and have rows; the contracts are those of
+// Arguments are checked, lie on `device` and have at least one row; the contracts are those of
 // `vppo_kernels/backends/protocols.py`. Nothing is allocated.
 #pragma once
 

@@ -46,7 +46,8 @@ struct Slope {
   float scale, to_cap;
 };
 
-// Scores of trajectories: rows of `columns` each, or row r from `offsets[r]` to `offsets[r + 1]` where that is not null.
+// Scores of trajectories: rows of `columns` each, or row r from `offsets[r]` to `offsets[r + 1]` where that is not
+// null.
 struct Scores {
   const float* data;
   const bool* valid;

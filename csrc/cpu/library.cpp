@@ -1,4 +1,4 @@
-// The library of the CPU: divides rows among threads.
+// The library of the CPU: every operation divides its rows among threads.
 #include "../library.h"
 
 #include <algorithm>
@@ -10,18 +10,18 @@
 namespace vppo {
 namespace {
 
-constexpr std::int64_t kWorth = 1 << 14;  // entries that a thread takes at a time
+constexpr std::int64_t kGrain = 1 << 14;  // entries that a thread takes at a time
 
-// Calls `body(begin, end)` for rows of so many columns.
+// Calls `body(begin, end)` for ranges of rows, each of so many columns.
 template <typename Body>
 void for_rows(std::int64_t rows, std::int64_t columns, const Body& body) {
-  parallel_for(rows, kWorth / std::max<std::int64_t>(columns, 1), body);
+  parallel_for(rows, kGrain / std::max<std::int64_t>(columns, 1), body);
 }
 
-// A packed row may be of any length.
+// A packed row may have any length, so a thread takes one at a time.
 template <typename Out>
 void write_mask(const Scores& scores, double keep_ratio, Out* keep) {
-  for_rows(scores.rows, scores.offsets != nullptr ? kWorth : scores.columns,
+  for_rows(scores.rows, scores.offsets != nullptr ? kGrain : scores.columns,
            [&](auto begin, auto end) { topk_mask(scores, keep_ratio, keep, begin, end); });
 }
 

@@ -1,7 +1,7 @@
 // The operations on tiles, once per instruction set; `vppo_kernels/backends/protocols.py` says what each does.
 //
-// All take rows `begin` to `end`. Every row is computed by itself, so results do not depend on how rows are divided among
-// threads. Nothing is allocated.
+// All take rows `begin` to `end`. Every row is computed by itself, so results do not depend on how rows are divided
+// among threads. Nothing is allocated.
 #pragma once
 
 #include "../types.h"
@@ -27,7 +27,7 @@ extern const Operations operations_baseline;
 extern const Operations operations_avx2, operations_avx512;
 #endif
 
-// Those for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names.
+// The operations for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names.
 const Operations& operations();
 
 }  // namespace vppo

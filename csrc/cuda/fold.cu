@@ -1,8 +1,9 @@
-// Folding a tile into the statistics of its rows: one view, two views, and the two terms of the Jensen-Shannon divergence.
+// Folding a tile into the statistics of its rows: one view, two views, and the two terms of the Jensen-Shannon
+// divergence.
 //
-// What lies behind the end of a row is -INFINITY, as the logit of a masked word is: neither has a part in any sum.
-// A row is read once. Its threads take a chunk into registers, agree on the chunk's maxima, then on its sums and mean
-// gap, then on the excess about that gap; the first thread merges the chunk with what came before.
+// Entries beyond the end of a row are -INFINITY, as the logits of masked words are: they take part in no sum. A row is
+// read once. Its threads load a chunk into registers, reduce it to its maxima, then to its sums and mean gap, then to
+// the excess about that gap; the first thread merges the chunk's statistics with those of earlier chunks.
 #include <cmath>
 
 #include "../statistics.h"
@@ -20,7 +21,7 @@ template <int THREADS, int WIDTH>
 struct Chunk {
   static constexpr int kColumns = THREADS * kHeld;
   int64_t first;  // column of this thread's first entry
-  int left;       // columns from there to the end of the row, as far as they matter
+  int left;       // columns from there to the end of the chunk or of the row
 
   __device__ Chunk(int64_t start, int64_t columns)
       : first(start + threadIdx.x * WIDTH),
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) near &= fabsf(mean - gap[i]) < 0.5f;
     float excess[1] = {};
-    if (near) {  // most tokens hardly depend on the image: nothing but a polynomial
+    if (near) {  // the usual case, as most tokens hardly depend on the image: a polynomial is enough
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) excess[0] += weight[i] * phi_near(mean - gap[i]);
     } else {

@@ -1,4 +1,4 @@
-// Overwriting a tile of logits with the gradient of raw ones: every entry by itself, a block to (a part of) a row.
+// Overwriting a tile of logits with the gradient of raw ones: entry by entry, with one or more blocks per row.
 #include <cmath>
 
 #include "../statistics.h"
@@ -10,14 +10,14 @@ namespace vppo {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kEntries = 16;  // of a row that a thread takes, where the grid may have so many blocks
+constexpr int kEntries = 16;  // of a row for each thread, unless the grid would then have too many blocks
 
 __device__ float slope_at(Slope slope, float z) {
   const float capped = z * slope.to_cap;
   return slope.scale * (1.0f - capped * capped);
 }
 
-// Applies `at(column)` to the first column of every vector of this block.
+// Calls `at(column)` with the first column of every vector that this thread has.
 template <int WIDTH, typename At>
 __device__ void each_vector(int64_t columns, At at) {
   const int64_t step = static_cast<int64_t>(gridDim.y) * kThreads * WIDTH;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fiel
         grad_q = q * (log_share(-d) - term_q);
       } else {
         grad_p = p * centred;
-        // q - p over q: the difference of two exponentials would lose the digits of a small gap
+        // q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         grad_q = d > 1.0f ? q - p : -q * expm1f(d);
       }
       grad_p = of_divergence * grad_p - of_entropy_p * p * (log_p + both.p.entropy) - of_logprob_p * p;

@@ -1,4 +1,4 @@
-// The operations of the CUDA library, as its bindings see them. Each enqueues one kernel and returns at once.
+// The launchers of the CUDA library's kernels. Each enqueues one kernel and returns at once.
 //
 // Arguments are checked, on the current device and not empty. Tiles are contiguous and in single precision; contracts
 // are those of `vppo_kernels/backends/protocols.py`.

@@ -1,4 +1,4 @@
-// The library of CUDA: enqueues a kernel on torch's current stream of the tensors' device.
+// The library of CUDA: every operation enqueues a kernel on torch's current stream of the tensors' device.
 #include "../library.h"
 
 #include <tvm/ffi/error.h>
@@ -12,7 +12,7 @@
 namespace vppo {
 namespace {
 
-// Calls `enqueue(stream)` with the tensors' device the current one.
+// Calls `enqueue(stream)` while the tensors' device is the current one.
 template <typename Enqueue>
 void on(DLDevice device, std::int64_t rows, const Enqueue& enqueue) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // blocks of a grid

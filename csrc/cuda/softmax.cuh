@@ -7,10 +7,10 @@
 
 namespace vppo {
 
-// A logit, or of a masked word a finite one whose probability is 0.
+// A logit; of a masked word a finite one whose probability is 0.
 __device__ inline float finite(float z) { return z < kFloor ? kFloor : z; }
 
-// `(z_p - m_p) - (z_q - m_q)`, in the order that loses least.
+// `(z_p - m_p) - (z_q - m_q)`, in the order of subtractions that loses least; see APART in statistics.py.
 __device__ inline float gap_of(float z_p, float z_q, float max_p, float max_q) {
   const float between = max_p - max_q;
   return fabsf(between) > kApart ? (z_p - max_p) - (z_q - max_q) : (z_p - z_q) - between;
@@ -24,7 +24,7 @@ struct Softmax {
       : max(field(packed, first + kMax, row)),
         log_sum(field(packed, first + kLogSum, row)),
         entropy(field(packed, first + kEntropy, row)) {}
-  // the normaliser stays split in two: its sum would be rounded
+  // the normaliser is kept as two numbers, whose sum would be rounded
   __device__ float log_probability(float z) const { return (z - max) - log_sum; }
 };
 

@@ -1,8 +1,7 @@
 """The tile operations in plain torch: any device, any dtype, in place wherever torch can.
 
-`tile` is `[rows, columns]` (or `[2, rows, columns]` for two views) of transformed logits. Folds leave it as it was and
-work in `scratch`, `[3, rows, columns]`; gradient operations overwrite it. Everything is elementwise or a row sum, and
-the folds are in place: a fresh temporary costs more than the arithmetic on it.
+Folds work in `scratch`, `[3, rows, columns]`. Everything is elementwise or a sum over a row, and works in place because
+to allocate a temporary of a tile's size costs more than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def _part(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> 
 
 
 def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> PairStats:
-    """The same for both views, with the mean gap and the excess about it."""
+    """Statistics of both views of one tile alone."""
     z_p, z_q = tile[0], tile[1]
     q = _part(z_q, targets, first, scratch)
     p = _part(z_p, targets, first, scratch)
@@ -99,12 +98,12 @@ def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor
 
 
 def _gap_and_excess(z_p: Tensor, z_q: Tensor, weights: Tensor, max_p: Tensor, max_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean gap and excess of any rows: with masked words, with maxima far apart, with gaps whose exponential overflows.
+    """Mean gap and excess of rows that need care: masked words, maxima far apart, gaps whose exponential overflows.
 
     Overwrites `z_p` and `z_q`.
     """
-    hidden = ((z_q == -math.inf) & (z_p != -math.inf)).any(1)  # by the second view alone
-    # where all words are masked: far below the others, far above a masked word
+    hidden = ((z_q == -math.inf) & (z_p != -math.inf)).any(1)  # rows with words that the second view alone masks
+    # the maximum of a row whose words are all masked: a finite number far below any logit, far above a masked word's
     max_p, max_q = (top.clamp_min(-0.1 * EXP_FLOOR).unsqueeze(1) for top in (max_p, max_q))
     z_p, z_q, between = z_p.clamp_min_(-EXP_FLOOR), z_q.clamp_min_(-EXP_FLOOR), max_p - max_q
     log_q, apart = z_q - max_q, between.abs() > APART
@@ -135,7 +134,7 @@ def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
 
 
 def _log_ratio(centred: Tensor, kl: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
-    """`log(p / q)` of a tile, from the gaps about their mean where that has more digits."""
+    """`log(p / q)` of a tile: from the gaps about their mean, or where the divergence is large from the logarithms."""
     d, large = centred + kl.unsqueeze(1), kl > APART
     if bool(large.any()):
         d[large] = logp[large] - logq[large]
@@ -172,7 +171,7 @@ def _times_(tile: Tensor, slope: Tensor | float) -> None:
 def _view_gradient(
     logp: Tensor, view: Softmax, grad_entropy: Tensor, grad_logprobs: Tensor | None, inner: Tensor | None
 ) -> Tensor:
-    """`p * (inner - grad_entropy (log p + H) - grad_logprobs)`: what of a view's gradient is a multiple of p.
+    """`p * (inner - grad_entropy (log p + H) - grad_logprobs)`: a view's gradient but for the target's own term.
 
     Overwrites `inner`; None stands for 0.
     """
@@ -213,7 +212,7 @@ def gradient_pair_(
     logp, logq = _log_softmax(z_p, both.p), _log_softmax(z_q, both.q)
     d = _log_ratio(centred, both.kl, logp, logq)
     if jsd_terms is None:
-        # q - p over q: the difference of two exponentials would lose the digits of a small gap
+        # q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         inner_p, inner_q = scale * centred, d.clamp_max(1.0).expm1_().mul_(-scale)
     else:
         inner_p = 0.5 * scale * (_log_share(d) - jsd_terms[JSD_P].unsqueeze(1))
@@ -221,7 +220,7 @@ def gradient_pair_(
     grad_logprobs = (None, None) if targets is None else (grads[GRAD_LOGPROB_P], grads[GRAD_LOGPROB_Q])
     z_p.copy_(_view_gradient(logp, both.p, grads[GRAD_ENTROPY_P], grad_logprobs[0], inner_p))
     z_q.copy_(_view_gradient(logq, both.q, grads[GRAD_ENTROPY_Q], grad_logprobs[1], inner_q))
-    if jsd_terms is None:  # what the clamp has cut off: p - e q
+    if jsd_terms is None:  # the clamp made q - e q of q - p where d > 1: the rest is p - e q
         z_q.sub_(torch.where(d > 1.0, scale * (logp.exp_() - math.e * logq.exp_()), 0.0))
     if targets is not None:
         _add_at_targets(z_p, targets, first, grads[GRAD_LOGPROB_P])

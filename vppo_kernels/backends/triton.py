@@ -107,7 +107,7 @@ def _field(packed, index, stride, there):
 
 @triton.jit
 def _load_finite(z_ptr, inside):
-    """Logits, and of a masked word a finite one whose probability is 0."""
+    """Logits; of a masked word a finite one whose probability is 0."""
     return finite(tl.load(z_ptr, mask=inside, other=0.0))
 
 
@@ -192,7 +192,7 @@ def _gradient_pair_kernel(
         grad_q = 0.5 * upstream * q * (log_share(-d) - _field(terms_ptr + row, JSD_Q, terms_stride, there))
     else:
         grad_p = upstream * p * centred
-        # q - p over q: the difference of two exponentials would lose the digits of a small gap
+        # q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         grad_q = upstream * tl.where(d > 1.0, q - p, -q * expm1(tl.minimum(d, 1.0)))
     entropy_p, entropy_q = _field(pair, P + ENTROPY, pair_stride, there), _field(pair, Q + ENTROPY, pair_stride, there)
     grad_p -= _field(grads, GRAD_ENTROPY_P, grads_stride, there) * p * (log_p + entropy_p)

@@ -1,11 +1,10 @@
 """The forward sweep with the matrix product inside: logits live in registers only. The rest is `backends/triton.py`.
 
 A program takes a block of rows and a part of the vocabulary. It multiplies tile after tile, both views against the same
-tile of the weight, folds each into its statistics and writes those; a second kernel merges the parts. Nothing of the
-size of a logits tile exists, so it also works in a few MiB. A library's matrix product is faster than this one as long
-as its tiles stay in the cache: "auto" does not choose this backend. It is for a workspace too small for useful tiles,
-and for few rows. Jensen-Shannon divergences, capped logits, logits that are given, and whatever has a gradient go
-through tiles.
+tile of the weight, folds each into its statistics and writes those; a second kernel merges the parts. No tile of logits
+exists in memory, so it also works in a few MiB. A library's matrix product is faster than this one as long as its tiles
+stay in the cache, so "auto" does not choose this backend. It is for a workspace too small for useful tiles, and for few
+rows. Jensen-Shannon divergences, capped logits, logits that are given, and whatever has a gradient go through tiles.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def _sweep_kernel(
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    # row blocks of a group are neighbours in time
+    # the row blocks of a group run at the same time and read the same tile of the weight
     program, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK_M)
     group_first = program // (GROUP * splits) * GROUP
     group_size = tl.minimum(blocks - group_first, GROUP)
@@ -169,10 +168,10 @@ def _merge_parts_kernel(parts_ptr, stats_ptr, rows, splits, PAIR: tl.constexpr, 
 def configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, Any]:
     """Block sizes, warps and stages.
 
-    Both views' accumulators and the fold's temporaries share the registers of a program, and none may spill: that
-    bounds a block to 64 x 128 where descriptors do the addressing, to a quarter of it where registers do.
+    The accumulators of both views and the fold's temporaries must fit the registers of a program. That bounds a block
+    to 64 x 128 where descriptors hold the addresses, and to a quarter of it where registers do.
     """
-    if triton.knobs.runtime.interpret:  # which pays by the operation, and has no registers
+    if triton.knobs.runtime.interpret:  # the interpreter pays by the operation, and has no registers
         return dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2)

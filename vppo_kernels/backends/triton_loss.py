@@ -39,15 +39,15 @@ def _value(pointer, token, mask):
 
 @triton.jit
 def _surrogate(log_ratio, advantage, low, high, dual, limit, DUAL: tl.constexpr):
-    """Ratio, clipped surrogate, and where gradient passes the clips."""
+    """The clip rule: the ratio, the clipped surrogate, and where gradient passes the clips."""
     ratio = tl.exp(_within(log_ratio, -limit, limit))
     free, clipped = -ratio * advantage, -_within(ratio, low, high) * advantage
     policy = tl.where(free > clipped, free, clipped)
     passes = (clipped <= free) & (tl.abs(log_ratio) <= limit)
     if DUAL:
-        most = -dual * advantage
-        over = (advantage < 0) & (policy > most)
-        policy = tl.where(over, most, policy)
+        bound = -dual * advantage
+        over = (advantage < 0) & (policy > bound)
+        policy = tl.where(over, bound, policy)
         passes = passes & (over == 0)
     return ratio, policy, passes
 

@@ -1,8 +1,8 @@
 """The statistics of `vppo_kernels.statistics` inside a kernel: folding a block of logits, merging two parts.
 
 `z` is a `[rows, columns]` block of logits, -inf outside as where a word is masked; statistics are `[rows]` vectors.
-Formulas and their reasons are those of `statistics.py` and `backends/torch.py`; only what hardware exponentials lack is
-added here.
+Formulas and their reasons are those of `statistics.py` and `backends/torch.py`. Only what hardware
+exponentials lack is added: `phi`, `expm1` and `log_share` that keep their digits near 0.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def log_share(d):
 
 @triton.jit
 def finite(z):
-    """A logit, or of a masked word one so low that it has no weight."""
+    """A logit; of a masked word one so low that it has no weight."""
     return tl.where(z < FLOOR, FLOOR, z)
 
 
 @triton.jit
 def base_of(top):
-    """What distances are measured from: the largest logit; where all words are masked, a number far above these."""
+    """What distances are measured from: the largest logit, or where all words are masked a number far above theirs."""
     return tl.where(top < 0.1 * FLOOR, 0.1 * FLOOR, top)
 
 
@@ -90,7 +90,7 @@ def fold_block_pair(z_p, z_q):
     max_p, sum_p, weighted_sum_p, weights, _ = fold_block(z_p)
     max_q, sum_q, weighted_sum_q, _, shifted_q = fold_block(z_q)
     x = gap_of(z_p, z_q, base_of(max_p)[:, None], base_of(max_q)[:, None])
-    hidden = (z_q == FLOOR) & (z_p != FLOOR)  # by the second view alone
+    hidden = (z_q == FLOOR) & (z_p != FLOOR)  # words that the second view alone masks
     gaps = tl.where(hidden, float("inf"), weights * x)
     mean_diff = tl.where(sum_p > 0, tl.sum(gaps, 1) / sum_p, 0.0)
     d = mean_diff[:, None] - x
@@ -119,7 +119,7 @@ def merge(max_a, sum_a, weighted_sum_a, max_b, sum_b, weighted_sum_b):
 
 @triton.jit
 def move_excess(excess, weight, d, down, both):
-    """A part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`."""
+    """A part's excess about a mean gap that is higher by `d` and a maximum higher by `-down`; `both` is `down + d`."""
     near = tl.exp(down) * phi(tl.minimum(d, 1.0))
     far = tl.exp(both) - tl.exp(down) * (1 + d)
     return tl.exp(both) * excess + tl.where(d < 1.0, near, far) * weight

@@ -1,4 +1,4 @@
-// All operations for one instruction set.
+// The table of operations for one instruction set; compiled once for each.
 #include "tiles.h"
 
 #define VPPO_JOIN_(a, b) a##b

@@ -1,4 +1,4 @@
-// Folds of tiles and their gradients; formulas and their reasons are those of `backends/torch.py`.
+// The operations on tiles: folds and gradients. Formulas and their reasons are those of `backends/torch.py`.
 #pragma once
 
 #include "../../statistics.h"
@@ -8,9 +8,9 @@
 namespace vppo {
 namespace {
 
-constexpr int64_t kBlock = 4096;   // columns taken together: they stay in a near cache between two looks at them
-constexpr float kMostGap = 80.0f;  // whose exponential is finite, also times the sum of a block
-constexpr float kOut = -FLT_MAX;   // stands for what lies behind the end of a row: without weight, and finite
+constexpr int64_t kBlock = 4096;   // columns folded at a time: few enough to stay in a near cache for a second pass
+constexpr float kMostGap = 80.0f;  // the exponential of such a gap is finite, also times the sum of a block
+constexpr float kOut = -FLT_MAX;   // stands for entries beyond the end of a row: finite, and without weight
 
 inline float* row_of(const Tile& tile, int view, int64_t row) {
   return tile.data + (view * tile.rows + row) * tile.columns;
@@ -23,12 +23,12 @@ inline int64_t target_column(const Targets& targets, int64_t row, int64_t column
   if (targets.data == nullptr) return -1;
   const int64_t target = targets.data[row];
   if (target < targets.first) return -1;
-  // unsigned: the distance of two integers may not fit into one
+  // unsigned, as the difference of two signed integers may overflow
   const std::uint64_t column = static_cast<std::uint64_t>(target) - static_cast<std::uint64_t>(targets.first);
   return column < static_cast<std::uint64_t>(columns) ? static_cast<int64_t>(column) : -1;
 }
 
-// Logits as distances from the largest, none further than where exponentials are 0.
+// Distances of logits from `top`, at least kLeast, where exponentials are 0 already.
 inline Vec below(Vec z, float top) { return max(all(kLeast), z - top); }
 
 inline float largest(const float* z, int64_t columns) {
@@ -37,10 +37,10 @@ inline float largest(const float* z, int64_t columns) {
   return largest(top);
 }
 
-// What distances are measured from: the largest logit; where all words are masked, far below others, far above these.
+// What distances are measured from: the largest logit, or where all words are masked a number far above theirs.
 inline float base_of(float top) { return fmaxf(top, 0.1f * kFloor); }
 
-// Logits, and of masked words finite ones that have no weight.
+// Logits; of masked words finite ones that have no weight.
 inline Vec load_finite(const float* z, int count) { return max(all(kFloor), load(z, count, kFloor)); }
 
 SoftmaxStats stats_of(const float* z, int64_t columns) {
@@ -54,9 +54,9 @@ SoftmaxStats stats_of(const float* z, int64_t columns) {
   return {top, sum(total), sum(weighted_sum)};
 }
 
-// Both views of a block: one look for the weights, one for the excess about the mean gap. A block with masked words, or
-// a gap whose exponential overflows, comes out with a mean that is not finite, or is large, unless it is taken as a
-// RARE one; so is one whose maxima lie apart.
+// Statistics of both views of a block: the first pass makes the weights and the mean gap, the second the excess about
+// it. Only with kRare is the result right for blocks with masked words, with a gap whose exponential overflows, or with
+// maxima far apart. Without, the first two show in a mean gap that is not finite or beyond kMostGap.
 template <bool kRare>
 PairStats pair_stats_of(const float* z_p, const float* z_q, int64_t columns, float top_p, float top_q) {
   alignas(64) float weights_p[kBlock], weights_q[kBlock];
@@ -79,14 +79,14 @@ PairStats pair_stats_of(const float* z_p, const float* z_q, int64_t columns, flo
     total_q += weight_q;
     weighted_sum_q += weight_q * shifted_q;
     gaps += weight_p * gap_of(p, q);
-    if (kRare) {  // a word that q alone masks
+    if (kRare) {  // words that q alone masks
       const Int hidden = (load(z_q + j, n, -INFINITY) == -INFINITY) & (load(z_p + j, n, -INFINITY) != -INFINITY);
       gaps = hidden ? all(INFINITY) : gaps;
     }
   });
   const SoftmaxStats p{top_p, sum(total_p), sum(weighted_sum_p)}, q{top_q, sum(total_q), sum(weighted_sum_q)};
   const float mean_diff = kRare && !(p.sum > 0.0f) ? 0.0f : sum(gaps) / p.sum;
-  // w_p phi(d) of the gap from the mean, d; away from 0 without an exponential: w_p exp(d) = w_q exp(mean_diff)
+  // sum of w_p phi(d), d below the mean gap; unless d is near 0, w_p exp(d) = w_q exp(mean_diff) saves an exponential
   const float lift = expf(mean_diff);
   Vec excess{};
   each_vector(columns, [&](int64_t j, int n) {
@@ -118,7 +118,7 @@ void store_stats(const Fields& packed, int first, int64_t row, const SoftmaxStat
   field(packed, first + kWeightedSum, row) = stats.weighted_sum;
 }
 
-// Calls `body(start, count)` for the blocks of a row.
+// Calls `body(start, count)` for every block of a row.
 template <typename Body>
 void each_block(int64_t columns, const Body& body) {
   for (int64_t start = 0; start < columns; start += kBlock) {
@@ -208,12 +208,12 @@ void fold_jsd(Tile tile, Fields pair, Fields jsd_terms, int64_t begin, int64_t e
 }
 
 inline Vec times_slope(Vec gradient, Vec z, const Slope& slope) {
-  if (slope.to_cap == 0.0f) return gradient * slope.scale;  // z may be infinite
+  if (slope.to_cap == 0.0f) return gradient * slope.scale;  // 0 times an infinite z would be NaN
   const Vec share = z * slope.to_cap;
   return gradient * (slope.scale - slope.scale * share * share);
 }
 
-// What a log-probability's gradient is at its target beside a multiple of p; call with the logit, before it is gone.
+// The target's own term of a log-probability's gradient. It needs the logit, so call it before that is overwritten.
 inline float at_target(const float* z, int64_t target, float gradient, const Slope& slope) {
   return target < 0 ? 0.0f : times_slope(all(gradient), all(z[target]), slope)[0];
 }
@@ -251,7 +251,8 @@ void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fi
     const float more_q = at_target(z_q, target, of_logprob_q, slope);
     each_vector(tile.columns, [&](int64_t j, int n) {
       const Vec at_p = load_finite(z_p + j, n), at_q = load_finite(z_q + j, n);
-      const Vec log_p = both.p.log_probability(at_p), log_q = both.q.log_probability(at_q), centred = both.centred_gap(at_p, at_q);
+      const Vec log_p = both.p.log_probability(at_p), log_q = both.q.log_probability(at_q);
+      const Vec centred = both.centred_gap(at_p, at_q);
       const Vec p = exp_down(log_p), q = exp_down(log_q), d = both.log_ratio(centred, log_p, log_q);
       Vec factor_p = -of_entropy_p * (log_p + both.p.entropy) - of_logprob_p;
       Vec grad_q = q * (-of_entropy_q * (log_q + both.q.entropy) - of_logprob_q);
@@ -262,7 +263,7 @@ void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fi
         grad_q += 0.5f * of_divergence * q * (of_q - term_q);
       } else {
         factor_p += of_divergence * centred;
-        // q - p: where they are alike, the difference would lose the digits of a small gap
+        // q - p, near 0 as -q (exp(d) - 1): the difference would lose the digits of a small gap
         grad_q += of_divergence * (abs(d) < 0.5f ? -q * (d + phi_near(d)) : q - p);
       }
       store(z_p + j, times_slope(p * factor_p, at_p, slope), n);

@@ -1,8 +1,9 @@
 // Vectors of floats as wide as the instruction set has them, by the vector extension of GCC and Clang.
 //
-// This folder is compiled once per instruction set, with VPPO_INSTRUCTIONS its name. Nothing in it has external linkage but
-// the table of operations: of an inline function the linker keeps one copy for all, and an old processor must not be
-// given the one with AVX-512 in it. Hence the namespaces without names, and no standard library beyond C's.
+// This folder is compiled once per instruction set, with VPPO_INSTRUCTIONS its name. Only the table of operations has
+// external linkage. Of an inline function with external linkage the linker would keep a single copy, and an old
+// processor might be given the one with AVX-512 in it. Hence the unnamed namespaces, and no standard library beyond
+// C's.
 #pragma once
 
 #include <cfloat>
@@ -42,7 +43,7 @@ inline float largest(Vec value) {
   return top;
 }
 
-// `count` entries are there, fewer than kWidth at the end of a row only; `rest` stands for the others.
+// Reads `count` entries, fewer than kWidth at the end of a row only, and fills the others with `rest`.
 inline Vec load(const float* from, int count, float rest) {
   Vec value = all(rest);
   __builtin_memcpy(&value, from, sizeof(float) * count);
