@@ -123,7 +123,7 @@ def indices(name: str, value: Tensor, leading: torch.Size, size: int, device: to
     shape(name, value, tuple(leading), "the leading dimensions of the hidden states or logits")
     same_device(name, value, device, "weight or logits")
     if torch.compiler.is_compiling():
-        return  # there are no values to look at while tracing
+        return  # while tracing there are no values to check
     if (check or device.type == "cpu") and value.numel():
         outside = ((value < 0) | (value >= size)).flatten()
         if outside.any():

@@ -66,9 +66,9 @@ def linear_divergence(
             ranks. Results and gradients of hidden states are of the whole vocabulary. None for a whole weight; a
             weight that is a DTensor sharded on dimension 0 brings its own group.
         backend: "auto", "torch", "native", "triton", or "triton_fused" (no logits in memory; see its module).
-        check: Look for NaN and inf in the inputs (-inf is allowed in the bias), and compare up to 16 rows with the
-            float64 definition. Code that `torch.compile` traces has no values to look at: there nothing is checked but
-            types and shapes.
+        check: Raise on NaN and inf in the inputs (-inf is allowed in the bias), and compare up to 16 rows with the
+            float64 definition. Code that `torch.compile` traces has no values to check: there only types and
+            shapes are checked.
 
     Returns:
         `DivergenceOutput(divergence, entropy, entropy_perturbed, logprobs, logprobs_perturbed)`, each `[...]`, float32

@@ -22,7 +22,7 @@ from vppo_kernels.layout import Layout, Packed
 
 __all__ = ["clipped_loss", "row_means", "shape", "topk", "topk_", "trajectory_scale"]
 
-KEYS = 16384 if triton.knobs.runtime.interpret else 2048  # scores that a selecting program looks at together
+KEYS = 16384 if triton.knobs.runtime.interpret else 2048  # scores that a selecting program reads at a time
 
 
 # --- selection
