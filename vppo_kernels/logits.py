@@ -18,7 +18,7 @@ from vppo_kernels import arguments
 from vppo_kernels.precision import exact_float32
 from vppo_kernels.vocab_parallel import Shard, sum_ranks
 
-MOST_SCALE = 1e30  # of logits: what they are multiplied by must leave them, and their gradient, within float32
+MOST_SCALE = 1e30  # the largest factor on logits that leaves them, and their gradient, within float32
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,16 @@ class Source(Protocol):
         ...
 
     def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
-        """Take, and overwrite, the gradient of raw logits; every tile comes once, column by column."""
+        """Take the gradient of a tile of raw logits, which may be overwritten.
+
+        Each tile comes once, and all tiles of the same columns follow each other.
+        """
         ...
 
 
 NarrowProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """`product(first, second, shares_rounding, weight, out)` of bfloat16 `[r, D]`, `[r or r - 1, D]` and `[V, D]` fills
-`out`, `[rows, V]` float32; `shares_rounding`, `[r]` bool: which second rows are rounded as the first ones beside."""
+`out`, `[rows, V]` float32. Where `shares_rounding`, `[r]` bool, row i of both views gets the same rounding error."""
 
 
 def logit_dtype(*tensors: Tensor) -> torch.dtype:
@@ -114,7 +117,7 @@ def logit_dtype(*tensors: Tensor) -> torch.dtype:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products in float32 (no TF32, no bfloat16, no autocast), and kernels started on this device."""
+    """float32 products are computed in float32 (no TF32, bfloat16 or autocast), and kernels start on this device."""
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with exact_float32.held(), torch.autocast(device.type, enabled=False), on_device:
         yield
@@ -134,10 +137,13 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _difference_(hidden: Tensor, perturbed: Tensor) -> Tensor:
-    """Overwrite `perturbed` with its difference from `hidden` in the rows where both are alike; `[rows, 1]`, 1 there.
+    """Overwrite `perturbed` with its difference from `hidden` in the rows where the two are close.
 
-    The second view's logits are then the first's plus a small product, so that the rounding of the large product,
-    several times that of one addition, is the same in both views and drops out of the divergence.
+    There the second view's logits are computed as the first's plus a small product. Both views then have the same
+    rounding error of the large product, which is several times that of one addition, and it cancels in the divergence.
+
+    Returns:
+        `[rows, 1]`: 1 where `perturbed` now holds a difference, 0 elsewhere.
     """
     difference = perturbed - hidden
     shares_rounding = _norm(difference) < 0.5 * _norm(perturbed)
@@ -181,7 +187,7 @@ class LinearHead:
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
         product: NarrowProduct | None = None,
     ) -> None:
-        # kernels read memory, where a view that torch negates when it reads it has the other sign
+        # kernels read memory as it is: of a tensor that torch negates lazily they would see the wrong sign
         self.hidden, self.weight = [h.resolve_neg() for h in hidden], weight.resolve_neg()
         self.bias, self.transform, self.active = bias, transform, active
         self.first, self.columns, self.max_columns, _, self.group = shard
@@ -191,7 +197,7 @@ class LinearHead:
             weight.shape[1],
         )
         self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
-        # only CUDA multiplies 16-bit operands, equal ones, with a sum in float32; all else goes to the logits' dtype
+        # only CUDA multiplies two operands of the same 16 bits with sums in float32; other operands are converted
         narrow = weight.is_cuda and all(h.dtype == weight.dtype for h in hidden)
         self.product_dtype = weight.dtype if narrow else self.dtype
         fits = weight.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
@@ -211,7 +217,7 @@ class LinearHead:
         return [h[rows] if self.active is None else h[self.active[rows]] for h in self.hidden]
 
     def stacked(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Both views' rows under each other, so that one product reads the weight once; see `_difference_`."""
+        """The rows of both views below each other, so that one product reads the weight once; see `_difference_`."""
         if self._stack is None or self._stack[0] != rows:
             stacked = torch.cat([h.to(self.product_dtype) for h in self._picked(rows)])
             exact = self.views == 2 and self.product_dtype == self.dtype
@@ -257,14 +263,12 @@ class LinearHead:
             self._grad_bias[columns] += grad.sum((0, 1))
         if self.grad_weight is not None:
             stacked, shares_rounding = self.stacked(rows)
-            if (
-                shares_rounding is not None
-            ):  # the second view's hidden states are the first's plus what stands in the stack
+            if shares_rounding is not None:  # there the second view's rows are the first's plus those of the stack
                 narrow[0].addcmul_(narrow[1], shares_rounding)
             self._accumulate_weight(columns, narrow.view(-1, narrow.shape[-1]).T, stacked)
 
     def _accumulate_weight(self, columns: slice, grad: Tensor, stacked: Tensor) -> None:
-        """Row blocks of one column tile follow each other, so their gradient is summed in fp32 and rounded once."""
+        """Add to the weight's gradient. Row blocks of one column tile follow each other: their sum is rounded once."""
         assert self.grad_weight is not None
         if self.grad_weight.dtype == self.dtype:
             _add_product_(self.grad_weight[columns], grad, stacked)
@@ -276,9 +280,9 @@ class LinearHead:
         self.grad_weight[columns] = self._tile_sum[1].to(self.grad_weight.dtype)
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]:
-        """What `accumulate` has collected: one gradient per view, of the weight and of the bias.
+        """What `accumulate` has collected: the gradients of each view's hidden states, of the weight and of the bias.
 
-        The weight's and the bias's are of this rank's part, the hidden states' of the whole vocabulary.
+        Those of weight and bias are of this rank's part, those of hidden states of the whole vocabulary.
         """
         hidden = tuple(
             None if total is None else _scatter(sum_ranks(total, self.group), self.active, h)
@@ -289,7 +293,7 @@ class LinearHead:
 
 
 class GivenLogits:
-    """Logits that the caller holds, one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
+    """Logits that the caller holds: one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
 
     hidden_size = 0
 

@@ -14,6 +14,14 @@ from torch import Tensor
 
 from vppo_kernels.statistics import DivergenceOutput, LogprobOutput
 
+LOGPROB_BOUND = 2e-5  # nats: how far a float32 log-probability or entropy may lie from float64
+
+
+def divergence_bound(truth: Tensor) -> Tensor:
+    """How far float32 divergences may lie from their float64 `truth`: the last digits, and the rounding of logits."""
+    truth = truth.clamp_min(0)
+    return 1e-5 * truth + 3e-6 * truth.sqrt() + 1e-8
+
 
 def logits(
     hidden: Tensor,

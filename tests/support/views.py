@@ -1,4 +1,4 @@
-"""Inputs that look like a language model's, the bounds that results are held to, and ways to disturb the machinery."""
+"""Inputs that look like a language model's, how far results are from the truth, and ways to disturb the machinery."""
 
 from __future__ import annotations
 
@@ -16,15 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vppo_kernels import reference, sweep, tiling
+from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
 from vppo_kernels.statistics import DivergenceOutput
-
-ABSOLUTE = 2e-5  # log-probabilities and entropies, nats
-
-
-def divergence_bound(truth: Tensor) -> Tensor:
-    """Largest error a divergence of float32 arithmetic may have."""
-    truth = truth.clamp_min(0)
-    return 1e-5 * truth + 3e-6 * truth.sqrt() + 1e-8
 
 
 @dataclass
@@ -94,7 +87,7 @@ def worst(got: DivergenceOutput, truth: DivergenceOutput) -> float:
     errors = []
     for name, value, exact in zip(got._fields, got, truth, strict=True):
         if value is not None and exact is not None and value.numel():
-            bound = divergence_bound(exact) if name == "divergence" else ABSOLUTE
+            bound = divergence_bound(exact) if name == "divergence" else LOGPROB_BOUND
             errors.append(float(((value.detach().double() - exact.detach()).abs() / bound).max()))
     return max(math.inf if math.isnan(error) else error for error in errors)
 
