@@ -15,9 +15,10 @@ from vppo.sampled_trainer import SampledTrainer
 
 
 class RolloutTrainer(SampledTrainer):
-    """`SampledTrainer` whose pictures are what a person sees, and whose rewards are checked.
+    """`SampledTrainer` that shows a model pictures as a person sees them (upright, on white), and checks rewards.
 
-    A subclass finds the pictures of each row of the batch at hand in `_pictures`, and lets go of them.
+    A subclass finds the pictures of each row of the current batch in `_pictures`, and empties it when it needs them no
+    longer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
