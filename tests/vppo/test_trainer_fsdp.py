@@ -46,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "rows whole": {"prefix_sharing": "off"},
     "old log-probabilities": {"num_iterations": 2, "max_steps": 4},
     "two micro-batches": {"gradient_accumulation_steps": 2},
+    "a process with text alone": {"images": (1, 0, 0), "shuffle_dataset": False},
+    "text alone, rows whole": {"images": (1, 0, 0), "shuffle_dataset": False, "prefix_sharing": "off"},
     "16 bits": {"bf16": True, "num_iterations": 2, "max_steps": 2},
 }
 
@@ -58,7 +60,7 @@ def shard_over_cpus(rank: int, world: int, port: int) -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
 
 
-def run_of(path: Path, world: int, lora: bool = False, **changes: Any) -> VPPOTrainer:
+def run_of(path: Path, world: int, lora: bool = False, images: tuple[int, ...] = (1,), **changes: Any) -> VPPOTrainer:
     """A trainer of two steps with the settings of a large run; the same rollouts however many processes there are."""
     torch.manual_seed(0)  # of adapters
     size = ROWS // world // changes.get("gradient_accumulation_steps", 1)
@@ -66,7 +68,7 @@ def run_of(path: Path, world: int, lora: bool = False, **changes: Any) -> VPPOTr
         "per_device_train_batch_size": size, "num_generations": GROUP, "gradient_checkpointing": True,
         "prefix_sharing": "on", "optim": "sgd", "learning_rate": 0.1, **changes,
     }  # fmt: skip
-    run = trainer(path, rows(8), peft_config=LoraConfig(**LORA) if lora else None, **settings)
+    run = trainer(path, rows(8, images=images), peft_config=LoraConfig(**LORA) if lora else None, **settings)
     fix_rollouts(run, LENGTHS)
     return run
 
