@@ -20,7 +20,8 @@ import torch.multiprocessing as mp
 import yaml
 from accelerate.state import DistributedType, PartialState
 from peft import LoraConfig
-from support.runs import fix_rollouts, rows, trainer
+from support import families, flash
+from support.runs import FAMILY, fix_rollouts, rows, trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -48,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two micro-batches": {"gradient_accumulation_steps": 2},
     "a process with text alone": {"images": (1, 0, 0), "shuffle_dataset": False},
     "text alone, rows whole": {"images": (1, 0, 0), "shuffle_dataset": False, "prefix_sharing": "off"},
+    "flash-attention": {"by_flash": True},
     "16 bits": {"bf16": True, "num_iterations": 2, "max_steps": 2},
 }
 
@@ -60,8 +62,21 @@ def shard_over_cpus(rank: int, world: int, port: int) -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
 
 
-def run_of(path: Path, world: int, lora: bool = False, images: tuple[int, ...] = (1,), **changes: Any) -> VPPOTrainer:
-    """A trainer of two steps with the settings of a large run; the same rollouts however many processes there are."""
+def run_of(
+    path: Path,
+    world: int,
+    lora: bool = False,
+    images: tuple[int, ...] = (1,),
+    by_flash: bool = False,
+    **changes: Any,
+) -> VPPOTrainer:
+    """A trainer of two steps with the settings of a large run; the same rollouts however many processes there are.
+
+    `by_flash` is for several processes: one has the dense mask that they are compared with.
+    """
+    if by_flash and world > 1:
+        flash.install(pytest.MonkeyPatch())
+        changes["model"] = flash.by_flash(families.build(FAMILY)[0])
     torch.manual_seed(0)  # of adapters
     size = ROWS // world // changes.get("gradient_accumulation_steps", 1)
     settings = {
@@ -90,6 +105,8 @@ def trained(path: Path, case: dict[str, Any], world: int) -> dict[str, Any]:
 
     run._packed_training_pass = listening  # type: ignore[method-assign]
     run.train()
+    assert bool(flash.calls) == (case.get("by_flash", False) and world > 1)
+    flash.calls.clear()
     steps = [log for log in run.state.log_history if "loss" in log]
     weights = dict(run.model.named_parameters())
     return {
