@@ -37,8 +37,8 @@ class Policy:
         dtype: Of the weights.
         checkpointing: Whether training recomputes activations instead of keeping them.
         given: Whether a step's responses are given, as by an engine that samples elsewhere.
-        processes: Over how many FSDP2 shards it; each takes its share of a step's rollouts. Responses are `given` then:
-            `generate` reads the vision tower's weights outside the model's forward, where none are gathered.
+        processes: Over how many FSDP2 shards it; each takes its share of a step's rollouts, which are `given` then: TRL's
+            own trainer cannot always sample from a sharded vision-language model.
     """
 
     cells: tuple[int, int]
