@@ -283,5 +283,5 @@ class TrainingStep:
 
 
 def _reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Differs between rollouts: no group is without a signal."""
-    return [(sum(map(ord, completion[0]["content"])) + place) % 7 / 7 for place, completion in enumerate(completions)]
+    """Differs between neighbours: no group is without a signal."""
+    return [sum(map(ord, completion[0]["content"])) % 7 / 7 + place % 2 for place, completion in enumerate(completions)]

@@ -88,6 +88,7 @@ def test_two_processes_take_the_step_of_one() -> None:
             verdict = case.judge(contestant, call)
             assert verdict.right, verdict.reason
         losses.append([call().item() for call in calls])
+        assert abs(losses[-1][1]) > 1e-3
         assert calls[1].tokens == case.labels["tokens_step"] < calls[0].tokens * 2
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     workers = calls[1]._workers
