@@ -37,8 +37,8 @@ class Policy:
         dtype: Of the weights.
         checkpointing: Whether training recomputes activations instead of keeping them.
         given: Whether a step's responses are given, as by an engine that samples elsewhere.
-        processes: Over how many FSDP2 shards it; each takes its share of a step's rollouts, which are `given` then: TRL's
-            own trainer cannot always sample from a sharded vision-language model.
+        processes: Over how many FSDP2 shards it; each takes its share of a step's rollouts, which are `given` then,
+            because TRL's own trainer cannot always sample from a sharded vision-language model.
     """
 
     cells: tuple[int, int]
@@ -284,4 +284,5 @@ class TrainingStep:
 
 def _reward(completions: list[Any], **kwargs: Any) -> list[float]:
     """Differs between neighbours: no group is without a signal."""
-    return [sum(map(ord, completion[0]["content"])) % 7 / 7 + place % 2 for place, completion in enumerate(completions)]
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(map(ord, text)) % 7 / 7 + place % 2 for place, text in enumerate(texts)]
