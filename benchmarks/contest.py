@@ -16,6 +16,10 @@ Role = Literal["floor", "ours", "peer"]
 Call = Callable[[], Any]
 
 
+class Elsewhere:
+    """A call whose work is done in other processes, where its memory cannot be weighed."""
+
+
 class Setting(NamedTuple):
     """One case of a suite: a preset (a head unless the suite says else), rows, device, and whether it has gradients."""
 

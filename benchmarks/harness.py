@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.contest import Call, Case, Contestant, Record
+from benchmarks.contest import Call, Case, Contestant, Elsewhere, Record
 from benchmarks.memory import Scale
 from benchmarks.timing import Stopwatch, cpu_seconds
 
@@ -52,7 +52,7 @@ def _enter(contestant: Contestant, case: Case, device: torch.device) -> tuple[Re
         if not verdict.right:
             record.status, record.reason, call = "wrong", verdict.reason, None
         else:
-            record.workspace = scale.workspace(call) or None  # nothing: the work is done in other processes
+            record.workspace = None if isinstance(call, Elsewhere) else scale.workspace(call)
     except Exception as error:  # out of memory, a missing package, an unsupported device: all of them its own affair
         call = None
         _skip(record, error)

@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks.contest import Elsewhere
 from benchmarks.policy import Policy, TrainingStep
 
 LAUNCHED = {  # by `accelerate launch --use_fsdp --fsdp_version 2`
@@ -23,7 +24,7 @@ LAUNCHED = {  # by `accelerate launch --use_fsdp --fsdp_version 2`
 }
 
 
-class ShardedStep:
+class ShardedStep(Elsewhere):
     """A `TrainingStep` of several processes, which live as long as this object.
 
     Args:
