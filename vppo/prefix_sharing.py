@@ -23,7 +23,7 @@ from torch import Tensor
 from vppo.batch import Batch, View
 from vppo.cached_prompts import CachedPrompts
 from vppo.heads import head_forward
-from vppo.packed_rows import PackedRows, refusal
+from vppo.packed_rows import DENSE, PackedRows, refusal
 
 logger = logging.getLogger(__name__)
 SHARING = ("auto", "on", "off")
@@ -196,14 +196,20 @@ class ResponsePasses:
     def _pack_work(self, batch: Batch, pack: list[int]) -> int:
         """In products of one token with another; the vision tower is taken to need as much as the language model."""
         prompt, length = batch.prompt_lengths[pack[0]], self._pack_length(batch, pack)
-        attended = 0 if self.model.config.get_text_config()._attn_implementation == "flex_attention" else length
+        attended = length if self._dense else 0
         return length * (self._footprint.work + attended) + prompt * self._footprint.work
 
     def _pack_cost(self, batch: Batch, pack: list[int]) -> int:
         """Bytes of one pack, its mask among them."""
         length = self._pack_length(batch, pack)
         vision = 2 * batch.prompt_lengths[pack[0]]
-        return (length + vision) * self._footprint.passing + length**2 * self._footprint.pair
+        mask = length**2 * self._footprint.pair if self._dense else 0
+        return (length + vision) * self._footprint.passing + mask
+
+    @property
+    def _dense(self) -> bool:
+        """Whether attention has a mask of every pair of tokens, and pays for those that it hides."""
+        return self.model.config.get_text_config()._attn_implementation in DENSE
 
     def _pack_length(self, batch: Batch, pack: list[int]) -> int:
         return batch.prompt_lengths[pack[0]] + sum(batch.response_lengths[row] for row in pack)

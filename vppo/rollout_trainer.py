@@ -9,6 +9,7 @@ from torch import Tensor
 from vppo.batch import in_rows, with_entries, without_no_images
 from vppo.errors import InputError
 from vppo.images import rgb_prompt, rgb_row, rgb_tool
+from vppo.joined_images import JoinedImages
 from vppo.processors import placeholder_tokens
 from vppo.rewards.checks import checked
 from vppo.sampled_trainer import SampledTrainer
@@ -26,7 +27,10 @@ class RolloutTrainer(SampledTrainer):
         super().__init__(*args, **kwargs)
         for policy in (self.model, self.ref_model):
             if policy is not None:
-                self.accelerator.unwrap_model(policy).register_forward_pre_hook(without_no_images, with_kwargs=True)
+                policy = self.accelerator.unwrap_model(policy)
+                policy.register_forward_pre_hook(without_no_images, with_kwargs=True)
+                if self.joins_forwards:
+                    JoinedImages(policy, self.processing_class, self.max_over_ranks)
         self.reward_funcs = list(map(checked, self.reward_funcs, self.reward_func_names))
         if not self.use_vllm:
             self._suppress_placeholders()
