@@ -81,8 +81,8 @@ class ResponsePasses:
             compared with the plain one, and if it fails or differs, one warning names the reason, and rows pass in the
             next best way from then on. "on" raises if nothing can be shared. "off" passes rows whole.
         memory: Bytes for activations, masks and repeated caches; a single row may exceed it.
-        max_over_ranks: From a count of this process to the largest of all that must join each forward. A sharded model gathers
-            its weights in every one, so a process with less to do runs passes of which nothing is kept.
+        max_over_ranks: From a count of this process to the largest of all that must join each forward. A sharded model
+            gathers its weights in every one, so a process with less to do runs passes of which nothing is kept.
 
     Raises:
         ValueError: `sharing` is none of these; and, when passes run, it is "on" and cannot be.

@@ -95,7 +95,10 @@ class VPPOTrainer(PackedTrainer):
             self._image_views = ImageViews.of(self.processing_class)
             self._perturbation = args.make_perturbation(self._image_views.layout.patch_size)
             self._passes = ResponsePasses(
-                self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), max_over_ranks=self.max_over_ranks
+                self.model,
+                sharing=args.prefix_sharing,
+                memory=int(args.scoring_memory * GIB),
+                max_over_ranks=self.max_over_ranks,
             )
 
     # -- after the rollouts ------------------------------------------------------------------------------------------
