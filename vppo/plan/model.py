@@ -94,7 +94,7 @@ def _place(model: nn.Module, mode: Fake) -> None:
                     module._parameters[name] = made[id(weight)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
 
 
 def add_head(model: Any) -> None:

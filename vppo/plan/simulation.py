@@ -134,25 +134,16 @@ class _Step:
         passes = self._passes()
         several = settings.accumulation > 1
         whole = self.sharded and several and not settings.sharding.sync
-        if whole:  # the first micro-batches leave whole gradients behind
-            self.model.set_requires_gradient_sync(False)
+        if whole:  # the first micro-batches leave whole gradients behind, which the last one reduces
             self._at("training pass")
+            self.model.set_requires_gradient_sync(False)
             self._micro_batch(batch, passes, rows, view)
+            self.model.set_requires_gradient_sync(True)
             self.tracker.products["training pass"] = 0.0
-            if settings.accumulation == 2:
-                self.model.set_requires_gradient_sync(True)
         elif several:
             self._fill_gradients()
         self._at("training pass")
         self._micro_batch(batch, passes, rows, view)
-        if whole:
-            self.model.set_requires_gradient_sync(True)
-            for parameter in self.model.parameters():
-                parameter.grad = None
-            for module in self.model.modules():
-                _forget_gradients(module)
-            self._at("")
-            self._fill_gradients()
 
     def _micro_batch(self, batch: Batch, passes: ResponsePasses, rows: list[int], view: View) -> None:
         with self._autocast():
@@ -162,7 +153,7 @@ class _Step:
     def _logprobs(self, batch: Batch, passes: ResponsePasses, rows: list[int], view: View) -> Tensor:
         """As the trainer computes them: of packed rows where the model takes these, else of whole ones."""
         with fused_head(self.inner, gathered=True):
-            if self._packs(batch, rows, view):
+            if self._packs:
                 packed = PackedRows(self.inner, batch, passes.packs(batch, rows, view), view)
                 return packed_logprobs(self.model, packed)[0]
             given = batch.whole(rows, view)
@@ -177,8 +168,10 @@ class _Step:
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
-    def _packs(self, batch: Batch, rows: list[int], view: View) -> bool:
-        several = len({view.keys[row] for row in rows}) < len(rows)
+    @property
+    def _packs(self) -> bool:
+        """Whether rows of a prompt pass as one: of a generation that has several, all do."""
+        several = min(self.settings.group, self.settings.rows) > 1
         return self.settings.divergence is not None and self.settings.sharing != "off" and several and not self._refusal
 
     @property
@@ -242,14 +235,3 @@ def _first(value: Any, count: int, rows: int) -> Any:
     if isinstance(value, Tensor):
         return value[: len(value) * count // rows]
     return value[:count]
-
-
-def _forget_gradients(module: Any) -> None:
-    """Whole gradients that a module has gathered and not reduced."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group):
-        for parameter in group.fsdp_params:
-            parameter.unsharded_accumulated_grad = None
-            if hasattr(parameter, "_unsharded_param"):
-                parameter._unsharded_param.grad = None
