@@ -78,6 +78,8 @@ class _Places:
             work = run(aten.empty.memory_format, (), ([_workspace(name, args)],), {"dtype": torch.uint8})
         found = run(func, types, args, kwargs)
         del work
+        if found is NotImplemented:  # a DTensor's, whose own operations follow
+            return found
         count = _products(func, name, args, kwargs, found)
         self.products[self.place[0]] = self.products.get(self.place[0], 0) + count
         return found

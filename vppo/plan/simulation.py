@@ -7,9 +7,11 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import _sharding_prop
 
 from vppo.batch import Batch, View
 from vppo.fused_head import fused_head
@@ -54,6 +56,8 @@ def simulate(settings: Settings, depth: Depth, scoring: bool = True) -> Simulate
         held.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         held.enter_context(kernels_of_attention())
+        # DTensor makes whole tensors to know shapes; in a fake mode of their own the tracker leaves them out
+        held.enter_context(mock.patch.object(_sharding_prop, "detect_fake_mode", lambda: None))
         if settings.gpus > 1:
             held.enter_context(fake_processes(settings.gpus))
         return _Step(settings, depth, mode).run(scoring)
@@ -71,7 +75,6 @@ class _Step:
             self.model = shard(self.model, settings.sharding, settings.precision, mode)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(settings.optimizer, trained)
-        self.inner = self.model.get_base_model() if settings.lora is not None else self.model
         self.tracker: Any = (ShardedMemory if self.sharded else WholeMemory)(self.model, self.optimizer)
 
     def run(self, scoring: bool) -> Simulated:
@@ -152,9 +155,9 @@ class _Step:
 
     def _logprobs(self, batch: Batch, passes: ResponsePasses, rows: list[int], view: View) -> Tensor:
         """As the trainer computes them: of packed rows where the model takes these, else of whole ones."""
-        with fused_head(self.inner, gathered=True):
+        with fused_head(self.model, gathered=True):
             if self._packs:
-                packed = PackedRows(self.inner, batch, passes.packs(batch, rows, view), view)
+                packed = PackedRows(self.model, batch, passes.packs(batch, rows, view), view)
                 return packed_logprobs(self.model, packed)[0]
             given = batch.whole(rows, view)
             labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
@@ -176,11 +179,11 @@ class _Step:
 
     @property
     def _refusal(self) -> str:
-        return refusal(self.inner)
+        return refusal(self.model)
 
     def _passes(self) -> ResponsePasses:
         """Which compare nothing: there are no values."""
-        passes = ResponsePasses(self.inner, sharing=self.settings.sharing, memory=self.settings.scoring_memory)
+        passes = ResponsePasses(self.model, sharing=self.settings.sharing, memory=self.settings.scoring_memory)
         passes._tried = True
         if self._refusal:
             del passes._ways[:1]
