@@ -150,9 +150,20 @@ def plan(
         from vppo.progress import quieten
 
         quieten()
-        sizes = {"text_tokens": text_tokens, "images": images, "image_tokens": image_tokens}
-        given = {"gpus": gpus, "gpu_memory": gpu_memory, "accelerate": accelerate, "reserve": reserve}
-        raise typer.Exit(0 if run(config, context.args, tflops=tflops, out=out, **given, **sizes) else 1)
+        fits = run(
+            config,
+            context.args,
+            gpus=gpus,
+            gpu_memory=gpu_memory,
+            accelerate=accelerate,
+            reserve=reserve,
+            tflops=tflops,
+            out=out,
+            text_tokens=text_tokens,
+            images=images,
+            image_tokens=image_tokens,
+        )
+        raise typer.Exit(0 if fits else 1)
 
 
 @main.command()

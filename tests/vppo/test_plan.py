@@ -116,7 +116,7 @@ def test_lora_trains_little() -> None:
 
 def test_what_settings_change() -> None:
     """Each in the category that it is about, in the direction that its user hopes for."""
-    base = settings(rows=8, micro_batch=2, accumulation=4, response_tokens=64)
+    base = settings(gpus=4, rows=8, micro_batch=2, accumulation=4, response_tokens=64)
     of = {
         name: estimate(replace(base, **changes), scoring=False).peaks["training pass"]
         for name, changes in {
@@ -221,6 +221,14 @@ def test_settings_of_a_config() -> None:
     assert from_config({**given, "algorithm": "grpo"}, gpus=8).divergence is None
     with pytest.raises(InputError, match=r"generation_batch_size: got 3072.* 4 x 5"):
         from_config(given, gpus=5)
+
+
+def test_a_prompt_may_lie_across_gpus() -> None:
+    """8 responses of 2 GPUs with 4 each; in one process these would be half a prompt."""
+    given = {**CONFIG, "num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert from_config(given, gpus=2).rows == 4
+    with pytest.raises(InputError, match=r"generation_batch_size: got 4"):
+        from_config(given, gpus=1)
 
 
 def test_old_passes_are_those_that_the_trainer_makes() -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vppo.data import load_training_data
+from vppo.data.problems import Problem
+from vppo.data.prompts import Prompts
 from vppo.errors import InputError
-from vppo.plan.settings import from_config, read_accelerate
+from vppo.loading import load_processor
+from vppo.perturbations import seeded
+from vppo.plan.run import report
+from vppo.plan.settings import arguments, from_config, read_accelerate
+from vppo.rewards.named import load_rewards
+from vppo.views import ImageViews
 
 LOOKED_AT = 32  # rows whose prompts say how long prompts are
 
@@ -28,14 +35,7 @@ def dry_run(config: dict[str, Any], *, gpus: int, gpu_memory: float, accelerate:
     Raises:
         InputError: Something in the config or the data cannot be used, or this process is one of several.
     """
-    from vppo.data import load_training_data
-    from vppo.loading import load_processor
-    from vppo.perturbations import seeded
-    from vppo.plan.run import report
-    from vppo.rewards.named import load_rewards
-    from vppo.train import make_arguments
-
-    script, model_args, args = make_arguments({**config, "use_cpu": True, "bf16": False, "fp16": False})
+    script, model_args, args = arguments(config, gpus)
     if args.world_size > 1:
         raise InputError(
             "--dry-run: takes a single process, without accelerate launch; --gpus says how many are planned"
@@ -51,39 +51,30 @@ def dry_run(config: dict[str, Any], *, gpus: int, gpu_memory: float, accelerate:
     dataset = load_training_data(
         script.dataset, options=script.data, bad_rows=script.bad_rows, processor=processor, skipped=[]
     )
-    prompts = _prompts(processor, islice(dataset, LOOKED_AT))
-    lengths = [_tokens(prompts, row) for row in range(len(prompts))]
-    print(
-        f"Data: {len(dataset)} rows; the longest prompt of the first {len(lengths)} has {max(map(sum, lengths))} tokens"
-    )
-    print(f"Rewards: {', '.join(getattr(reward, '__name__', str(reward)) for reward in rewards)}.")
-    shown = next((row for row, problem in enumerate(prompts.problems) if problem.images), None)
+    layout = ImageViews.of(processor).layout
+    rows = [Problem(row["prompt"], row.get("images") or [], None) for row in islice(dataset, LOOKED_AT)]
+    prompts = Prompts(processor, rows)
+    lengths = [_tokens(prompts, row, layout.merge_size) for row in range(len(rows))]
+    longest = max(range(len(rows)), key=lambda row: sum(lengths[row]))
+    text, image = lengths[longest]
+    print(f"Data: {len(dataset)} rows; the longest prompt of the first {len(rows)} has {text + image} tokens")
+    print(f"Rewards: {', '.join(getattr(reward, '__name__', str(reward)) for reward in rewards)}")
+    shown = next((row for row, problem in enumerate(rows) if problem.images), None)
     if args.scores_tokens and shown is not None:
-        perturbation = args.make_perturbation(prompts._views.layout.patch_size)
+        perturbation = args.make_perturbation(layout.patch_size)
         view = prompts.perturbed(shown, perturbation, seeded(args.seed, 0, shown))
-        clean = prompts._batch.split["pixel_values"][shown]
-        changed = (view != clean).float().mean().item()
+        changed = (view != prompts.join([shown], [[0]])["pixel_values"]).float().mean().item()
         print(f"Perturbed view: {perturbation.kind}, which changes {changed:.0%} of the pixels of row {shown + 1}")
     given = read_accelerate(accelerate) if accelerate else None
-    text, image = max(lengths, key=sum)
-    count = max(len(problem.images) for problem in prompts.problems)
+    count = len(rows[longest].images)
     sizes = {"text_tokens": text, "images": count, "image_tokens": -(-image // count) if count else 0}
     return report(from_config(config, gpus=gpus, accelerate=given, **sizes), gpu_memory=gpu_memory)
 
 
-def _prompts(processor: Any, rows: Any) -> Any:
-    from vppo.data.problems import Problem
-    from vppo.data.prompts import Prompts
-
-    problems: Sequence[Problem] = [Problem(row["prompt"], row.get("images") or [], None) for row in rows]
-    return Prompts(processor, problems)
-
-
-def _tokens(prompts: Any, row: int) -> tuple[int, int]:
+def _tokens(prompts: Prompts, row: int, merge: int) -> tuple[int, int]:
     """Of one prompt: of its text, and of its images."""
-    grids = prompts._batch.split.get("image_grid_thw")
-    if grids is None or not prompts.problems[row].images:
+    if not prompts.problems[row].images:
         return prompts.lengths[row], 0
-    merge = prompts._views.layout.merge_size
-    image = int(grids[row].prod(-1).sum()) // merge**2
+    grids = prompts.join([row], [[0]]).get("image_grid_thw")
+    image = 0 if grids is None else int(grids.prod(-1).sum()) // merge**2
     return prompts.lengths[row] - image, image

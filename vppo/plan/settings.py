@@ -198,6 +198,31 @@ def read_accelerate(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def arguments(config: dict[str, Any], gpus: int) -> tuple[Any, Any, Any]:
+    """What `vppo.train.make_arguments` makes of a config in one of so many processes, wherever it is asked.
+
+    Raises:
+        InputError: As `make_arguments`; and where a generation cannot be divided among the processes.
+    """
+    from vppo.config import VPPOConfig
+    from vppo.train import make_arguments
+
+    def of(name: str) -> Any:
+        return config.get(name) or VPPOConfig.__dataclass_fields__[name].default
+
+    batch, group = of("per_device_train_batch_size"), of("num_generations")
+    steps = of("steps_per_generation") or of("gradient_accumulation_steps")
+    rows = of("generation_batch_size") or batch * gpus * steps
+    if rows % (batch * gpus) or rows % group:
+        raise InputError(
+            f"generation_batch_size: got {rows}, takes a multiple of per_device_train_batch_size x GPUs = "
+            f"{batch} x {gpus} and of num_generations = {group}"
+        )
+    here = {**config, "generation_batch_size": rows, "steps_per_generation": None}
+    # a GPU's run, also on a machine without one
+    return make_arguments({**here, "use_cpu": True, "bf16": False, "fp16": False})
+
+
 def from_config(
     config: dict[str, Any], *, gpus: int, accelerate: dict[str, Any] | None = None, **changes: Any
 ) -> Settings:
@@ -214,25 +239,14 @@ def from_config(
     """
     from trl import get_peft_config
 
-    from vppo.train import make_arguments
-
     known = dict(accelerate or {})
     if known.pop("gpus", gpus) != gpus:
         raise InputError(f"--gpus: got {gpus}, the file for accelerate has num_processes: {(accelerate or {})['gpus']}")
-    # what is planned is a GPU's run, also on a machine without one
-    here = {**config, "use_cpu": True, "bf16": False, "fp16": False}
-    script, model_args, args = make_arguments(here)
+    script, model_args, args = arguments(config, gpus)
     model = model_config(script.model, trust_remote_code=args.trust_remote_code)
     precision = "fp16" if config.get("fp16") else "bf16" if config.get("bf16", True) else "no"
-    batch, group = args.per_device_train_batch_size, int(args.num_generations or 8)
-    accumulation = args.gradient_accumulation_steps
-    rows = config.get("generation_batch_size") or 0
-    if rows % (batch * gpus) or rows % group:
-        raise InputError(
-            f"generation_batch_size: got {rows}, takes a multiple of per_device_train_batch_size x GPUs = "
-            f"{batch} x {gpus} and of num_generations = {group}"
-        )
-    rows = rows // gpus or batch * int(config.get("steps_per_generation") or accumulation)
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    rows = args.generation_batch_size // gpus
     every = rows // batch * args.num_iterations
     corrected = args.use_vllm and args.vllm_importance_sampling_correction
     peft: Any = get_peft_config(model_args)
@@ -254,7 +268,7 @@ def from_config(
         rows=rows,
         micro_batch=batch,
         accumulation=accumulation,
-        group=group,
+        group=args.num_generations,
         response_tokens=response,
         dtype=_dtype(args.model_init_kwargs["dtype"], model),  # type: ignore[index]
         attention=model_args.attn_implementation or "sdpa",
