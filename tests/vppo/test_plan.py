@@ -293,7 +293,7 @@ def test_the_sampler() -> None:
     server = replace(plan, sampler=replace(SAMPLER, kind="server"))
     spread = sampler_memory(server, 33e9, 80 * GIB)
     assert spread.gpus == 1 and spread.held == 0 and spread.fits
-    assert sampler_memory(server, 73e9, 80 * GIB).gpus == 4  # 2 GPUs have 144 GiB, the weights take 136 and a row 0.1
+    assert sampler_memory(server, 73e9, 80 * GIB).gpus == 2  # which have 144 GiB to give; the weights take 136
     assert sampler_memory(replace(plan, sampler=replace(SAMPLER, sleeps=True)), 8e9, 80 * GIB).held == 0
 
 
@@ -391,11 +391,15 @@ def test_the_command(config: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_words(config: Path) -> None:
+    missing = str(config.parent / "nothing")
     for words, said in (
         (["--gpus", "1", "--gpu-memory", "0"], "--gpu-memory: got 0, takes a number above 0"),
         (["--gpus", "1", "--gpu-memory", "8", "--tflops", "-1"], "--tflops: got -1"),
         (["--gpus", "1", "--gpu-memory", "8", "--gpus_memory", "8"], "unknown key 'gpus_memory'"),
-        (["--gpus", "1", "--gpu-memory", "8", "--model", "nobody/nothing"], "no configuration could be loaded"),
+        (
+            ["--gpus", "1", "--gpu-memory", "8", "--model", missing],
+            "no configuration could be loaded",
+        ),
     ):
         found = CliRunner().invoke(main, ["plan", str(config), *words])
         assert found.exit_code == 2 and said in " ".join(found.output.split()), found.output
