@@ -59,7 +59,8 @@ def settings(family: str = "qwen2_5_vl", **changes: Any) -> Settings:
 
 def deeper(config: Any, text: int, vision: int) -> Any:
     given = config.to_dict()
-    given["text_config"] |= {"num_hidden_layers": text, "layer_types": None}
+    given["text_config"].pop("layer_types", None)
+    given["text_config"] |= {"num_hidden_layers": text}
     given["vision_config"] |= {"depth": vision}
     return type(config)(**given)
 
