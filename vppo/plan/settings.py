@@ -270,7 +270,7 @@ def from_config(
         accumulation=accumulation,
         group=args.num_generations,
         response_tokens=response,
-        dtype=_dtype(args.model_init_kwargs["dtype"], model),  # type: ignore[index]
+        dtype=_dtype(args.model_init_kwargs["dtype"], model),
         attention=model_args.attn_implementation or "sdpa",
         checkpointing=bool(args.gradient_checkpointing),
         lora=None if peft is None else {"r": peft.r, "lora_alpha": peft.lora_alpha, "target": peft.target_modules},
