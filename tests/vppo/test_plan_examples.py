@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from vppo.plan.estimate import estimate
 from vppo.plan.run import RESERVE
@@ -23,7 +22,9 @@ MEMORY = 80 * GIB
 def settings_of(name: str) -> Settings:
     gpus = GPUS[name]
     config = load_config(EXAMPLES / f"{name}.yaml")
-    return from_config(config, gpus=gpus, accelerate=read_accelerate(EXAMPLES / f"accelerate_fsdp2_{gpus}_gpus.yaml"))
+    return from_config(
+        config, gpus=gpus, accelerate=read_accelerate(EXAMPLES / "accelerate" / f"fsdp2_{gpus}_gpus.yaml")
+    )
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -56,11 +57,7 @@ def test_whole_gradients_do_not_fit_at_32b() -> None:
     assert sum(found.peaks["training pass"].values()) > MEMORY * (1 - RESERVE)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_line_says_what_it_is(path: Path) -> None:
-    """Of a key with a value; a block's name is explained by its lines."""
-    for line in path.read_text().splitlines():
-        rest = line.partition(":")[2]
-        if line and not line.startswith("#") and rest.strip():
-            assert " # " in line, line
-    assert yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("gpus", GPUS.values())
+def test_every_line_for_accelerate_says_what_it_is(gpus: int) -> None:
+    lines = (EXAMPLES / "accelerate" / f"fsdp2_{gpus}_gpus.yaml").read_text().splitlines()
+    assert all(" # " in line or line.startswith("#") for line in lines if line)
