@@ -53,7 +53,7 @@ def test_whole_gradients_do_not_fit_at_32b() -> None:
     plan = settings_of("qwen2_5_vl_32b")
     plan = replace(plan, sharding=Sharding(sync=False), rows=32, response_tokens=256, image_tokens=64, text_tokens=64)
     found = estimate(plan, scoring=False)
-    assert found.peaks["training pass"]["gradients"] > 2 * found.parameters
+    assert found.peaks["training pass"]["gradients"] >= 2 * found.parameters
     assert sum(found.peaks["training pass"].values()) > MEMORY * (1 - RESERVE)
 
 

@@ -8,12 +8,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vppo import packed_flash, packed_rows
 from vppo.plan.fake import Fake
 from vppo.plan.settings import Settings, Sharding
 
@@ -163,8 +165,12 @@ def kernels_of_attention() -> Iterator[None]:
     """
     with ExitStack() as held:
         held.enter_context(_in_place(ALL_MASK_ATTENTION_FUNCTIONS, "flex_attention", lambda *_, **__: None))
-        for name in KERNELS:
+        for name in set(KERNELS) - {packed_flash.FLASH}:
             held.enter_context(_in_place(ALL_ATTENTION_FUNCTIONS, name, _attend))
+        held.enter_context(mock.patch.object(packed_flash, "flash_attention", _attend))
+        held.enter_context(mock.patch.object(packed_flash, "_forward", _flash_forward))
+        held.enter_context(mock.patch.object(packed_flash, "_backward", _flash_backward))
+        held.enter_context(mock.patch.object(packed_rows, "unusable", lambda: ""))
         yield
 
 
@@ -197,3 +203,13 @@ def _attend(
         query, key, value, is_causal=causal and query.shape[2] == key.shape[2], scale=scaling, enable_gqa=grouped
     )
     return found.transpose(1, 2).contiguous(), None
+
+
+def _flash_forward(query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one call of flash-attention over sequences of several lengths leaves."""
+    count, heads, _width = query.shape
+    return torch.empty_like(query), query.new_empty(heads, count, dtype=torch.float32)
+
+
+def _flash_backward(grad: torch.Tensor, *tensors: Any, **__: Any) -> list[torch.Tensor]:
+    return [torch.empty_like(tensor) for tensor in tensors[:3]]
