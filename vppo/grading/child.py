@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -10,15 +11,21 @@ import sys
 
 from vppo.grading.verdicts import DIFFERENT, EQUAL, READY, TOO_LARGE
 
+# who compares: the module whose `equal` is asked, and the package that is slow to import
+GRADERS = {
+    "math-verify": ("vppo.grading.equality", "math_verify"),
+    "mathruler": ("vppo.grading.mathruler", "mathruler.grader"),
+}
+
 
 def serve() -> None:
-    """Answer until the input ends; arguments of the process: search path, seconds per answer, bytes of memory."""
-    seconds, memory = float(sys.argv[2]), int(sys.argv[3])
+    """Answer until the input ends; arguments of the process: search path, seconds per answer, bytes of memory, who."""
+    seconds, memory, grader = float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints is no answer
-    import math_verify  # noqa: F401 - the slow import, before the parent starts its clock
-
-    from vppo.grading.equality import equal
+    own, package = GRADERS[grader]
+    importlib.import_module(package)  # before the parent starts its clock
+    equal = importlib.import_module(own).equal
 
     logging.disable(logging.WARNING)
     _limit_memory(memory)

@@ -33,9 +33,13 @@ class VerifierPool:
 
     May be used from several threads at once (each gets children of its own) and after a fork (the forked process
     starts its own). The children end with `close`, at exit, and by themselves when this process is gone.
+
+    Args:
+        grader: One of `vppo.grading.child.GRADERS`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grader: str = "math-verify") -> None:
+        self.grader = grader
         self.size = max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
@@ -54,7 +58,7 @@ class VerifierPool:
             pairs: Reference and predicted answer; none longer than `LONGEST_ANSWER`.
 
         Raises:
-            RuntimeError: A child does not start: math-verify cannot be imported.
+            RuntimeError: A child does not start: the grader's package cannot be imported.
         """
         verdicts: list[bool | None] = [None] * len(pairs)
         # Plain answers first: they must not wait for towers of powers.
@@ -88,7 +92,7 @@ class VerifierPool:
                             self._end(child, children, selector)
                             if pair is None and not child.ready:
                                 raise RuntimeError(
-                                    f"math-verify did not start in {sys.executable}: see its error above"
+                                    f"{self.grader} did not start in {sys.executable}: see its error above"
                                 )
                             self.close()  # whoever ended it may have ended those that wait, too
                             if pair is not None and pair not in tried_again:
@@ -99,7 +103,7 @@ class VerifierPool:
                         break
                     for child in [c for c in children if now >= c.deadline]:
                         if not child.ready:
-                            raise RuntimeError(f"math-verify did not start within {SECONDS_TO_START:.0f} s")
+                            raise RuntimeError(f"{self.grader} did not start within {SECONDS_TO_START:.0f} s")
                         self._end(child, children, selector)
             return verdicts
         finally:  # after an interrupt, too: a child that still owes an answer must never be asked again
@@ -115,7 +119,7 @@ class VerifierPool:
 
     def _take(self) -> _Child:
         with self._lock:
-            child = self._idle.pop() if self._idle else _Child()
+            child = self._idle.pop() if self._idle else _Child(self.grader)
             self._all.add(child)
         return child
 
@@ -157,8 +161,8 @@ serve()
 class _Child:
     """One process. `pair` is the index of the pair that it compares, None while it waits."""
 
-    def __init__(self) -> None:
-        limits = [str(SECONDS_PER_ANSWER), str(MEMORY_PER_PROCESS)]
+    def __init__(self, grader: str = "math-verify") -> None:
+        limits = [str(SECONDS_PER_ANSWER), str(MEMORY_PER_PROCESS), grader]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _SERVE, json.dumps([_ROOT, *sys.path]), *limits],
             stdin=subprocess.PIPE,
