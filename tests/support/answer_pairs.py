@@ -387,7 +387,8 @@ def ratios(rng: random.Random) -> Two:
 # -- words and choices -------------------------------------------------------------------------------------------------
 
 TEXTS = [
-    "isosceles triangle", "north", "the red circle", "parallelogram", "Yes", "no solution", "increasing", "triangle ABC",
+    "isosceles triangle", "north", "the red circle", "parallelogram", "Yes", "no solution", "increasing",
+    "triangle ABC",
     "SAS", "right angle", "July", "the second row", "chloroplast", "supply and demand",
 ]  # fmt: skip
 
@@ -433,8 +434,8 @@ def hostile(rng: random.Random) -> str:
     n = rng.randint(50, 400)
     return rng.choice(
         [
-            "{" * n, "}" * n, r"\frac{" * n, r"\sqrt{" * n + "2", "(" * n + "1", r"\left(" * n, "\\" * n, "$" * n, "x" * n,
-            "^" * n, "_" * n, "\x00", "\ud7ff\uffff" * 5, "…" * n, "NaN", "inf", "-inf", "None", "null", "", " ", "??",
+            "{" * n, "}" * n, r"\frac{" * n, r"\sqrt{" * n + "2", "(" * n + "1", r"\left(" * n, "\\" * n, "$" * n,
+            "x" * n, "^" * n, "_" * n, "\x00", "\ud7ff\uffff" * 5, "…" * n, "NaN", "-inf", "None", "null", "", " ",
             "1" * n, "0." + "3" * n, "1/0", r"\frac{1}{0}", r"\int_0^x", r"\begin{pmatrix}", r"\end{pmatrix} & \\",
             "A or B or C", "import os; os.system('true')", "__import__('os')", "lambda: 0", "'; DROP TABLE answers; --",
             "<think>", "</think>", "100 200 300 400", "一百", "x" + "+x" * n, r"\text{" * n, "a b " * n,

@@ -22,8 +22,8 @@ PAPO, VPPO = "PAPO-Galaxy/PAPO_eval", "chamber111/VPPO-Eval"
 SUBJECTS = ("subject", "category", "topic", "problem_version")  # columns that say what a question is about
 # the sentence that the published questions end with; the run's own instruction takes its place
 _INSTRUCTED = re.compile(
-    r"\s*You first think through the reasoning process as an internal monologue, enclosed within <think> </think> tags\."
-    r"\s*Then, provide your final answer enclosed within \\boxed\{\}\.?\s*$"
+    r"\s*You first think through the reasoning process as an internal monologue, enclosed within <think> </think> "
+    r"tags\.\s*Then, provide your final answer enclosed within \\boxed\{\}\.?\s*$"
 )
 
 
@@ -169,8 +169,8 @@ def _download(entry: PublishedSet) -> Path:
     except Exception as error:  # the hub's client raises its own kinds, those of its transport, and OSError
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"benchmarks: {entry.name}: {entry.repo} cannot be fetched from the hub ({type(error).__name__}: {reason}); "
-            "--mirror FOLDER takes a copy of it"
+            f"benchmarks: {entry.name}: {entry.repo} cannot be fetched from the hub ({type(error).__name__}: {reason})"
+            "; --mirror FOLDER takes a copy of it"
         ) from error
 
 

@@ -41,7 +41,8 @@ def check_graders(names: Sequence[str]) -> None:
     missing = [package for package in mathruler.PACKAGES if importlib.util.find_spec(package) is None]
     if "mathruler" in names and missing:
         raise InputError(
-            f"graders: 'mathruler' needs {', '.join(missing)}: pip install {' '.join(missing)}; or --graders math-verify"
+            f"graders: 'mathruler' needs {', '.join(missing)}: pip install {' '.join(missing)}; or use --graders "
+            "math-verify"
         )
 
 
@@ -92,9 +93,10 @@ def verdicts(
 
 
 def _judge(pool: VerifierPool, pairs: Sequence[Pair]) -> dict[Pair, bool | None]:
-    """Every pair's own verdict: what its neighbours took the time of is asked again, with as many as there are children.
+    """Every pair's own verdict.
 
-    Together they have a limit; so few begin at once, and each has its own five seconds.
+    All pairs of a call have a limit together. What is left undecided by that is asked again, as many at once as there
+    are children: each then has its own five seconds.
     """
     found = dict(zip(pairs, pool.equal(pairs), strict=True))
     open_pairs = [pair for pair in pairs if found[pair] is None]

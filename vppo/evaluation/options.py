@@ -127,8 +127,8 @@ class EvaluationOptions(DataOptions):
     @property
     def analysis(self) -> AnalysisOptions:
         """How the model is loaded, and how the dependency of answers is measured: as `vppo analyze` does."""
-        names = ("temperature", "max_tokens", "seed", "memory", "min_pixels", "max_pixels", "device", "dtype")
-        names += ("attn_implementation", "revision", "trust_remote_code", "sampler")
+        names = ["temperature", "max_tokens", "seed", "memory", "min_pixels", "max_pixels", "device", "dtype"]
+        names += ["attn_implementation", "revision", "trust_remote_code", "sampler"]
         return AnalysisOptions(**{name: getattr(self, name) for name in names})
 
     def knobs(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the paper reports of its own models, to be put beside what was measured here; nothing in it was measured here."""
+"""What the paper reports of its own models, to be put beside what was measured here."""
 
 from __future__ import annotations
 

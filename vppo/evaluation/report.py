@@ -18,6 +18,7 @@ from vppo.files import write_atomic
 from vppo.pages.page import NBSP, duration, render, write_figures
 from vppo.pages.plot import Plot, nats, percent, prepare
 from vppo.pages.theme import Theme, series_colours
+from vppo.progress import say
 
 DASH = "–"  # noqa: RUF001
 SHOWN = 100  # disagreements on the page
@@ -71,7 +72,13 @@ def signed(found: Mapping[str, float] | None) -> str:
     """A difference of two shares in points, with its interval."""
     if found is None:
         return DASH
-    return f"{100 * found['mean']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})".replace(" ", NBSP)
+    return points(found["mean"], found["low"], found["high"])
+
+
+def points(mean: float, low: float, high: float) -> str:
+    """A difference of two shares in points, with its interval: `+2.0 (−3.9 to +7.4)`."""
+    text = f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return text.replace("-", "\N{MINUS SIGN}").replace(" ", NBSP)
 
 
 def results(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
@@ -162,13 +169,13 @@ def subjects(summary: Mapping[str, Any]) -> list[tuple[str, Rows]]:
 def knobs(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Everything that the run was told, and where it ran."""
     rows = [("model", summary["model"])]
-    rows += [(name.replace("_", " "), _said(value)) for name, value in summary["knobs"].items()]
+    rows += [(name.replace("_", " "), said(value)) for name, value in summary["knobs"].items()]
     rows += [("sampled by", summary["sampler"]), ("on", summary["device"]), ("machine", summary["machine"])]
     rows.append(("sampling, this time", duration(summary["seconds_sampling"])))
     return rows + list(summary["versions"].items())
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
     if value is None or value == "":
         return DASH
     if isinstance(value, bool):
@@ -207,7 +214,7 @@ def markdown(columns: Sequence[str], rows: Rows) -> str:
 def show(console: Console, summary: Mapping[str, Any]) -> None:
     """The table in the terminal."""
     columns, rows = results(summary)
-    kept = [place for place, title in enumerate(columns) if title not in ("in the form asked", "cut off")]
+    kept = [place for place, title in enumerate(columns) if title in columns[:3] or title in ("blind", "no box")]
     table = Table(title=Text(f"{summary['model']}, protocol {summary['knobs']['protocol']}", "table.title"))
     table.title_justify = "left"
     table.add_column("")
@@ -218,8 +225,8 @@ def show(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(table)
     if summary["skipped"]:
         first = summary["skipped"][0]
-        text = f"{len(summary['skipped'])} questions could not be asked; the first: {first['benchmark']}, {first['reason']}"
-        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        count = len(summary["skipped"])
+        say(console, f"{count} questions could not be asked; the first: {first['benchmark']}, {first['reason']}")
 
 
 # -- words and figures -------------------------------------------------------------------------------------------------
@@ -274,12 +281,14 @@ def accuracy_plot(summary: Mapping[str, Any]) -> Plot:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
         figure.legend(loc="outside lower left", ncols=2)
 
-    told = [f"{label}: {percent(found['accuracy']['mean'])}" + (f", blind {percent(found['blind']['mean'])}" if found["blind"] else "")
-            for label, found in zip(labels, sets.values(), strict=True)]  # fmt: skip
+    told = []
+    for label, found in zip(labels, sets.values(), strict=True):
+        left = f", blind {percent(found['blind']['mean'])}" if found["blind"] else ""
+        told.append(f"{label}: {percent(found['accuracy']['mean'])}{left}")
     return Plot(
         "accuracy",
-        f"Mean over the questions of the share of right answers; whiskers are 95{NBSP}% intervals from a bootstrap over the "
-        "questions. What the blind bar covers was answered without looking.",
+        f"Mean over the questions of the share of right answers; whiskers: 95{NBSP}% intervals, from a bootstrap over "
+        "the questions. What the blind bar covers was answered without looking.",
         f"Bars of {len(labels)} sets. {'; '.join(told)}.",
         draw,
         (5.2, 1.7 + 0.36 * len(labels)),
@@ -312,8 +321,8 @@ def pass_plot(summary: Mapping[str, Any]) -> Plot:
     ]
     return Plot(
         "pass_at_k",
-        "The chance that at least one of k answers to a question is right, unbiased from all its answers. Where it rises "
-        "far, training has something to reinforce.",
+        "The chance that at least one of k answers to a question is right, unbiased from all its answers. Where it "
+        "rises far, training has something to reinforce.",
         f"Lines of {len(sets)} sets. {'; '.join(told)}.",
         draw,
         (5.2, 3.2 + 0.2 * ((len(sets) + 2) // 3)),

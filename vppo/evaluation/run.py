@@ -127,9 +127,8 @@ class _Run:
         found = [think_warning(self.subject.processor.tokenizer, self.options.instruction)]
         for benchmark in self.benchmarks:
             if benchmark.published not in (None, len(benchmark.problems)):
-                found.append(
-                    f"{benchmark.label} has {len(benchmark.problems):,} questions here, {benchmark.published:,} as published"
-                )
+                count = len(benchmark.problems)
+                found.append(f"{benchmark.label} has {count:,} questions here, {benchmark.published:,} as published")
         return [warning for warning in found if warning]
 
     # -- the folder ----------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def _resampled(values: np.ndarray, number: int) -> np.ndarray:
 
 
 def pass_at(correct: int, samples: int, k: int) -> float:
-    """The chance that one of `k` answers is right, unbiased from `correct` right ones of `samples` (Chen et al., 2021)."""
+    """The chance that one of `k` answers is right, unbiased from `correct` right ones of `samples` (Chen 2021)."""
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 

@@ -73,8 +73,8 @@ def _message(said: Any, number: int, processes: int, code: int) -> str:
         return str(said.get(timeout=1))
     except queue.Empty:
         return (
-            f"process {number + 1} of {processes} has ended (exit code {code}); what it said is the reason. The same command "
-            "goes on with the answers that are there"
+            f"process {number + 1} of {processes} has ended (exit code {code}); what it said is the reason. The same "
+            "command goes on with the answers that are there"
         )
 
 

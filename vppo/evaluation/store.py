@@ -1,4 +1,4 @@
-"""Answers on the disk: one line each, written as soon as it is there, so that a run that was killed goes on behind it."""
+"""Answers on the disk, a line each, written as soon as they are there: a run that was killed goes on behind them."""
 
 from __future__ import annotations
 

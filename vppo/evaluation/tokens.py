@@ -19,12 +19,12 @@ def think_warning(tokenizer: Any, instruction: str) -> str | None:
         ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             return (
-                f"{tag} is not a token of this tokenizer ({len(ids)} tokens): a model may write it in pieces or leave it out, "
-                "and then earns no format reward; see the share of answers in the form that was asked for"
+                f"{tag} is not a token of this tokenizer ({len(ids)} tokens): a model may write it in pieces or leave "
+                "it out, and then earns no format reward; see the share of answers in the form that was asked for"
             )
         if ids[0] in tokenizer.all_special_ids:
             return (
-                f"{tag} is a special token of this tokenizer, which decoded answers leave out: they never have the form that "
-                "was asked for, and earn no format reward"
+                f"{tag} is a special token of this tokenizer, which decoded answers leave out: they never have the "
+                "form that was asked for, and earn no format reward"
             )
     return None

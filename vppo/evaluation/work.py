@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 
@@ -101,9 +100,9 @@ class Worker:
             size = max(1, PART["transformers"] // self._options.samples)
             for start in range(0, len(questions), size):
                 self._stop_alone()
-                part = questions[start : start + size]
-                self._measure(benchmark, part)
-                advance("measured", len(part) * self._options.samples)
+                some = questions[start : start + size]
+                self._measure(benchmark, some)
+                advance("measured", len(some) * self._options.samples)
 
     def _sampling(self) -> AbstractContextManager[Sampler]:
         options, subject = self._options, self._subject

@@ -1,6 +1,6 @@
 r"""The grader of the paper's own evaluation: the package mathruler, and the box as PAPO-Eval looks for it.
 
-mathruler simplifies by sympy without any limit of time, so only the child processes of `vppo.grading.pool` call `equal`.
+mathruler simplifies by sympy without any limit of time, so only child processes of `vppo.grading.pool` call `equal`.
 """
 
 from __future__ import annotations
