@@ -59,8 +59,8 @@ class ScriptArguments(RowOptions):
         eval_dataset: What the model is evaluated on while it trains; None for no evaluation. Without `eval_strategy`,
             see `vppo.monitoring.evaluation_options.evaluation_defaults`.
         dataset_split, eval_dataset_split: Which rows of them, see `vppo.data.DataOptions`.
-        eval_benchmarks: Sets that `vppo eval` knows, or files of problems, of which a subset is answered while the model
-            trains; see `vppo.evaluation.callback.BenchmarkCallback`.
+        eval_benchmarks: Sets that `vppo eval` knows, or files of problems, of which a subset is answered while the
+            model trains; see `vppo.evaluation.callback.BenchmarkCallback`.
         eval_benchmarks_steps: Steps between two such evaluations.
         eval_benchmarks_limit: Questions of each set.
         eval_benchmarks_samples: Answers to each question.

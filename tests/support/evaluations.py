@@ -21,8 +21,15 @@ from vppo.evaluation.benchmarks import PAPO, PUBLISHED_SETS, VPPO
 from vppo.evaluation.options import EvaluationOptions
 from vppo.evaluation.run import Evaluation, grade_and_report, write_table
 
-ANSWERS_TO = [("12", "12"), (r"\frac{1}{2}", "0.5"), ("B", "B"), (r"5\sqrt{3}", r"\sqrt{75}"), ("60^\\circ", "60")]
-WRONG = ["13", "7", "C", r"\sqrt{2}", "61"]
+ANSWERS_TO = [
+    ("12", "12"),
+    (r"\frac{1}{2}", "0.5"),
+    ("B", "B"),
+    (r"5\sqrt{3}", r"\sqrt{75}"),
+    ("60^\\circ", "60"),
+    ("8 kg", "8"),
+]
+WRONG = ["13", "7", "C", r"\sqrt{2}", "61", "9"]
 
 
 def store(
@@ -53,14 +60,21 @@ def store(
             for view, count, chance in (("seen", samples, skill), ("grey", 1, blind)):
                 for sample in range(count):
                     correct = rng.random() < chance
-                    boxed = (
-                        rf"\boxed{{{right if correct else WRONG[question % 5]}}}" if rng.random() < 0.95 else "no idea"
+                    written = right if correct else WRONG[question % len(WRONG)]
+                    boxed = rf"\boxed{{{written}}}" if rng.random() < 0.95 else "no idea"
+                    measured = view == "seen" and question < 6
+                    answers.append(
+                        {
+                            **place,
+                            "view": view,
+                            "sample": sample,
+                            "subject": subject,
+                            "text": f"<think> so </think> {boxed}",
+                            "tokens": int(rng.integers(20, 400)),
+                            "ended": bool(rng.random() < 0.95),
+                            "dependency": float(rng.exponential(0.1)) if measured else None,
+                        }
                     )
-                    answers.append({
-                        **place, "view": view, "sample": sample, "subject": subject, "text": f"<think> so </think> {boxed}",
-                        "tokens": int(rng.integers(20, 400)), "ended": bool(rng.random() < 0.95),
-                        "dependency": float(rng.exponential(0.1)) if view == "seen" and question < 6 else None,
-                    })  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "questions.parquet", pd.DataFrame(asked))
     knobs = EvaluationOptions(samples=samples, graders=tuple(graders)).knobs()

@@ -27,14 +27,14 @@ from vppo.pages.theme import Theme
 
 
 def compare_evaluations(first: str | Path, second: str | Path, out: str | Path) -> dict[str, Any]:
-    """Compares two runs on the questions that both were asked, and writes `report.html` and `comparison.json`.
+    """Compares two runs on the questions that both were asked, and writes `report.html` and `eval_comparison.json`.
 
     Args:
         first, second: Folders that `vppo eval` finished; differences are the second's minus the first's.
         out: Where to write.
 
     Returns:
-        What `comparison.json` holds.
+        What `eval_comparison.json` holds.
 
     Raises:
         InputError: A folder is not whole, the two are one, `out` is one of them, or they share no question.
@@ -62,7 +62,7 @@ def compare_evaluations(first: str | Path, second: str | Path, out: str | Path) 
         "blind": None if blind is None else asdict(blind),
         "settings": {name: values for name, values in _settings(summaries)},
     }
-    write_atomic(Path(out) / "comparison.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(Path(out) / "eval_comparison.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     names = {name: shared[name] for name in means}
     page = render(
         "evaluation_comparison.html",
@@ -120,7 +120,9 @@ def headline(labels: list[str], overall: Paired, sets: int) -> str:
     where = f"the {overall.questions:,} questions that both were asked" + (
         f", {sets} sets with equal weight" if sets > 1 else ""
     )
-    interval = f"{found} points with 95{NBSP}% confidence, p = {_p(overall.p)}"
+    interval = (
+        f"{found} points with 95{NBSP}% confidence, p {_p(overall.p) if overall.p <= 0.0001 else f'= {_p(overall.p)}'}"
+    )
     if overall.p >= 0.05:
         return (
             f"{labels[1]} and {labels[0]} are not told apart on {where}: {percent(overall.second)} against "
@@ -133,7 +135,7 @@ def headline(labels: list[str], overall: Paired, sets: int) -> str:
 
 
 def _p(value: float) -> str:
-    return "0.0001" if value <= 0.0001 else f"{value:.2g}"
+    return f"{value:.2g}" if value > 0.0001 else "≤ 0.0001"
 
 
 def _row(pair: Paired) -> list[str]:

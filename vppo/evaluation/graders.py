@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from vppo.errors import InputError
 from vppo.grading import mathruler
@@ -16,6 +17,7 @@ from vppo.grading.spelling import clean
 from vppo.rewards.accuracy import last_boxed
 
 PART = 256  # pairs between two signs of progress
+PATIENCE = 12.0  # nothing waits for a verdict, as training does: a busy machine must make no answer wrong
 _MARK = re.compile(r"(?:(?<=\s)|^|(?<=[,;]))\(?([A-J])\s*[).:]\s*(?=\S)")
 Pair = tuple[str, str]
 
@@ -65,8 +67,8 @@ def verdicts(
         advance: Is told, again and again, how many further items have been judged.
 
     Returns:
-        A verdict each; None where it took longer than the five seconds that each comparison has. A response without a
-        closed box is wrong.
+        A verdict each; None where it took longer than the five seconds of work that each comparison has. A response
+        without a closed box is wrong.
 
     Raises:
         RuntimeError: The grader cannot be started.
@@ -78,25 +80,27 @@ def verdicts(
     waiting = list(dict.fromkeys(pair for pairs in asked for pair in pairs if pair not in known))
     share = len(items) / max(1, len(waiting))
     told = 0.0
-    pool = VerifierPool(grader)
-    try:
-        for start in range(0, len(waiting), PART):
-            part = waiting[start : start + PART]
-            known |= _judge(pool, part)
-            told += share * len(part)
-            advance(round(told) - round(told - share * len(part)))
-    finally:
-        pool.close()
+    for start in range(0, len(waiting), PART):
+        part = waiting[start : start + PART]
+        known |= _judge(_pool(grader), part)
+        told += share * len(part)
+        advance(round(told) - round(told - share * len(part)))
     if not waiting:
         advance(len(items))
     return [_any([known[pair] for pair in pairs]) for pairs in asked]
+
+
+@cache
+def _pool(grader: str) -> VerifierPool:
+    """Starting its processes takes seconds, so they are kept; they end with this one."""
+    return VerifierPool(grader, PATIENCE)
 
 
 def _judge(pool: VerifierPool, pairs: Sequence[Pair]) -> dict[Pair, bool | None]:
     """Every pair's own verdict.
 
     All pairs of a call have a limit together. What is left undecided by that is asked again, as many at once as there
-    are children: each then has its own five seconds.
+    are children: each then has its own five seconds of work.
     """
     found = dict(zip(pairs, pool.equal(pairs), strict=True))
     open_pairs = [pair for pair in pairs if found[pair] is None]

@@ -84,22 +84,22 @@ def points(mean: float, low: float, high: float) -> str:
 def results(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """A row a set and one for their average; the titles of the columns, and the rows."""
     samples, blind = summary["knobs"]["samples"], summary["knobs"]["blind"] != "none"
-    columns = ["questions", f"avg@{samples} (95{NBSP}%)", f"pass@{samples}"]
+    columns = [f"avg@{samples} (95{NBSP}%)", f"pass@{samples}"]
     columns += ["blind", "seen minus blind, points"] if blind else []
-    columns += ["no box", "in the form asked", "cut off"]
-    rows = []
+    columns += ["no box", "in the form asked", "cut off", "questions"]
+    rows, sets = [], summary["benchmarks"].values()
     for name, found in summary["benchmarks"].items():
         best = found["pass_at"].get(str(found["samples"]))
-        values = [f"{found['questions']:,}", interval(found["accuracy"]), percent(best["mean"]) if best else DASH]
+        values = [interval(found["accuracy"]), percent(best["mean"]) if best else DASH]
         if blind:
             values += [percent(found["blind"]["mean"]) if found["blind"] else DASH, signed(found["seen_minus_blind"])]
-        values += [percent(found["no_box"]), percent(found["in_form"]), percent(found["cut"])]
+        values += [percent(found[name]) for name in ("no_box", "in_form", "cut")] + [f"{found['questions']:,}"]
         rows.append((summary["sets"][name], values))
     if len(rows) > 1:
         overall = summary["average"]
-        values = ["", interval(overall["accuracy"]), ""]
+        values = [interval(overall["accuracy"]), ""]
         values += [percent(overall["blind"]["mean"]) if overall["blind"] else DASH, ""] if blind else []
-        rows.append(("average of the sets", [*values, "", "", ""]))
+        rows.append(("average of the sets", [*values, "", "", "", f"{sum(s['questions'] for s in sets):,}"]))
     return columns, rows
 
 
@@ -214,7 +214,7 @@ def markdown(columns: Sequence[str], rows: Rows) -> str:
 def show(console: Console, summary: Mapping[str, Any]) -> None:
     """The table in the terminal."""
     columns, rows = results(summary)
-    kept = [place for place, title in enumerate(columns) if title in columns[:3] or title in ("blind", "no box")]
+    kept = [place for place, title in enumerate(columns) if title in (*columns[:2], "blind", "no box", "questions")]
     table = Table(title=Text(f"{summary['model']}, protocol {summary['knobs']['protocol']}", "table.title"))
     table.title_justify = "left"
     table.add_column("")
@@ -225,8 +225,8 @@ def show(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(table)
     if summary["skipped"]:
         first = summary["skipped"][0]
-        count = len(summary["skipped"])
-        say(console, f"{count} questions could not be asked; the first: {first['benchmark']}, {first['reason']}")
+        count = f"{len(summary['skipped'])} question{'s' if len(summary['skipped']) > 1 else ''}"
+        say(console, f"{count} could not be asked; the first: {first['benchmark']}, {first['reason']}")
 
 
 # -- words and figures -------------------------------------------------------------------------------------------------
@@ -235,17 +235,17 @@ def show(console: Console, summary: Mapping[str, Any]) -> None:
 def headline(summary: Mapping[str, Any]) -> str:
     """What the run showed, in a few sentences."""
     overall, sets, samples = summary["average"], summary["benchmarks"], summary["knobs"]["samples"]
-    where = summary["sets"][next(iter(sets))] if len(sets) == 1 else f"an average of {len(sets)} sets"
-    accuracy = overall["accuracy"]
+    accuracy, blind = overall["accuracy"], overall["blind"]
+    where = f"on {summary['sets'][next(iter(sets))]}" if len(sets) == 1 else f"averaged over {len(sets)} sets"
     answers = f"{samples} answers to each question" if samples > 1 else "one answer to each question"
     text = (
-        f"Right in {percent(accuracy['mean'])} of its answers on {where}, between {percent(accuracy['low'])} and "
-        f"{percent(accuracy['high'])} with 95{NBSP}% confidence, from {answers}."
+        f"Right in {percent(accuracy['mean'])} of its answers, {where} (95{NBSP}% confidence: "
+        f"{percent(accuracy['low'])} to {percent(accuracy['high'])}), from {answers}."
     )
-    if overall["blind"]:
-        shown = {"grey": "Shown grey images", "removed": "Without the images"}[summary["knobs"]["blind"]]
-        gap = 100 * (accuracy["mean"] - overall["blind"]["mean"])
-        text += f" {shown} it is right in {percent(overall['blind']['mean'])}: seeing them is worth {gap:.1f} points."
+    if blind:
+        how = {"grey": "With grey in place of the images", "removed": "Without the images"}[summary["knobs"]["blind"]]
+        gap = 100 * (accuracy["mean"] - blind["mean"])
+        text += f" {how} it is right in {percent(blind['mean'])}: looking is worth {gap:.1f} points."
     boxless = np.mean([found["no_box"] for found in sets.values()])
     if boxless >= 0.05:
         text += f" {percent(float(boxless))} of the answers had no box, and so were wrong."
@@ -309,7 +309,7 @@ def pass_plot(summary: Mapping[str, Any]) -> Plot:
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
-        ax.set_ylim(0, 1)
+        ax.set_ylim(0, 1.03)
         ax.set_xlabel("k")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
         figure.legend(loc="outside lower left", ncols=3)

@@ -19,8 +19,12 @@ GRADERS = {
 
 
 def serve() -> None:
-    """Answer until the input ends; arguments of the process: search path, seconds per answer, bytes of memory, who."""
-    seconds, memory, grader = float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    """Answer until the input ends.
+
+    Arguments of the process: search path, seconds that an answer may take by the clock and of work, bytes of memory,
+    and who compares.
+    """
+    seconds, work, memory, grader = float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints is no answer
     own, package = GRADERS[grader]
@@ -34,12 +38,14 @@ def serve() -> None:
     for line in sys.stdin.buffer:
         # The parent ends a slow process itself; this is for when the parent is gone. One second more, so that it wins.
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+        signal.setitimer(signal.ITIMER_PROF, work)  # ends this process, also within a C call
         reference, predicted = json.loads(line)
         try:
             verdict = EQUAL if equal(reference, predicted) else DIFFERENT
         except MemoryError:
             verdict = TOO_LARGE
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(answers, verdict)
 
 
