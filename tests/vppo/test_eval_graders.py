@@ -3,6 +3,7 @@ r"""Who says that an answer is right: pairs of known truth, choices by letter or
 from __future__ import annotations
 
 import importlib.util
+import time
 
 import pytest
 from support.answer_pairs import KINDS, Pair, pairs
@@ -11,6 +12,7 @@ from vppo.errors import InputError
 from vppo.evaluation import graders
 from vppo.evaluation.graders import Item, answer_of, check_graders, choices, verdicts
 from vppo.grading import mathruler
+from vppo.grading import pool as pools
 from vppo.grading.spelling import clean
 
 QUESTION = "What is x?\nChoices:\nA: 3\nB: 4.5\nC: \\sqrt{2}\nD: 3"
@@ -52,6 +54,19 @@ def test_an_answer_that_takes_for_ever_costs_its_neighbours_nothing(monkeypatch:
     found = verdicts("math-verify", [*items, Item("", "3", r"\boxed{4.0}"), items[1]], told.append)
     assert found == [None, *[True] * 5, False, True]
     assert calls == [7, 2, 2, 2, 1] and sum(told) == 8
+
+
+@pytest.mark.slow
+def test_five_seconds_are_of_work_and_not_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine is busy, an answer may take long by the clock; what works too long is ended all the same."""
+    monkeypatch.setattr(pools, "SECONDS_PER_ANSWER", 0.4)
+    pool = pools.VerifierPool(patience=1000.0)
+    try:
+        begin = time.monotonic()
+        assert pool.equal([("5", r"8^{9^{9^{9}}}"), ("0.5", r"\frac{1}{2}"), ("1", "2")]) == [None, True, False]
+        assert time.monotonic() - begin < 200  # by the clock it had 400 seconds
+    finally:
+        pool.close()
 
 
 def test_what_needs_no_mathematics() -> None:

@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class _Run:
             raise InputError(f"processes: got {options.processes}, takes 1 for a model in memory")
         self.options, self.out, self.names, self.data = options, out, names, data
         self.console = Console()
-        self.subject = Subject(model, options.analysis)
+        self.subject = _subject(model, options)
         self.benchmarks = load_benchmarks(names, data, options.data, options.mirror)
         self.store = Store(out)
         self.warnings = self._warnings()
@@ -190,22 +190,20 @@ class _Run:
 
     def _sample(self) -> None:
         options = self.options
-        shares = [
-            Worker(self.subject, self.benchmarks, options, self.store, number) for number in range(options.processes)
-        ]
-        missing = [sum(len(samples) for samples in worker.missing(b, view).values())
-                   for worker in shares for b in self.benchmarks for view in worker.views]  # fmt: skip
-        unmeasured = [len(worker.unmeasured(b)) * options.samples for worker in shares for b in self.benchmarks]
-        if not sum(missing) and not sum(unmeasured):
+        whole = Worker(self.subject, self.benchmarks, replace(options, processes=1), self.store)
+        asked = [(benchmark, view) for benchmark in self.benchmarks for view in whole.views]
+        missing = sum(len(samples) for one in asked for samples in whole.missing(*one).values())
+        unmeasured = sum(len(whole.unmeasured(benchmark)) * options.samples for benchmark in self.benchmarks)
+        if not missing and not unmeasured:
             return
         lines, measured = self.store.lines(), self.store.lines("dependency")
         with _bar(self.console) as bar:
-            tasks = {"sampled": bar.add_task("answering", total=sum(missing) + lines, completed=lines)}
+            tasks = {"sampled": bar.add_task("answering", total=missing + lines, completed=lines)}
             if options.dependency:
-                total = sum(unmeasured) + measured
+                total = unmeasured + measured
                 tasks["measured"] = bar.add_task("measuring", total=total, completed=measured)
             if options.processes == 1:
-                shares[0].run(lambda what, count: bar.advance(tasks[what], count))
+                whole.run(lambda what, count: bar.advance(tasks[what], count))
                 return
 
             def watch() -> None:
@@ -274,6 +272,15 @@ class _Run:
                     "dependency": dependencies.get((answer.question, answer.sample)) if view == SEEN else None,
                 }
         return [found[key] for key in sorted(found, key=lambda key: (key[0] != SEEN, *key[1:]))]
+
+
+def _subject(model: str | Path | tuple[Any, Any], options: EvaluationOptions) -> Subject:
+    try:
+        return Subject(model, options.analysis)
+    except InputError as error:
+        if str(error).startswith(("min_pixels", "max_pixels")):  # which a protocol may have set
+            raise InputError(f"{error}; --min-pixels 0 --max-pixels 0 keeps what it has") from error
+        raise
 
 
 # -- from answers to the report ----------------------------------------------------------------------------------------

@@ -169,8 +169,8 @@ class _Child:
     """One process. `pair` is the index of the pair that it compares, None while it waits."""
 
     def __init__(self, grader: str = "math-verify", patience: float = 1.0) -> None:
-        self._seconds = SECONDS_PER_ANSWER * patience
-        limits = [str(self._seconds), str(SECONDS_PER_ANSWER), str(MEMORY_PER_PROCESS), grader]
+        self._patience = patience
+        limits = [str(SECONDS_PER_ANSWER * patience), str(SECONDS_PER_ANSWER), str(MEMORY_PER_PROCESS), grader]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _SERVE, json.dumps([_ROOT, *sys.path]), *limits],
             stdin=subprocess.PIPE,
@@ -186,7 +186,7 @@ class _Child:
 
     def send(self, index: int, pairs: Sequence[tuple[str, str]]) -> None:
         self.pair = index
-        self.deadline = time.monotonic() + self._seconds
+        self.deadline = time.monotonic() + SECONDS_PER_ANSWER * self._patience
         # A process that was ended while it waited breaks the pipe; `receive` sees that and the pair is sent again.
         with contextlib.suppress(BrokenPipeError):
             self._requests.write(json.dumps(pairs[index]).encode() + b"\n")
