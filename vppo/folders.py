@@ -14,8 +14,8 @@ ELSEWHERE = "choose another --out, or remove that folder"
 _KINDS = (
     ("a comparison of analyses", ("comparison.json",)),
     ("a comparison of evaluations", ("eval_comparison.json",)),
-    ("an evaluation", ("evaluation.json", "answers.parquet")),
-    ("the beginning of an evaluation", ("evaluation.json",)),
+    ("an evaluation", ("questions.parquet", "answers.parquet")),
+    ("the beginning of an evaluation", ("answers",)),
     ("an analysis", ("trajectories.parquet",)),
     ("a run of `vppo demo`", ("held_out.parquet",)),
     ("a run of `vppo demo`", ("warmup",)),

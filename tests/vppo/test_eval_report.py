@@ -158,7 +158,7 @@ def test_what_cannot_be_compared(stored: Any, tmp_path: Path) -> None:
     refused("--out: .* is one of the evaluations", one.out, other.out, one.out)
     refused(r"nothing: is no folder; takes a folder that `vppo eval` has finished", one.out, tmp_path / "nothing")
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "evaluation.json").write_text("{}")
+    (tmp_path / "begun" / "answers").mkdir()
     refused("has no summary.json, .*it holds the beginning of an evaluation", tmp_path / "begun", one.out)
     answers = other.out / "answers.parquet"
     pd.read_parquet(answers).drop(columns="correct").to_parquet(answers)

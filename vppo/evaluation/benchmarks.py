@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from vppo.analysis.identity import digest, digest_file
+from vppo.contents import digest, digest_file
 from vppo.data import DataOptions, Problem, Problems, read_file
 from vppo.data.answers import reference_answer
 from vppo.data.bad_rows import Where

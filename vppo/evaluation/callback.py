@@ -13,7 +13,7 @@ from vppo.data.prompts import prompts_of
 from vppo.errors import InputError
 from vppo.evaluation.benchmarks import Benchmark
 from vppo.evaluation.graders import Item, verdicts
-from vppo.prefix_sharing import GIB
+from vppo.prefix_sharing import GIB, quiet
 from vppo.processors import placeholder_tokens
 from vppo.rewards.accuracy import last_boxed
 
@@ -86,12 +86,8 @@ class BenchmarkCallback(TrainerCallback):
             return
         self._evaluated = step
         model = self._trainer.accelerator.unwrap_model(self._trainer.model_wrapped)
-        training = model.training
-        model.eval()
-        try:
+        with quiet(model):
             answers = [self._answers(model, number, benchmark) for number, benchmark in enumerate(self._benchmarks)]
-        finally:
-            model.train(training)
         found = gather_object([row for own in answers for row in own])
         if self._trainer.accelerator.is_main_process:
             Trainer.log(self._trainer, self._numbers(found))

@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from vppo.analysis.identity import digest
 from vppo.analysis.model import Subject
+from vppo.contents import digest
 from vppo.errors import InputError
 from vppo.evaluation.benchmarks import PUBLISHED_SETS, Benchmark, load_benchmarks
 from vppo.evaluation.graders import Item, answer_of, check_graders, verdicts
@@ -34,19 +34,18 @@ from vppo.evaluation.store import SEEN, Store
 from vppo.evaluation.tokens import think_warning
 from vppo.evaluation.work import Worker
 from vppo.files import replacing, write_atomic
-from vppo.folders import kind_of, read_object
+from vppo.folders import ELSEWHERE, enter, kind_of, read_object
 from vppo.locks import claimed
 from vppo.progress import columns, say
 from vppo.rewards.format import has_format
 
-OPTIONS, SUMMARY = "evaluation.json", "summary.json"
+SUMMARY = "summary.json"
 QUESTIONS = ("benchmark", "question", "key", "text", "reference", "subject")
 ANSWERS = (
     *("benchmark", "view", "question", "sample", "subject", "text", "tokens", "ended", "answer", "in_form", "correct"),
     *("undecided", "dependency"),
 )
 PACKAGES = ("torch", "transformers", "vllm", "math-verify", "mathruler", "vppo-kernels")
-_ELSEWHERE = "choose another --out, or remove that folder"
 
 
 @dataclass(frozen=True)
@@ -138,22 +137,18 @@ class _Run:
         contents = self.subject.contents()
         sets = {benchmark.name: benchmark.fingerprint for benchmark in self.benchmarks}
         identity: dict[str, Any] = {"model": self.subject.name, **contents, **self.options.identity(), "sets": sets}
-        marker = self.out / OPTIONS
-        if marker.exists():
-            before = read_object(marker, remedy=_ELSEWHERE)
-            if not isinstance(before.get("sets"), dict) or "model" not in before:
-                raise InputError(f"--out: {self.out} holds {kind_of(self.out)}, no evaluation; {_ELSEWHERE}")
-            for name, value in identity.items():
-                if name != "sets" and before.get(name) != value:
-                    raise InputError(f"{self._difference(name, value, before.get(name))}; {_ELSEWHERE}")
-            for name, value in sets.items():
-                if before["sets"].get(name, value) != value:
-                    since = f"when the evaluation in {self.out} was started"
-                    raise InputError(f"{name}: has other questions, answers or images than {since}; {_ELSEWHERE}")
-            identity["sets"] = {**before["sets"], **sets}
-        elif self.out.exists() and (not self.out.is_dir() or any(path.name[0] != "." for path in self.out.iterdir())):
-            raise InputError(f"--out: {self.out} holds {kind_of(self.out)}; takes a new or empty folder")
-        write_atomic(marker, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        before = enter(self.out, identity, what="evaluation", known_by={"model", "sets"})
+        if before is None:
+            return
+        for name, value in identity.items():
+            if name != "sets" and before.get(name) != value:
+                raise InputError(f"{self._difference(name, value, before.get(name))}; {ELSEWHERE}")
+        for name, value in sets.items():
+            if before["sets"].get(name, value) != value:
+                since = f"when the evaluation in {self.out} was started"
+                raise InputError(f"{name}: has other questions, answers or images than {since}; {ELSEWHERE}")
+        identity["sets"] = {**before["sets"], **sets}
+        write_atomic(self.out / "options.json", json.dumps(identity, indent=2) + "\n")
 
     def _difference(self, name: str, now: Any, before: Any) -> str:
         since = f"than when the evaluation in {self.out} was started"
