@@ -125,6 +125,13 @@ def test_a_full_stop_after_a_number_changes_nothing() -> None:
     assert clean("5e-05.") == clean("5e-05") and clean("2e3.5") == "2e3.5"
 
 
+def test_a_mixed_number_may_be_set_as_text() -> None:
+    r"""`\text{1 1/2}` stayed a text, which is 1 times 1/2."""
+    assert clean(r"\text{1 1/2}") == clean(r"\( \text{1 1/2}. \)") == clean("1 1/2") == r"1\frac{1}{2}"
+    assert clean(r"\mathbf{1 1/2}") == clean(r"\boxed{\mathrm{ 1 1 / 2 }}") == clean("1 1/2")
+    assert verdicts("math-verify", [Item("", r"\frac{3}{2}", r"\boxed{\text{1 1/2}}")]) == [True]
+
+
 def test_the_published_box() -> None:
     assert mathruler.boxed(r"\boxed{1} then \boxed{ \frac{1}{2} }") == r"\frac{1}{2}"
     assert mathruler.boxed(r"\boxed{1 / 2} < 3") == "1/2"

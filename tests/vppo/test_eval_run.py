@@ -127,7 +127,7 @@ def killed_after(parts: int, model: str, out: Path, file: Path) -> None:
 
 
 def test_killed_and_gone_on_with(straight: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "PART", {"transformers": 4, "vllm": 4})
+    monkeypatch.setattr(work, "PART", {"transformers": 2, "vllm": 2})
     file, out = questions(tmp_path), tmp_path / "run"
     for parts in (2, 1):  # the second one begins where the first one ended
         killed_after(parts, model, out, file)

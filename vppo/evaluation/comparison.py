@@ -71,6 +71,7 @@ def compare_evaluations(first: str | Path, second: str | Path, out: str | Path) 
         rows=table({names[name]: pair for name, pair in pairs.items()}, overall),
         blind=_row(blind) if blind else None,
         also=_also(summaries, names),
+        answers=ALSO,
         settings=_settings(summaries),
         charts=write_figures(Path(out), [difference_plot({names[name]: pair for name, pair in pairs.items()}, labels)]),
         columns=COLUMNS,
@@ -150,16 +151,16 @@ def table(pairs: Mapping[str, Paired], overall: Paired) -> Rows:
     return rows + ([("average of the sets", _row(overall))] if len(pairs) > 1 else [])
 
 
+ALSO = ["tokens: first", "second", "no box: first", "second", "in the form asked: first", "second"]
+
+
 def _also(summaries: list[dict[str, Any]], names: Mapping[str, str]) -> Rows:
-    """What else differs: lengths, boxes, blind."""
+    """What else differs between the answers, a row a set."""
     rows = []
     for name, label in names.items():
-        found = [summary["benchmarks"].get(name) for summary in summaries]
-        if None in found:
-            continue
-        rows.append((f"{label}: tokens an answer", [f"{one['tokens']['mean']:,.0f}" for one in found if one]))
-        rows.append((f"{label}: no box", [percent(one["no_box"]) for one in found if one]))
-        rows.append((f"{label}: in the form asked", [percent(one["in_form"]) for one in found if one]))
+        found = [summary["benchmarks"][name] for summary in summaries]
+        values = [f"{one['tokens']['mean']:,.0f}" for one in found]
+        rows.append((label, values + [percent(one[key]) for key in ("no_box", "in_form") for one in found]))
     return rows
 
 
