@@ -16,7 +16,7 @@ from vppo.evaluation import run
 from vppo.evaluation.comparison import compare_evaluations
 from vppo.evaluation.published import PUBLISHED
 from vppo.evaluation.report import headline, markdown, results, write_report
-from vppo.evaluation.run import disagreements, read_evaluation
+from vppo.evaluation.run import disagreements, read_evaluation, regrade
 
 EIGHT = ["mathverse", "dynamath", "mmk12", "geo3k", "mathvision", "wemath", "logicvista", "mmmu_pro"]
 
@@ -167,6 +167,12 @@ def test_what_cannot_be_compared(stored: Any, tmp_path: Path) -> None:
     refused("answers.parquet: is no whole parquet file", other.out, one.out)
     (other.out / "summary.json").write_text('{"model": "x"}')
     refused("summary.json: has no knobs, sets", other.out, one.out)
+
+
+def test_grading_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing: is no folder; takes a folder that `vppo eval` has finished"):
+        regrade(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_reading(stored: Any) -> None:

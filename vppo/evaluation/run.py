@@ -292,6 +292,7 @@ def regrade(out: str | Path, graders: Sequence[str] | None = None) -> Evaluation
         InputError: The folder is not whole, or there is no such grader.
     """
     folder = Path(out)
+    read_evaluation(folder)  # before a folder is made for the claim
     with claimed(folder, "grade"):
         summary, questions, answers = read_evaluation(folder)
         knobs = summary["knobs"]
