@@ -12,6 +12,7 @@ import typer
 
 from vppo.command_errors import clear_errors
 from vppo.errors import InputError
+from vppo.eval_cli import evaluation
 
 main = typer.Typer(
     name="vppo",
@@ -101,7 +102,7 @@ def train(
     Keys are the fields of VPPOConfig (which are TRL's GRPOConfig's too), of TRL's ModelConfig (LoRA, dtype, attention),
     and: model, dataset, dataset_split, eval_dataset, eval_dataset_split, problem_key, answer_key, image_key,
     image_dir, trust_image_paths, image_pixel_limit, bad_rows, system_prompt, instruction, min_pixels, max_pixels,
-    reward, resume.
+    eval_benchmarks (and its _steps, _limit, _samples, _mirror), reward, resume.
 
     On several GPUs: accelerate launch -m vppo train CONFIG.yaml
     """
@@ -280,6 +281,9 @@ def compare(
         from vppo.analysis.comparison import compare as run
 
         print(run(folders, out))
+
+
+main.add_typer(evaluation, name="eval")
 
 
 @main.command(
