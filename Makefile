@@ -39,7 +39,8 @@ endif
 
 # random inputs to the kernels and the verifier; VPPO_FUZZ_SECONDS is the time that all of them take, 180 by default
 fuzz: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q tests/fuzz/fuzz_kernels.py tests/fuzz/fuzz_grading.py
+	$(BIN)/python -m pytest -q tests/fuzz/fuzz_kernels.py tests/fuzz/fuzz_grading.py \
+		tests/fuzz/fuzz_answer_pairs.py
 
 # For a machine with a GPU: everything is right first, then timed.
 gpu: $(VENV)/.installed-test

@@ -20,7 +20,14 @@ hypothesis.settings.load_profile("suite")
 SHARING = {
     *("test_analysis", "test_analysis_comparison", "test_analysis_report", "test_demo_report", "test_demo_run"),
     *("test_emulated_cuda", "test_faults", "test_rewards_equality", "test_train", "test_trainer_distributed"),
-    *("test_trainer_fsdp", "test_trainer_mixed", "test_vllm_prompts"),
+    *(
+        "test_trainer_fsdp",
+        "test_trainer_mixed",
+        "test_vllm_prompts",
+        "test_eval_run",
+        "test_eval_report",
+        "test_plan_measured",
+    ),
     *("test_command_line", "test_contest", "test_rollout", "test_step"),  # of the benchmarks
 }
 
