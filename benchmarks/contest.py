@@ -34,12 +34,14 @@ class Contestant:
         role: "floor" is what no one can beat and everyone is set against; its result is not judged.
         prepare: Returns the call that is timed; may compile and allocate. Raising means: skipped, for that reason.
         note: What the reader has to know to compare it.
+        cut: Whether its logits are sums that tensor cores cut off, which have a bound of their own.
     """
 
     name: str
     role: Role
     prepare: Callable[[], Call]
     note: str = ""
+    cut: bool = False
 
 
 @dataclass(frozen=True)

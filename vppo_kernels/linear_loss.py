@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vppo_kernels import arguments, backends, tiling, vocab_parallel
+from vppo_kernels import arguments, backends, tensor_cores, tiling, vocab_parallel
 from vppo_kernels.backends.protocols import LossInputs, LossOptions
 from vppo_kernels.layout import layout_of
 from vppo_kernels.logits import LinearHead, LogitTransform, full_precision, logit_dtype
@@ -63,11 +63,12 @@ class LinearLoss(torch.autograd.Function):
         shard: Shard,
         backend: str,
         workspace: int,
+        exact: bool,
     ) -> Tensor:
         wants = ctx.needs_input_grad
         chosen = backends.resolve(backend, weight.device, logit_dtype(hidden, weight))
         want_head = (wants[0],), wants[1], wants[2]
-        source = LinearHead([hidden], weight, bias, transform, shard, None, want_head, chosen.product)
+        source = LinearHead([hidden], weight, bias, transform, shard, None, want_head, chosen.product, exact)
         found: list[Tensor] = []  # the loss, and what its gradients are multiplied by until the backward
         half = len(hidden) > 0 and torch.float16 in (hidden.dtype, weight.dtype)
 
@@ -95,7 +96,7 @@ class LinearLoss(torch.autograd.Function):
         grads = [ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias]
         del ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias  # in place: another copy of the weight's would be large
         factor = upstream / ctx.scale
-        return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 6
+        return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 7
 
 
 def linear_vppo_loss(
@@ -130,6 +131,7 @@ def linear_vppo_loss(
     vocab_size: int | None = None,
     process_group: Any = None,
     stats_group: Any = None,
+    precision: str = "default",
     backend: str = "auto",
     check: bool | None = None,
 ) -> tuple[Tensor, Metrics]:
@@ -151,7 +153,7 @@ def linear_vppo_loss(
         targets: `[B, T]` or `[total]` response tokens; any value where `mask` is 0.
         old_logprobs, advantages, mask, dependency, cu_seqlens: As in `vppo_loss`.
         bias: `[V]` or None.
-        temperature, logit_scale, softcap, vocab_size, process_group, backend: As in `linear_divergence`.
+        temperature, logit_scale, softcap, vocab_size, process_group, precision, backend: As in `linear_divergence`.
         stats_group: Statistics over all ranks of this group, as in `vppo_advantages`. Ranks that share a vocabulary
             (`process_group`) hold the same trajectories, so they belong to different groups of this kind.
         check: As in `topk_mask`; True also compares a sample of rows with the definition.
@@ -167,6 +169,7 @@ def linear_vppo_loss(
     options = LossOptions(clip_low, clip_high, clip_dual, nll_coef, entropy_coef, kl_coef)
     reduction = Reduction(loss_agg, denominator)
     arguments.fraction("keep_ratio", keep_ratio)
+    exact = tensor_cores.check_precision(precision)
     transform = LogitTransform(temperature, logit_scale, softcap)
     weight, bias, process_group = vocab_parallel.localize(weight, bias, process_group)
     hidden = vocab_parallel.local_hidden("hidden", hidden)
@@ -201,7 +204,9 @@ def linear_vppo_loss(
     rows = None if tracing else needed.nonzero(as_tuple=True)
     chosen = hidden.flatten(0, -2) if rows is None else hidden[rows]
     targets = torch.where(valid, targets, 0)
-    same = transform.arguments() | dict(targets=targets, backend=backend, workspace_limit=tiling.current_workspace())
+    same = transform.arguments() | dict(
+        targets=targets, precision=precision, backend=backend, workspace_limit=tiling.current_workspace()
+    )
     shard = vocab_parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight", same)
     arguments.indices("targets", targets, leading, shard.total, weight.device, check_values)
     chosen_targets = targets.flatten() if rows is None else targets[rows]
@@ -225,7 +230,7 @@ def linear_vppo_loss(
 
     if tracing or check or loss_agg == "none" or not wants_gradient(hidden, weight, bias):
         return loss_of(
-            *logprobs_of_rows(chosen, weight, bias, chosen_targets, transform, shard, backend, bool(check))
+            *logprobs_of_rows(chosen, weight, bias, chosen_targets, transform, shard, exact, backend, bool(check))
         ), metrics
     loss = LinearLoss.apply(
         chosen,
@@ -237,5 +242,6 @@ def linear_vppo_loss(
         shard,
         backend,
         tiling.current_workspace(),
+        exact,
     )
     return loss, metrics

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vppo_kernels import arguments
+from vppo_kernels import arguments, tensor_cores
 from vppo_kernels.precision import exact_float32
 from vppo_kernels.vocab_parallel import Shard, sum_ranks
 
@@ -122,7 +122,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """`a @ b` accumulated and returned in `dtype`."""
-    return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b) if a.dtype == dtype else tensor_cores.product(a, b)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -130,7 +130,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        tensor_cores.add_product_(total, a, b)
 
 
 def _difference_(hidden: Tensor, perturbed: Tensor) -> Tensor:
@@ -168,6 +168,7 @@ class LinearHead:
         active: Indices of the rows that take part; None for all.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
         product: A backend's product of bfloat16 operands on a CPU, if it has one; gradients are multiplied in float32.
+        exact: Sum in slabs where tensor cores make the logits.
     """
 
     def __init__(
@@ -180,7 +181,9 @@ class LinearHead:
         active: Tensor | None = None,
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
         product: NarrowProduct | None = None,
+        exact: bool = False,
     ) -> None:
+        tensor_cores.warn_of_slow_product(hidden[0], weight)
         # kernels read memory, where a view that torch negates when it reads it has the other sign
         self.hidden, self.weight = [h.resolve_neg() for h in hidden], weight.resolve_neg()
         self.bias, self.transform, self.active = bias, transform, active
@@ -191,9 +194,8 @@ class LinearHead:
             weight.shape[1],
         )
         self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
-        # only CUDA multiplies 16-bit operands, equal ones, with a sum in float32; all else goes to the logits' dtype
-        narrow = weight.is_cuda and all(h.dtype == weight.dtype for h in hidden)
-        self.product_dtype = weight.dtype if narrow else self.dtype
+        narrow = tensor_cores.multiply(*hidden, weight)
+        self.product_dtype, self.exact = weight.dtype if narrow else self.dtype, exact and narrow
         fits = weight.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
         self._narrow_product = product if fits else None
         self._stack: tuple[slice, Tensor, Tensor | None] | None = None
@@ -233,7 +235,7 @@ class LinearHead:
         if stacked.dtype == out.dtype:
             torch.mm(stacked, weight, out=out)
         else:
-            torch.ops.aten.mm.dtype_out(stacked, weight, out.dtype, out=out)
+            tensor_cores.product_(out, stacked, weight, self.exact)
         if shares_rounding is not None:
             first, second = out.chunk(2)
             second.addcmul_(first, shares_rounding)

@@ -42,6 +42,7 @@ def run_sweep(
     kind: str,
     backend: str,
     workspace: int,
+    exact: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """All rows against the whole vocabulary.
@@ -55,6 +56,7 @@ def run_sweep(
         kind: "logprob" for one view; "kl", "reverse_kl" or "jsd" for two.
         backend: Its name.
         workspace: Bound on working memory in bytes, 0 for the one in force.
+        exact: As `LinearHead` takes it.
         gradient: Whether a backward may follow. It recomputes tiles, and a small divergence's gradient needs the very
             roundings of the forward: then nothing is fused.
 
@@ -69,7 +71,7 @@ def run_sweep(
     if weight is None:
         source = GivenLogits(views, options, part)
     else:
-        source = LinearHead(views, weight, bias, options, part, product=chosen.product)
+        source = LinearHead(views, weight, bias, options, part, product=chosen.product, exact=exact)
     fused = None if gradient else chosen.fused
     with full_precision(source.device):
         if kind == "logprob":
@@ -99,6 +101,7 @@ def run_sweep_backward(
     kind: str,
     backend: str,
     workspace: int,
+    exact: bool,
     wants: list[bool],
 ) -> list[Tensor]:
     """Gradients of the views, then of weight and bias if there are any; of shape `[0]` where `wants` says no.
@@ -122,7 +125,7 @@ def run_sweep_backward(
         source = GivenLogits(swapped, options, part, active, want_views)
     else:
         want_head = want_views, wants[len(views)], bias is not None and wants[-1]
-        source = LinearHead(swapped, weight, bias, options, part, active, want_head, chosen.product)
+        source = LinearHead(swapped, weight, bias, options, part, active, want_head, chosen.product, exact)
     with full_precision(source.device):
         if kind == "logprob":
             assert targets is not None
@@ -146,14 +149,14 @@ sweep_backward = torch.library.custom_op("vppo_kernels::sweep_backward", run_swe
 
 
 @sweep.register_fake
-def _(views, weight, bias, targets, transform, shard, group, kind, backend, workspace, gradient):  # type: ignore[no-untyped-def]
+def _(views, weight, bias, targets, transform, shard, group, kind, backend, workspace, exact, gradient):  # type: ignore[no-untyped-def]
     dtype, rows = logit_dtype(*_inputs(views, weight, None)), views[0].shape[0]
     empty = views[0].new_empty
     return empty(_outputs(kind, targets), rows, dtype=dtype), empty(FIELDS[kind], rows, dtype=dtype)
 
 
 @sweep_backward.register_fake
-def _(grad, saved, views, weight, bias, targets, transform, shard, group, kind, backend, workspace, wants):  # type: ignore[no-untyped-def]
+def _(grad, saved, views, weight, bias, targets, transform, shard, group, kind, backend, workspace, exact, wants):  # type: ignore[no-untyped-def]
     inputs = _inputs(views, weight, bias)
     return [torch.empty_like(x) if want else grad.new_empty(0) for x, want in zip(inputs, wants, strict=True)]
 
@@ -183,7 +186,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     grads = sweep_backward(grad, saved, views, weight, bias, targets, *ctx.options, wants)
     given = [g if want else None for g, want in zip(grads, wants, strict=True)] + [None, None]
     count = ctx.views
-    return given[:count], given[count], given[count + 1], *(None,) * 8
+    return given[:count], given[count], given[count + 1], *(None,) * 9
 
 
 sweep.register_autograd(_gradients, setup_context=_save)

@@ -152,7 +152,7 @@ def _head_to_fuse(source: Source, fused: FusedSweep | None) -> LinearHead | None
     capped = source.transform.softcap is not None
     if fused is None or capped or not isinstance(source, LinearHead) or not source.rows or not source.columns:
         return None
-    return source
+    return None if source.exact else source  # its sums have no slabs
 
 
 def _fold_tiles(

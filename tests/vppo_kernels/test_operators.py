@@ -34,6 +34,7 @@ def arguments(kind: str, backend: str, linear: bool, with_targets: bool = True) 
         kind,
         backend,
         MIB,
+        False,
         True,
     )
 
