@@ -104,7 +104,7 @@ def linear_divergence(
         arguments.indices("targets", targets, leading, shard.total, weight.device, check)
         targets = targets.reshape(-1).long().contiguous()
     values, _ = sweep(
-        views, weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
+        views, weight, bias, targets, None, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), exact, wants_gradient(*views, weight, bias),
     )  # fmt: skip
     if arguments.wanted(check, weight):
@@ -177,7 +177,7 @@ def divergence(
         arguments.logits("logits", views[0][:, : shard.columns])
         arguments.logits("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
-        views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
+        views, None, None, targets, None, transform.fields(), list(shard[:4]), shard.group, kind, backend,
         tiling.current_workspace(), False, wants_gradient(*views),
     )  # fmt: skip
     if check_values and len(views[0]):

@@ -42,7 +42,7 @@ def _float16_scale(grads: Tensor, source: LinearHead) -> Tensor:
     """
     # the sum over the vocabulary of the sizes of a row's gradient by its logits is at most this
     rows = 2 * grads[0].abs() + 4 * math.log(source.max_columns + 1) * grads[1].abs()
-    factors = torch.stack([*torch.aminmax(source.hidden[0]), *torch.aminmax(source.weight)]).abs().max().float()
+    factors = torch.stack([*source.hidden_range(), *torch.aminmax(source.weight)]).abs().max().float()
     largest = rows.sum() * max_ranks(factors, source.group).clamp_min(1)
     slope = abs(source.transform.logit_scale) / source.transform.temperature
     return torch.exp2((FLOAT16_TOP / (largest * slope)).log2().floor()).clamp(2.0**-24, 2.0**24)
@@ -58,6 +58,7 @@ class LinearLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        active: Tensor | None,
         loss_of: LossOfRows,
         transform: LogitTransform,
         shard: Shard,
@@ -68,9 +69,9 @@ class LinearLoss(torch.autograd.Function):
         wants = ctx.needs_input_grad
         chosen = backends.resolve(backend, weight.device, logit_dtype(hidden, weight))
         want_head = (wants[0],), wants[1], wants[2]
-        source = LinearHead([hidden], weight, bias, transform, shard, None, want_head, chosen.product, exact)
+        source = LinearHead([hidden], weight, bias, transform, shard, active, want_head, chosen.product, exact)
         found: list[Tensor] = []  # the loss, and what its gradients are multiplied by until the backward
-        half = len(hidden) > 0 and torch.float16 in (hidden.dtype, weight.dtype)
+        half = source.rows > 0 and torch.float16 in (hidden.dtype, weight.dtype)
 
         def derivative(view: Tensor) -> Tensor:
             softmax = unpack_softmax(view)
@@ -96,7 +97,7 @@ class LinearLoss(torch.autograd.Function):
         grads = [ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias]
         del ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias  # in place: another copy of the weight's would be large
         factor = upstream / ctx.scale
-        return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 7
+        return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 8
 
 
 def linear_vppo_loss(
@@ -202,12 +203,19 @@ def linear_vppo_loss(
     needed = valid if options.every_token else valid & (shaped.advantages != 0)
     tracing = torch.compiler.is_compiling()
     rows = None if tracing else needed.nonzero(as_tuple=True)
-    chosen = hidden.flatten(0, -2) if rows is None else hidden[rows]
+    active = None
+    if rows is None or len(rows[0]) == needed.numel():
+        chosen = hidden.flatten(0, -2)
+    elif hidden.is_contiguous():  # a copy of these rows would grow with their number
+        chosen, active = hidden.flatten(0, -2), needed.flatten().nonzero().squeeze(1)
+    else:
+        chosen = hidden[rows]
     targets = torch.where(valid, targets, 0)
     same = transform.arguments() | dict(
         targets=targets, precision=precision, backend=backend, workspace_limit=tiling.current_workspace()
     )
-    shard = vocab_parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight", same)
+    of_ranks = [chosen if active is None or process_group is None else chosen[active]]
+    shard = vocab_parallel.shard_of(process_group, of_ranks, len(weight), vocab_size, "weight", same)
     arguments.indices("targets", targets, leading, shard.total, weight.device, check_values)
     chosen_targets = targets.flatten() if rows is None else targets[rows]
     if check_values:
@@ -230,13 +238,16 @@ def linear_vppo_loss(
 
     if tracing or check or loss_agg == "none" or not wants_gradient(hidden, weight, bias):
         return loss_of(
-            *logprobs_of_rows(chosen, weight, bias, chosen_targets, transform, shard, exact, backend, bool(check))
+            *logprobs_of_rows(
+                chosen, weight, bias, chosen_targets, active, transform, shard, exact, backend, bool(check)
+            )
         ), metrics
     loss = LinearLoss.apply(
         chosen,
         weight,
         bias,
         chosen_targets.long(),
+        active,
         loss_of,
         transform,
         shard,

@@ -61,7 +61,7 @@ def linear_logprob(
     shard = vocab_parallel.shard_of(process_group, [flat], len(weight), vocab_size, "weight", same)
     arguments.indices("targets", targets, leading, shard.total, weight.device, check)
     logprobs, entropy = logprobs_of_rows(
-        flat, weight, bias, targets.reshape(-1), transform, shard, exact, backend, check
+        flat, weight, bias, targets.reshape(-1), None, transform, shard, exact, backend, check
     )
     return LogprobOutput(logprobs.view(leading), entropy.view(leading))
 
@@ -71,26 +71,29 @@ def logprobs_of_rows(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    active: Tensor | None,
     transform: LogitTransform,
     shard: vocab_parallel.Shard,
     exact: bool,
     backend: str,
     check: bool,
 ) -> LogprobOutput:
-    """`linear_logprob` of `[rows, D]` hidden states and `[rows]` targets, from arguments that are checked."""
+    """`linear_logprob` of `[rows, D]` hidden states, or the active ones, and their targets; arguments are checked."""
     targets = targets.long().contiguous()
     values, _ = sweep(
-        [hidden], weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
+        [hidden], weight, bias, targets, active, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
         tiling.current_workspace(), exact, wants_gradient(hidden, weight, bias),
     )  # fmt: skip
     output = LogprobOutput(*values.unbind(0))
     if arguments.wanted(check, hidden):
         with torch.no_grad():
             arguments.finite_head(weight, bias, shard.columns)
-            arguments.all_finite("hidden", hidden)
-            if len(hidden):
-                rows = verify.sample_rows(len(hidden), hidden.device)
-                sampled = (hidden[rows], weight, bias, transform, shard)
+            count = len(hidden) if active is None else len(active)
+            if active is None:
+                arguments.all_finite("hidden", hidden)
+            if count:
+                rows = verify.sample_rows(count, hidden.device)
+                sampled = (hidden[rows if active is None else active[rows]], weight, bias, transform, shard)
                 z, terms = verify.exact_logits(*sampled), verify.magnitude(*sampled)
                 cut = not exact and tensor_cores.multiply(hidden, weight)
                 verify.check_single(output, z, targets, rows, terms, cut)

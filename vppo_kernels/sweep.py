@@ -36,6 +36,7 @@ def run_sweep(
     weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor | None,
+    active: Tensor | None,
     transform: list[float],
     shard: list[int],
     group: str,
@@ -51,6 +52,7 @@ def run_sweep(
         views: One or two `[rows, D]` hidden states, or without a weight `[rows, V]` logits.
         weight, bias: `[V, D]` and `[V]`.
         targets: `[rows]` int64.
+        active: Indices of the hidden states that are rows here; None for all.
         transform: Fields of a `LogitTransform`, the last left out if there is no cap.
         shard, group: Fields of a `Shard`.
         kind: "logprob" for one view; "kl", "reverse_kl" or "jsd" for two.
@@ -71,7 +73,7 @@ def run_sweep(
     if weight is None:
         source = GivenLogits(views, options, part)
     else:
-        source = LinearHead(views, weight, bias, options, part, product=chosen.product, exact=exact)
+        source = LinearHead(views, weight, bias, options, part, active, product=chosen.product, exact=exact)
     fused = None if gradient else chosen.fused
     with full_precision(source.device):
         if kind == "logprob":
@@ -95,6 +97,7 @@ def run_sweep_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor | None,
+    active: Tensor | None,
     transform: list[float],
     shard: list[int],
     group: str,
@@ -109,10 +112,10 @@ def run_sweep_backward(
     `grad` is that of `values`; rows where all of it is exactly zero meet no product.
     """
     rows = (grad != 0).any(0).nonzero().flatten()
-    active = None if len(rows) == grad.shape[1] else rows
-    if active is not None:
-        grad, saved = grad[:, active], saved[:, active]
-        targets = None if targets is None else targets[active]
+    if len(rows) < grad.shape[1]:
+        grad, saved = grad[:, rows], saved[:, rows]
+        targets = None if targets is None else targets[rows]
+        active = rows if active is None else active[rows]
     if kind == "reverse_kl":
         grad = grad[[0, 2, 1, 4, 3][: len(grad)]]
     grad, saved = grad.resolve_neg().contiguous(), saved.contiguous()  # kernels take fields of consecutive rows
@@ -149,15 +152,15 @@ sweep_backward = torch.library.custom_op("vppo_kernels::sweep_backward", run_swe
 
 
 @sweep.register_fake
-def _(views, weight, bias, targets, transform, shard, group, kind, backend, workspace, exact, gradient):  # type: ignore[no-untyped-def]
-    dtype, rows = logit_dtype(*_inputs(views, weight, None)), views[0].shape[0]
+def _(views, weight, bias, targets, active, transform, shard, group, kind, backend, workspace, exact, gradient):  # type: ignore[no-untyped-def]
+    dtype, rows = logit_dtype(*_inputs(views, weight, None)), (views[0] if active is None else active).shape[0]
     empty = views[0].new_empty
     return empty(_outputs(kind, targets), rows, dtype=dtype), empty(FIELDS[kind], rows, dtype=dtype)
 
 
 @sweep_backward.register_fake
-def _(grad, saved, views, weight, bias, targets, transform, shard, group, kind, backend, workspace, exact, wants):  # type: ignore[no-untyped-def]
-    inputs = _inputs(views, weight, bias)
+def _(grad, saved, views, weight, bias, *rest):  # type: ignore[no-untyped-def]
+    inputs, wants = _inputs(views, weight, bias), rest[-1]
     return [torch.empty_like(x) if want else grad.new_empty(0) for x, want in zip(inputs, wants, strict=True)]
 
 
@@ -172,21 +175,21 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    views, weight, bias, targets, *ctx.options, _ = inputs
+    views, weight, bias, targets, active, *ctx.options, _ = inputs
     ctx.views = len(views)
-    ctx.save_for_backward(*views, weight, bias, targets, output[1])
+    ctx.save_for_backward(*views, weight, bias, targets, active, output[1])
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *views, weight, bias, targets, saved = ctx.saved_tensors
+    *views, weight, bias, targets, active, saved = ctx.saved_tensors
     want_views, want_weight, want_bias = ctx.needs_input_grad[:3]
     wants = list(want_views)
     if weight is not None:
         wants += [want_weight] if bias is None else [want_weight, want_bias]
-    grads = sweep_backward(grad, saved, views, weight, bias, targets, *ctx.options, wants)
+    grads = sweep_backward(grad, saved, views, weight, bias, targets, active, *ctx.options, wants)
     given = [g if want else None for g, want in zip(grads, wants, strict=True)] + [None, None]
     count = ctx.views
-    return given[:count], given[count], given[count + 1], *(None,) * 9
+    return given[:count], given[count], given[count + 1], *(None,) * 10
 
 
 sweep.register_autograd(_gradients, setup_context=_save)

@@ -60,9 +60,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def adds_in_place(operand: Tensor) -> bool:
+    """Whether `add_product_` needs no memory beside."""
+    return _accepted(operand).sum
+
+
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b` of 16-bit operands, in float32."""
-    if _accepted(a).sum:
+    if adds_in_place(a):
         _addmm_(total, a, b)
     else:
         total.add_(product(a, b))

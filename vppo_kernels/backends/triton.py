@@ -28,7 +28,7 @@ from vppo_kernels.backends.triton_math import (
 from vppo_kernels.logits import LogitTransform
 
 SCRATCH = 0  # nothing but the tile itself
-PEAK = 4  # tiles of one view alive at a time: two of logits, and their gradient in 16 bits
+PEAK = 3  # tiles of one view alive at a time: two of logits, and the gradients of both in 16 bits
 WARPS = 4
 # Rows of a program and columns that it takes at a time. The interpreter pays by the operation, not by the element.
 ROWS, BLOCK = (64, 1024) if triton.knobs.runtime.interpret else (1, 1024)
