@@ -30,6 +30,7 @@ from vppo_kernels.logits import LogitTransform
 SCRATCH = 0  # nothing but the tile itself
 PEAK = 3  # tiles of one view alive at a time: two of logits, and the gradients of both in 16 bits
 WARPS = 4
+OPTIONS = dict(num_warps=WARPS, enable_fp_fusion=True)  # what the accuracy was proven with; Triton's default may change
 # Rows of a program and columns that it takes at a time. The interpreter pays by the operation, not by the element.
 ROWS, BLOCK = (64, 1024) if triton.knobs.runtime.interpret else (1, 1024)
 
@@ -191,7 +192,7 @@ def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratc
     rows, columns = tile.shape
     if tile.numel():
         _fold_kernel[_grid(rows)](
-            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, num_warps=WARPS
+            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, **OPTIONS
         )
     return stats
 
@@ -201,7 +202,7 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, s
     _, rows, columns = tile.shape
     if tile.numel():
         _fold_pair_kernel[_grid(rows)](
-            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, num_warps=WARPS
+            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, **OPTIONS
         )
     return stats
 
@@ -211,7 +212,7 @@ def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
     _, rows, columns = tile.shape
     if tile.numel():
         _fold_jsd_kernel[_grid(rows)](
-            tile, pair, pair.stride(0), jsd_terms, rows, columns, ROWS, BLOCK, num_warps=WARPS
+            tile, pair, pair.stride(0), jsd_terms, rows, columns, ROWS, BLOCK, **OPTIONS
         )
     return jsd_terms
 
@@ -224,7 +225,7 @@ def gradient_(
     if tile.numel():
         _gradient_kernel[_grid(rows, columns)](
             tile, view, view.stride(0), targets, grads, grads.stride(0), first, rows, columns,
-            *_slope_arguments(transform), ROWS, BLOCK, num_warps=WARPS,
+            *_slope_arguments(transform), ROWS, BLOCK, **OPTIONS,
         )  # fmt: skip
 
 
@@ -244,7 +245,7 @@ def gradient_pair_(
         _gradient_pair_kernel[_grid(rows, columns)](
             tile, pair, pair.stride(0), jsd_terms, 0 if jsd_terms is None else jsd_terms.stride(0), targets,
             grads, grads.stride(0), first, rows, columns, scale, to_cap,
-            targets is not None, jsd_terms is not None, softcap, ROWS, BLOCK, num_warps=WARPS,
+            targets is not None, jsd_terms is not None, softcap, ROWS, BLOCK, **OPTIONS,
         )  # fmt: skip
 
 
