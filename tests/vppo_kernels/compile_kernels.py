@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -135,6 +136,8 @@ def main(target: str) -> None:
         line = {"kernel": name, "target": target, "shared": compiled.metadata.shared}
         if "cubin" in compiled.asm:
             line |= resources(compiled.asm["cubin"])
+            if name.startswith("fold"):
+                line["loops"] = [(loop.size, loop.counts["BAR"]) for loop in machine_code.loops(compiled.asm["cubin"])]
             line["wgmma"] = "wgmma" in compiled.asm["ptx"]
             line["tcgen05"] = "tcgen05.mma" in compiled.asm["ptx"]
         else:
