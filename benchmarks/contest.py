@@ -109,7 +109,7 @@ class Record:
     """What became of a contestant in a case; a line of the table.
 
     Attributes:
-        status: "timed", "wrong" (result outside the gate, not timed) or "skipped" (it raised).
+        status: "timed", "wrong" (result outside the gate, timed only if asked for) or "skipped" (it raised).
         seconds: Every repetition, in order; round k of all contestants ran before round k + 1 of any.
         workspace: Bytes beyond inputs and outputs; None where it did not run.
     """
