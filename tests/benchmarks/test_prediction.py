@@ -58,4 +58,4 @@ def test_the_command() -> None:
     done = CliRunner().invoke(app, ["predict", "--gpu", "h100", "--preset", "7b", "--rows", "4096"], terminal_width=200)
     assert done.exit_code == 0 and "2 x 1,366 x 3,072" in done.output, done.output
     wrong = CliRunner().invoke(app, ["predict", "--gpu", "v100"])
-    assert wrong.exit_code == 1 and "takes one of" in wrong.output
+    assert wrong.exit_code == 2 and "takes one of" in wrong.output

@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HERE, reason="no CUDA devi
 BACKENDS = available(DEVICE) if HERE else ["torch", "native", "triton", "triton_fused"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ("kl", "reverse_kl", "jsd")
-needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="asks the CUDA allocator or runtime")
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="asks the CUDA allocator or runtime, or for tensor cores")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -102,12 +102,11 @@ def test_every_output_is_within_its_bound(on_gpu: str, dtype: torch.dtype, kind:
     assert max((a - b).abs().max() for a, b in zip(single, truth, strict=True)) < (ABSOLUTE_CUT if cut else ABSOLUTE)
 
 
+@needs_cuda
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("width", [3584, 5120])
 def test_the_width_of_a_real_model(on_gpu: str, width: int, precision: str) -> None:
     """Where tensor cores cut off long sums: each precision within its own bound."""
-    if DEVICE == "cpu" and on_gpu.startswith("triton"):
-        pytest.skip("the interpreter takes its time, and has no tensor cores")
     weight = make_weight(Shape(4096, width), torch.device("cpu"), torch.bfloat16)
     hidden, perturbed = realistic_views(weight, 32)
     targets = (hidden.double() @ weight.double().T).argmax(-1)
