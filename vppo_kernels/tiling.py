@@ -212,7 +212,8 @@ def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[_G
         by_columns = choose_tiling(source, ops, workspace - together * row_sum)
         if together < source.rows:
             together = together // by_columns.rows * by_columns.rows
-    buffer = _buffer(source, max(by_rows, by_columns, key=lambda tiling: tiling.rows * tiling.columns), source.views)
+    walks = [by_columns] if together == source.rows else [by_columns, by_rows]
+    buffer = _buffer(source, max(walks, key=lambda tiling: tiling.rows * tiling.columns), source.views)
 
     def made(rows: slice, columns: slice, of_columns: bool) -> _GradientTile:
         tile = _tile(buffer, source.views, rows.stop - rows.start, columns)
