@@ -87,7 +87,7 @@ test-wheel: wheel
 
 # the trainer's tests on the oldest and on the newest versions that pyproject.toml accepts
 TRAINER_TESTS := $(addprefix tests/vppo/test_,$(addsuffix .py,trainer trainer_recipes training_pass prefix_sharing scoring \
-	loading card extras))
+	loading card extras trl_seams fused_head))
 
 test-oldest test-newest: test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest --quiet --numprocesses auto --maxprocesses 4 $(TRAINER_TESTS)

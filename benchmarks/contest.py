@@ -16,6 +16,10 @@ Role = Literal["floor", "ours", "peer"]
 Call = Callable[[], Any]
 
 
+class Elsewhere:
+    """A call whose work is done in other processes, where its memory cannot be weighed."""
+
+
 class Setting(NamedTuple):
     """One case of a suite: a preset (a head unless the suite says else), rows, device, and whether it has gradients."""
 
@@ -111,7 +115,8 @@ class Record:
     Attributes:
         status: "timed", "wrong" (result outside the gate, timed only if asked for) or "skipped" (it raised).
         seconds: Every repetition, in order; round k of all contestants ran before round k + 1 of any.
-        workspace: Bytes beyond inputs and outputs; None where it did not run.
+        cpu_seconds: Of each of them the time that its processes had on all cores.
+        workspace: Bytes beyond inputs and outputs; None where it did not run, or not in this process.
     """
 
     name: str
@@ -123,6 +128,7 @@ class Record:
     gradient_error: float | None = None
     workspace: int | None = None
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:

@@ -14,22 +14,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest import Role
+from vppo_kernels.reference import LOGPROB_BOUND, LOGPROB_BOUND_CUT, divergence_bound
 
 PEER_ROWS = 1e-2  # nats: the gate of the peers looks at rows above it
 PEER_SHARE = 0.25  # of the sum over those rows, and of a gradient's norm; KL of bfloat16 logits took 0.013 and 0.028
 
 
-def divergence_bound(truth: Tensor, cut: bool = False) -> Tensor:
-    """How far a divergence in float32 may lie from float64, per row: the last digits, and the rounding of logits.
+def logprob_bound(size: Tensor, cut: bool = False) -> Tensor:
+    """How far a log-probability in float32 may lie from float64; its error grows with the row's largest logit.
 
     With `cut` logits are sums of 16-bit products on tensor cores, which cut off what they add.
     """
-    return 1e-5 * truth + (2e-5 if cut else 3e-6) * truth.sqrt() + 1e-8
-
-
-def logprob_bound(size: Tensor, cut: bool = False) -> Tensor:
-    """The same for a log-probability, whose error grows with the row's largest logit."""
-    return (2e-4 if cut else 2e-5) + 4 * torch.finfo(torch.float32).eps * size
+    return (LOGPROB_BOUND_CUT if cut else LOGPROB_BOUND) + 4 * torch.finfo(torch.float32).eps * size
 
 
 def judge_divergence(role: Role, value: Tensor, truth: Tensor, cut: bool = False) -> tuple[float, str]:

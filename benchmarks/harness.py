@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.contest import Call, Case, Contestant, Record
+from benchmarks.contest import Call, Case, Contestant, Elsewhere, Record
 from benchmarks.memory import Scale
-from benchmarks.timing import Stopwatch
+from benchmarks.timing import Stopwatch, cpu_seconds
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
 
@@ -41,7 +41,7 @@ def run_case(
     _time(calls, Stopwatch(device), seconds, report)
     for record in records:
         if record.status == "skipped":
-            record.seconds = []
+            record.seconds, record.cpu_seconds = [], []
     return records
 
 
@@ -60,7 +60,7 @@ def _enter(
             record.status, record.reason = "wrong", verdict.reason
             call = call if time_wrong else None
         if call is not None:
-            record.workspace = scale.workspace(call)
+            record.workspace = None if isinstance(call, Elsewhere) else scale.workspace(call)
     except Exception as error:  # out of memory, a missing package, an unsupported device: all of them its own affair
         call = None
         _skip(record, error)
@@ -82,7 +82,9 @@ def _time(
         report(f"round {done + 1} of {rounds if done else '?'}", 0.5 + 0.5 * done / rounds)
         for record, call in list(calls):
             try:
+                before = cpu_seconds()
                 record.seconds.append(stopwatch.seconds(call))
+                record.cpu_seconds.append(cpu_seconds() - before)
             except Exception as error:
                 calls.remove((record, call))
                 _skip(record, error)

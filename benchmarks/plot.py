@@ -55,16 +55,19 @@ def _title(figure: Figure, result: Result, title: str, theme: Theme) -> None:
 
 
 def _curves(result: Result, curves: dict[str, list[CaseResult]]) -> bytes:
-    """How many times as fast ours is as the first peer, and as many times fewer tokens pass."""
-    names = {"prompt": "tokens of the prompt", "rollouts": "responses to a prompt"}
+    """How many times as fast ours is as the first peer, or a step as GRPO's, and as many times fewer tokens pass."""
+    names = {"prompt": "tokens of the prompt", "rollouts": "responses to a prompt", "group": "responses to a prompt"}
+    steps = any(case.labels["backward"] for cases in curves.values() for case in cases)
+    title = f"times as fast as {'GRPO by TRL' if steps else 'the plain pass'}"
 
     def draw(figure: Figure, theme: Theme) -> None:
-        _title(figure, result, f"{result.suite}: times as fast as the plain pass", theme)
+        _title(figure, result, f"{result.suite}: {title}", theme)
         for ax, (name, cases) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
             timed = [case for case in cases if all(record.seconds for record in case.records)]
             numbers = [int(case.labels["preset"].rsplit("-", 1)[1]) for case in timed]
             bound = [case.labels["tokens_whole"] / case.labels["tokens_shared"] for case in timed]
-            fast = [_first(case, "peer").median / _first(case, "ours").median for case in timed]
+            other = "floor" if steps else "peer"
+            fast = [_least(_first(case, other)) / _least(_first(case, "ours")) for case in timed]
             ax.plot(numbers, bound, color=theme.muted, linestyle=FLOOR_LINE, label="fewer tokens, times")
             ax.plot(numbers, fast, color=theme.dependency, marker="o", label="as fast, times, measured")
             for number, value in zip(numbers, fast, strict=True):
@@ -86,6 +89,11 @@ def _curves(result: Result, curves: dict[str, list[CaseResult]]) -> bytes:
 
 def _first(case: CaseResult, role: str) -> Record:
     return next(record for record in case.records if record.role == role)
+
+
+def _least(record: Record) -> float:
+    """Least CPU time; the median of results that are older than its measurement."""
+    return min(record.cpu_seconds, default=record.median)
 
 
 def _draw_case(ax: Axes, case: CaseResult, end: float, theme: Theme) -> None:

@@ -36,6 +36,9 @@ class Policy:
         vision_width, vision_inner, vision_depth, vision_heads: Of the vision tower.
         dtype: Of the weights.
         checkpointing: Whether training recomputes activations instead of keeping them.
+        given: Whether a step's responses are given, as by an engine that samples elsewhere.
+        processes: Over how many FSDP2 shards it; each takes its share of a step's rollouts, which are `given` then,
+            because TRL's own trainer cannot always sample from a sharded vision-language model.
     """
 
     cells: tuple[int, int]
@@ -54,6 +57,8 @@ class Policy:
     vision_heads: int = 4
     dtype: torch.dtype = torch.float32
     checkpointing: bool = False
+    given: bool = False
+    processes: int = 1
 
 
 DEMO = Policy(cells=(1, 3), prompt=0, response=16, layers=0)
@@ -80,13 +85,18 @@ POLICIES = {
     "tiny": TINY,
     "demo": DEMO,
     "small": SMALL,
+    "tiny-given": replace(TINY, checkpointing=True, given=True),
+    "tiny-fsdp2": replace(TINY, checkpointing=True, given=True, processes=2),
     "small-checkpointing": replace(SMALL, checkpointing=True),
+    "small-fsdp2": replace(SMALL, checkpointing=True, given=True, processes=2),
     "3b": THREE_B,
     **{
         f"prompt-{prompt}": replace(SMALL, cells=(side, side), prompt=prompt)
         for prompt, side in {64: 5, 128: 9, 256: 14, 512: 20, 1024: 30}.items()
     },
     **{f"rollouts-{count}": replace(SMALL, rollouts=count) for count in (1, 2, 4, 8, 16)},
+    # GRPO's groups have two responses at least
+    **{f"group-{count}": replace(SMALL, rollouts=count, checkpointing=True, given=True) for count in (2, 4, 8, 16)},
 }
 
 
@@ -170,12 +180,18 @@ def _prompt_ids(policy: Policy, question: str) -> list[int]:
     return ids
 
 
+def responses_of(policy: Policy, rows: int) -> list[list[int]]:
+    """Random tokens, each response of the full length."""
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = len(SPECIAL), len(processor_of(policy).tokenizer)
+    ids: list[list[int]] = torch.randint(*tokens, (rows, policy.response), generator=generator).tolist()
+    return ids
+
+
 def rollouts_of(policy: Policy, model: Any, rows: int) -> tuple[Batch, View, View]:
     """A batch of random responses, all of the full length, with its clean and its perturbed view."""
     processor = processor_of(policy)
-    generator = torch.Generator().manual_seed(SEED)
-    first = len(SPECIAL)
-    ids = torch.randint(first, len(processor.tokenizer), (rows, policy.response), generator=generator).tolist()
+    ids = responses_of(policy, rows)
     problems = [Problem(row["prompt"], row["images"], None) for row in prompts_of(policy, -(-rows // policy.rollouts))]
     prompts = Prompts(processor, problems)
     keys = [row // policy.rollouts for row in range(rows)]
@@ -190,10 +206,13 @@ class TrainingStep:
 
     Args:
         policy: What is trained.
-        rows: Rollouts of a step.
+        rows: Rollouts of a step, of all processes.
         device: Where.
         stock: Whether TRL's own GRPO trainer takes it, with the clip that `algorithm="grpo"` has here.
         options: For the trainer's config: `algorithm`, `prefix_sharing`, ...
+
+    Attributes:
+        tokens: That passed the language model in the last step, padding not counted.
     """
 
     def __init__(self, policy: Policy, rows: int, device: torch.device, stock: bool = False, **options: Any) -> None:
@@ -210,9 +229,10 @@ class TrainingStep:
             processor.tokenizer.eos_token_id,
             *range(len(processor.tokenizer), vocab),
         ]
+        own = rows // policy.processes
         common: dict[str, Any] = {
             "output_dir": self.folder.name,
-            "per_device_train_batch_size": rows,
+            "per_device_train_batch_size": own,
             "num_generations": policy.rollouts,
             "max_completion_length": policy.response,
             "generation_kwargs": {"suppress_tokens": never},
@@ -235,21 +255,34 @@ class TrainingStep:
             train_dataset=Dataset.from_list(prompts),
             processing_class=processor,
         )
-        self.trainer.create_optimizer()
-        self.model = self.trainer.accelerator.prepare(self.trainer.model)
+        self.tokens = 0
+        self.trainer.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+        optimizer = self.trainer.create_optimizer()
+        self.model, self.trainer.optimizer = self.trainer.accelerator.prepare(self.trainer.model, optimizer)
+        self.trainer.model_wrapped = self.model
         self.trainer.current_gradient_accumulation_steps = 1
-        self.batch = [row for row in prompts for _ in range(policy.rollouts)]
+        first = self.trainer.accelerator.process_index * own
+        self.batch = [row for row in prompts for _ in range(policy.rollouts)][first : first + own]
+        if policy.given:
+            responses = responses_of(policy, rows)[first : first + own]
+            self.trainer._generate_single_turn = lambda *_, **__: (responses, None)
 
     def __call__(self) -> Tensor:
         """The loss of the step; every call samples from the same stream."""
         torch.manual_seed(SEED)
+        self.tokens = 0
         self.model.train()
         loss: Tensor = self.trainer.training_step(self.model, list(self.batch), None)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
         return loss
 
+    def _count(self, module: Any, args: Any, inputs: dict[str, Any]) -> None:
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        self.tokens += ids.numel() if mask is None else int(mask[:, -ids.shape[1] :].sum())
+
 
 def _reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Differs between rollouts: no group is without a signal."""
-    return [(sum(map(ord, completion[0]["content"])) + place) % 7 / 7 for place, completion in enumerate(completions)]
+    """Differs between neighbours: no group is without a signal."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(map(ord, text)) % 7 / 7 + place % 2 for place, text in enumerate(texts)]

@@ -69,7 +69,7 @@ def main() -> None:
             hidden, perturbed = make_views(weight.double(), wanted, dtype)
             truth = reference.kl(hidden.double() @ weight.double().T, perturbed.double() @ weight.double().T)
             header.append(f"{float(truth.median()):.0e}")
-            bound = 1e-5 * truth + 3e-6 * truth.sqrt() + 1e-8
+            bound = reference.divergence_bound(truth)
             for name, method in methods(dtype, device).items():
                 value = method(*(x.to(device) for x in (hidden, perturbed, weight))).cpu().double()
                 error = (value - truth).abs()

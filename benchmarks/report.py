@@ -84,6 +84,7 @@ class Result:
             for record, line in zip(case.records, stored["records"], strict=True):
                 line["median_seconds"] = record.median if record.seconds else None
                 line["min_seconds"] = min(record.seconds, default=None)
+                line["min_cpu_seconds"] = min(record.cpu_seconds, default=None)
                 line["over_floor"] = case.over_floor(record)
         write_atomic(path, json.dumps(content, indent=1) + "\n")
 
@@ -100,7 +101,7 @@ class Result:
             cases = [
                 CaseResult(
                     case["labels"],
-                    [Record(**{key: line[key] for key in known}) for line in case["records"]],
+                    [Record(**{key: line[key] for key in known if key in line}) for line in case["records"]],
                     case.get("predicted"),
                 )
                 for case in content.pop("cases")
@@ -112,7 +113,9 @@ class Result:
 
 def case_view(case: CaseResult) -> Group:
     """What a person reads: a line per contestant, and below what has to be known of each."""
-    table = _table("", "median", "min", "x floor", "MiB", "error", *(["grad error"] if case.labels["backward"] else []))
+    table = _table(
+        "", "median", "min", "CPU", "x floor", "MiB", "error", *(["grad error"] if case.labels["backward"] else [])
+    )
     notes = Text(style="dim")
     for record in case.records:
         timed = record.status == "timed"
@@ -120,6 +123,7 @@ def case_view(case: CaseResult) -> Group:
             record.name,
             (duration(record.median) + ("" if timed else ", wrong")) if record.seconds else record.status,
             duration(min(record.seconds)) if record.seconds else "",
+            duration(min(record.cpu_seconds)) if record.cpu_seconds else "",
             _number(case.over_floor(record), ".2f"),
             "" if record.workspace is None else f"{record.workspace / MIB:,.0f}",
             _number(record.error, ".2g"),
@@ -136,6 +140,7 @@ def case_view(case: CaseResult) -> Group:
 
 
 LEGEND = (
+    "CPU: the least time that its processes had on all cores, whatever else the machine does. "
     "MiB: working memory beyond inputs and outputs. Errors: the largest, against float64, as a multiple of the bound "
     "that our own backends are held to."
 )

@@ -1,4 +1,4 @@
-// Checks of the tensors that arrive from Python; a wrong one becomes an exception that names it.
+// Checks of the tensors that come from Python; a wrong one raises an exception that names it.
 #pragma once
 
 #include <tvm/ffi/container/tensor.h>
@@ -46,7 +46,7 @@ inline std::string text_of(DLDevice device) {
   return (kind ? kind : "device type " + std::to_string(device.device_type)) + ":" + std::to_string(device.device_id);
 }
 
-// Of any type: tvm::ffi's own function throws at complex numbers, and to throw while an error is composed ends the process.
+// tvm::ffi's own function throws at complex numbers, and a throw while an error is composed would end the process.
 inline std::string text_of(DLDataType dtype) {
   if (dtype.code == kDLBool) return "bool";
   const char* const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex"};
@@ -68,10 +68,10 @@ inline void check_kind(const char* name, const TensorView& tensor, DLDataType dt
   }
 }
 
-// Bytes that a tensor may reach over: more than any memory holds, and little enough that no sum of such numbers overflows.
+// The most bytes that a tensor may span: more than any memory holds, and sums of such numbers do not overflow.
 constexpr int64_t kReach = int64_t{1} << 56;
 
-// `a * b`, neither of them negative, unless the tensor would be larger than any memory.
+// `a * b` of two numbers that are not negative; throws where the tensor would be larger than any memory.
 inline int64_t times(const char* name, const TensorView& tensor, int64_t a, int64_t b) {
   int64_t product = 0;
   if (__builtin_mul_overflow(a, b, &product) || product > kReach) {
@@ -81,8 +81,8 @@ inline int64_t times(const char* name, const TensorView& tensor, int64_t a, int6
   return product;
 }
 
-// Data of a tensor of this shape, contiguous in all dimensions but the first, whose stride goes to `stride`: 0 where the
-// tensor is empty, as its sizes may be anything then.
+// Data of a tensor of this shape that is contiguous in all dimensions but the first. The first one's stride goes to
+// `stride`, and 0 where the tensor is empty.
 template <typename T>
 T* check_rows(const char* name, const TensorView& tensor, std::initializer_list<int64_t> shape, DLDevice device,
               int64_t& stride) {
@@ -125,7 +125,7 @@ T* check_contiguous(const char* name, const TensorView& tensor, std::initializer
                     DLDevice device) {
   int64_t stride = 0;
   T* const data = check_rows<T>(name, tensor, shape, device, stride);
-  int64_t packed = stride > 0;  // of an empty tensor 0; of others no product of sizes can overflow any more
+  int64_t packed = stride > 0;  // 0 of an empty tensor; the sizes of others have been multiplied without overflow
   for (const int64_t* size = shape.begin() + (shape.size() > 0); size != shape.end() && packed; ++size) packed *= *size;
   if (stride != packed) {
     TVM_FFI_THROW(ValueError) << name << ": got strides " << text_of(tensor.strides()) << " of shape "

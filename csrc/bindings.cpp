@@ -1,4 +1,4 @@
-// What Python calls, of the library of any device: checks its tensors.
+// The functions that Python calls, the same for every device: each checks its tensors and calls the library.
 #include <tvm/ffi/tvm_ffi.h>
 
 #include "arguments.h"
@@ -7,7 +7,7 @@
 namespace vppo {
 namespace {
 
-// Where the first tensor lies, and with it all others.
+// The device of the first tensor, which all others must be on.
 DLDevice device_of(const char* name, const TensorView& tensor) {
   const DLDevice device = tensor.device();
   if (device.device_type != kDeviceType) {
@@ -16,7 +16,7 @@ DLDevice device_of(const char* name, const TensorView& tensor) {
   return device;
 }
 
-// A tile of so many views, and what belongs to its rows.
+// A tile of `views` views, and the checks of what belongs to its rows.
 struct TileArguments {
   DLDevice device;
   Tile tile;
@@ -47,7 +47,7 @@ Slope slope_of(double scale, double to_cap) { return {static_cast<float>(scale),
 void fold_(TensorView tile, Optional<TensorView> targets, int64_t first, TensorView stats) {
   const TileArguments of(tile, 1);
   const Targets chosen = of.targets(targets, first);
-  const Fields into = of.fields("stats", stats, kViewFields);
+  const Fields into = of.fields("stats", stats, kSoftmaxFields);
   if (!of.empty()) fold(of.device, of.tile, chosen, into);
 }
 
@@ -61,30 +61,31 @@ void fold_pair_(TensorView tile, Optional<TensorView> targets, int64_t first, Te
 void fold_jsd_(TensorView tile, TensorView pair, TensorView jsd_terms) {
   const TileArguments of(tile, 2);
   const Fields both = of.fields("pair", pair, kPairFields);
-  const Fields into = of.fields("jsd_terms", jsd_terms, 2);
+  const Fields into = of.fields("jsd_terms", jsd_terms, kJsdFields);
   if (!of.empty()) fold_jsd(of.device, of.tile, both, into);
 }
 
-void gradient_(TensorView tile, TensorView view, TensorView targets, int64_t first, TensorView grads, double scale,
+void gradient_(TensorView tile, TensorView softmax, TensorView targets, int64_t first, TensorView grads, double scale,
                double to_cap) {
   const TileArguments of(tile, 1);
-  const Fields softmax = of.fields("view", view, kViewFields);
+  const Fields view = of.fields("softmax", softmax, kSoftmaxFields);
   const Targets chosen = of.targets(targets, first);
-  const Fields upstream = of.fields("grads", grads, 2);
-  if (!of.empty()) gradient(of.device, of.tile, softmax, chosen, upstream, slope_of(scale, to_cap));
+  const Fields upstream = of.fields("grads", grads, kGradFields);
+  if (!of.empty()) gradient(of.device, of.tile, view, chosen, upstream, slope_of(scale, to_cap));
 }
 
 void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> jsd_terms, Optional<TensorView> targets,
                     int64_t first, TensorView grads, double scale, double to_cap) {
   const TileArguments of(tile, 2);
   const Fields both = of.fields("pair", pair, kPairFields);
-  const Fields half = jsd_terms.has_value() ? of.fields("jsd_terms", *jsd_terms, 2) : Fields{};
+  const Fields terms = jsd_terms.has_value() ? of.fields("jsd_terms", *jsd_terms, kJsdFields) : Fields{};
   const Targets chosen = of.targets(targets, first);
-  const Fields upstream = of.fields("grads", grads, targets.has_value() ? 5 : 3);
-  if (!of.empty()) gradient_pair(of.device, of.tile, both, half, chosen, upstream, slope_of(scale, to_cap));
+  const int outputs = targets.has_value() ? kPairGradFields : kPairGradFieldsWithoutTargets;
+  const Fields upstream = of.fields("grads", grads, outputs);
+  if (!of.empty()) gradient_pair(of.device, of.tile, both, terms, chosen, upstream, slope_of(scale, to_cap));
 }
 
-// `out`, like the scores, is the scores themselves or a bool mask.
+// `out` has the shape of the scores and is bool or float; it may be the scores themselves.
 void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional<TensorView> offsets, TensorView out) {
   const DLDevice device = device_of("scores", scores);
   if (!(keep_ratio > 0.0 && keep_ratio <= 1.0)) {
@@ -98,7 +99,7 @@ void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional
   Scores given{};
   given.rows = scores.size(0);
   given.columns = scores.size(-1);
-  given.total = given.rows;  // of packed scores; of others only once their sizes are checked
+  given.total = given.rows;  // of packed scores; of others it is set below, when their sizes are checked
   if (packed) {
     const TensorView places = *offsets;
     const int64_t count = places.ndim() == 1 ? places.size(0) : 0;
@@ -124,79 +125,6 @@ void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional
   }
 }
 
-// Arguments of the loss, `[rows, columns]` as its mask.
-struct LikeMask {
-  DLDevice device;
-  int64_t rows, columns;
-
-  explicit LikeMask(const TensorView& mask) : device(device_of("mask", mask)) {
-    if (mask.ndim() != 2) TVM_FFI_THROW(ValueError) << "mask: got shape " << shape_of(mask) << ", takes [rows, columns]";
-    rows = mask.size(0);
-    columns = mask.size(1);
-  }
-  template <typename T = float>
-  T* data(const char* name, const TensorView& tensor) const {
-    return check_contiguous<T>(name, tensor, {rows, columns}, device);
-  }
-  float* data(const char* name, const Optional<TensorView>& tensor) const {
-    return tensor.has_value() ? data(name, *tensor) : nullptr;
-  }
-};
-
-LossOptions loss_options(double low, double high, double dual, double limit, double nll_coef, double entropy_coef,
-                         double kl_coef, bool ref_of_all) {
-  const auto single = [](double x) { return static_cast<float>(x); };
-  return {single(low),          single(high),    single(dual), single(limit), single(nll_coef),
-          single(entropy_coef), single(kl_coef), ref_of_all};
-}
-
-void clipped_loss_(TensorView logprobs, Optional<TensorView> entropy, TensorView old_logprobs, TensorView advantages,
-                   TensorView keep, TensorView mask, Optional<TensorView> ref_logprobs, Optional<TensorView> is_weights,
-                   Optional<TensorView> dependency, double low, double high, double dual, double limit, double nll_coef,
-                   double entropy_coef, double kl_coef, bool ref_of_all, Optional<TensorView> values, TensorView sums) {
-  const LikeMask like(mask);
-  const Tokens tokens{like.data("logprobs", logprobs),
-                      like.data("old_logprobs", old_logprobs),
-                      like.data("advantages", advantages),
-                      like.data<bool>("keep", keep),
-                      like.data<bool>("mask", mask),
-                      like.data("entropy", entropy),
-                      like.data("ref_logprobs", ref_logprobs),
-                      like.data("is_weights", is_weights),
-                      like.data("dependency", dependency),
-                      like.rows,
-                      like.columns};
-  const LossOptions options = loss_options(low, high, dual, limit, nll_coef, entropy_coef, kl_coef, ref_of_all);
-  float* const of_tokens = like.data("values", values);
-  Fields of_rows{};
-  of_rows.data = check_rows<float>("sums", sums, {kSums, like.rows}, like.device, of_rows.stride);
-  if (like.rows > 0) clipped_loss(like.device, tokens, options, of_tokens, of_rows);
-}
-
-void clipped_loss_gradient_(TensorView logprobs, TensorView old_logprobs, TensorView advantages, TensorView mask,
-                            Optional<TensorView> ref_logprobs, Optional<TensorView> is_weights, TensorView upstream,
-                            double low, double high, double dual, double limit, double nll_coef, double entropy_coef,
-                            double kl_coef, TensorView grad, Optional<TensorView> grad_entropy) {
-  const LikeMask like(mask);
-  Tokens tokens{};
-  tokens.logprobs = like.data("logprobs", logprobs);
-  tokens.old_logprobs = like.data("old_logprobs", old_logprobs);
-  tokens.advantages = like.data("advantages", advantages);
-  tokens.mask = like.data<bool>("mask", mask);
-  tokens.ref_logprobs = like.data("ref_logprobs", ref_logprobs);
-  tokens.is_weights = like.data("is_weights", is_weights);
-  tokens.rows = like.rows;
-  tokens.columns = like.columns;
-  const LossOptions options = loss_options(low, high, dual, limit, nll_coef, entropy_coef, kl_coef, false);
-  LossGradient gradient{};
-  gradient.per_token = upstream.ndim() == 2;
-  gradient.upstream = gradient.per_token ? like.data("upstream", upstream)
-                                         : check_contiguous<float>("upstream", upstream, {like.rows}, like.device);
-  gradient.logprobs = like.data("grad", grad);
-  gradient.entropy = like.data("grad_entropy", grad_entropy);
-  if (like.rows > 0 && like.columns > 0) clipped_loss_gradient(like.device, tokens, options, gradient);
-}
-
 }  // namespace
 }  // namespace vppo
 
@@ -206,5 +134,3 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(fold_jsd, vppo::fold_jsd_)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gradient, vppo::gradient_)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gradient_pair, vppo::gradient_pair_)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(topk_mask, vppo::topk_mask_)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(clipped_loss, vppo::clipped_loss_)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(clipped_loss_gradient, vppo::clipped_loss_gradient_)

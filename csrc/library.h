@@ -1,7 +1,7 @@
-// What the library of a device has to offer, and `bindings.cpp` hands on to Python.
+// What the library of every device implements, and `bindings.cpp` exports to Python.
 //
-// Arguments are checked, lie on `device` and have rows; the contracts are those of `vppo_kernels/backends/torch.py`,
-// `selection.py` and `loss.py`. Nothing is allocated.
+// Arguments are checked, lie on `device` and have at least one row; the contracts are those of
+// `vppo_kernels/backends/protocols.py`. Nothing is allocated.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -16,16 +16,12 @@ extern const char* const kDeviceName;
 void fold(DLDevice device, Tile tile, Targets targets, Fields stats);
 void fold_pair(DLDevice device, Tile tile, Targets targets, Fields stats);
 void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields jsd_terms);
-void gradient(DLDevice device, Tile tile, Fields view, Targets targets, Fields grads, Slope slope);
+void gradient(DLDevice device, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope);
 // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
 void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads,
                    Slope slope);
 // the mask goes to `keep`, which may be the scores
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float* keep);
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, bool* keep);
-// `values`, `[rows, columns]`, may be null; `sums` is `[kSums, rows]`
-void clipped_loss(DLDevice device, const Tokens& tokens, const LossOptions& options, float* values, Fields sums);
-void clipped_loss_gradient(DLDevice device, const Tokens& tokens, const LossOptions& options,
-                           const LossGradient& gradient);
 
 }  // namespace vppo

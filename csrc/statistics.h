@@ -1,6 +1,6 @@
 // The statistics of `vppo_kernels/statistics.py` for one row: the scalar formulas that CPU and CUDA code share.
 //
-// Names, formulas and their reasons are those of that file; here is only what single precision asks for besides.
+// Names, formulas and their reasons are those of that file. Comments here are about single precision alone.
 #pragma once
 
 #include <cfloat>
@@ -9,14 +9,14 @@
 #ifdef __CUDACC__
 #define VPPO_BOTH __host__ __device__ __forceinline__
 #else
-#define VPPO_BOTH static inline  // one copy per instruction set
+#define VPPO_BOTH static inline  // so that every instruction set compiles its own copy
 #endif
 
 namespace vppo {
 
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kFloor = -1.0e30f;  // stands for an infinite distance: its exponential, and 0 times it, are 0
-constexpr float kApart = 4.0f;      // how far apart maxima are measured from before views are compared
+constexpr float kFloor = -1.0e30f;  // -EXP_FLOOR of statistics.py: stands for an infinite distance
+constexpr float kApart = 4.0f;      // APART of statistics.py
 
 // `exp(x) - 1 - x` as a series, for |x| < 0.5: there the difference would lose its digits (error 1e-9 of the value).
 VPPO_BOTH float phi_near(float x) {
@@ -37,17 +37,17 @@ VPPO_BOTH float log_share(float d) {
 }
 
 // One view over a part of the vocabulary: largest logit m, `sum exp(z - m)`, `sum exp(z - m) (z - m)`.
-struct View {
+struct SoftmaxStats {
   float max, sum, weighted_sum;
 };
 
-// Two views over a part: and the mean gap under p, and the excess about it.
-struct Pair {
-  View p, q;
+// Two views over a part of the vocabulary, with the mean gap under p and the excess about it.
+struct PairStats {
+  SoftmaxStats p, q;
   float mean_diff, excess;
 };
 
-// `sum w phi(d)` of an entry with weight `w = exp(z_p - m_p)`, `d` below the mean gap; `log_q` is `z_q - m_q`.
+// `w phi(d)` of an entry with weight `w = exp(z_p - m_p)` whose gap is `d` below the mean; `log_q` is `z_q - m_q`.
 VPPO_BOTH float excess_of(float weight, float d, float log_q, float mean_diff) {
   // exp(d) alone could overflow while its product with the weight, exp(log_q + mean_diff), does not
   return d < 1.0f ? weight * phi(d) : expf(log_q + mean_diff) - weight * (1.0f + d);
@@ -56,7 +56,7 @@ VPPO_BOTH float excess_of(float weight, float d, float log_q, float mean_diff) {
 // `part - whole <= 0`, finite also where one or both are -inf.
 VPPO_BOTH float distance(float part, float whole) { return part == whole ? 0.0f : fmaxf(part - whole, kFloor); }
 
-VPPO_BOTH View merge(const View& a, const View& b) {
+VPPO_BOTH SoftmaxStats merge(const SoftmaxStats& a, const SoftmaxStats& b) {
   const float top = fmaxf(a.max, b.max);
   const float down_a = distance(a.max, top), down_b = distance(b.max, top);
   const float scale_a = expf(down_a), scale_b = expf(down_b);
@@ -64,20 +64,20 @@ VPPO_BOTH View merge(const View& a, const View& b) {
           scale_a * (a.weighted_sum + down_a * a.sum) + scale_b * (b.weighted_sum + down_b * b.sum)};
 }
 
-// A part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`.
-VPPO_BOTH float move_excess(const Pair& part, float d, float down, float both) {
+// A part's excess about a mean gap that is higher by `d` and a maximum higher by `-down`; `both` is `down + d`.
+VPPO_BOTH float move_excess(const PairStats& part, float d, float down, float both) {
   const float step = d < 1.0f ? expf(down) * phi(d) : expf(both) - expf(down) * (1.0f + d);
   return expf(both) * part.excess + step * part.p.sum;
 }
 
-VPPO_BOTH Pair merge(const Pair& a, const Pair& b) {
-  const View p = merge(a.p, b.p), q = merge(a.q, b.q);
+VPPO_BOTH PairStats merge(const PairStats& a, const PairStats& b) {
+  const SoftmaxStats p = merge(a.p, b.p), q = merge(a.q, b.q);
   const float down_a = distance(a.p.max, p.max), down_b = distance(b.p.max, p.max);
   const float lower_a = distance(a.q.max, q.max), lower_b = distance(b.q.max, q.max);
   const float mean_diff_a = a.mean_diff + (down_a - lower_a), mean_diff_b = b.mean_diff + (down_b - lower_b);
   const float weight_a = expf(down_a) * a.p.sum, weight_b = expf(down_b) * b.p.sum;
   const float total = fmaxf(p.sum, FLT_MIN);
-  // from the heavier part's side: a large gap in a part without weight must not round the other's away
+  // starting from the heavier part: a huge gap in a part with hardly any weight must not swallow its digits
   const float mean = weight_a > weight_b ? mean_diff_a + weight_b / total * (mean_diff_b - mean_diff_a)
                                          : mean_diff_b + weight_a / total * (mean_diff_a - mean_diff_b);
   const float mean_diff = a.mean_diff == INFINITY || b.mean_diff == INFINITY ? INFINITY : p.sum > 0.0f ? mean : 0.0f;

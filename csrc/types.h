@@ -1,14 +1,29 @@
-// What the kernels of every device work on: tiles of logits, numbers of their rows, tokens.
+// What the kernels of every device work on: tiles of logits, numbers of their rows, scores of tokens.
 #pragma once
 
 #include <cstdint>
 
 namespace vppo {
 
-// Packed numbers of all rows, in the order of statistics.py and of `SUMS` of loss.py.
-constexpr int kViewFields = 4, kPairFields = 10, kSums = 12;
+// Packed numbers are `[fields, rows]`, in the order of `vppo_kernels/statistics.py`. The fields of one view:
+constexpr int kMax = 0, kSum = 1, kWeightedSum = 2, kTarget = 3;  // of SoftmaxStats, over a part of the vocabulary
+constexpr int kLogSum = 1, kEntropy = 2;                          // of Softmax, over all of it; its first is kMax too
+constexpr int kSoftmaxFields = 4;
 
-// Finished logits, `[rows, columns]`, of one view, or of two views one after the other.
+// Of two views: those of p, those of q, and two numbers of both.
+constexpr int kP = 0, kQ = kSoftmaxFields, kMeanDiff = 2 * kSoftmaxFields;
+constexpr int kExcess = kMeanDiff + 1, kKl = kMeanDiff + 1;  // of PairStats and of Pair
+constexpr int kPairFields = kMeanDiff + 2;
+
+// The two terms of a Jensen-Shannon divergence, `KL(p || m)` and `KL(q || m)`.
+constexpr int kJsdP = 0, kJsdQ = 1, kJsdFields = 2;
+
+// Upstream gradients of one view's outputs, and of two views'; the last two where there are targets.
+constexpr int kGradLogprob = 0, kGradEntropy = 1, kGradFields = 2;
+constexpr int kGradDivergence = 0, kGradEntropyP = 1, kGradEntropyQ = 2, kGradLogprobP = 3, kGradLogprobQ = 4;
+constexpr int kPairGradFields = 5, kPairGradFieldsWithoutTargets = 3;
+
+// Transformed logits, `[rows, columns]`, of one view, or of two views one after the other.
 struct Tile {
   float* data;
   std::int64_t rows, columns;
@@ -31,33 +46,13 @@ struct Slope {
   float scale, to_cap;
 };
 
-// Scores of trajectories: rows of `columns` each, or row r from `offsets[r]` to `offsets[r + 1]` where that is not null.
+// Scores of trajectories: rows of `columns` each, or row r from `offsets[r]` to `offsets[r + 1]` where that is not
+// null.
 struct Scores {
   const float* data;
   const bool* valid;
   const std::int64_t* offsets;
   std::int64_t rows, columns, total;
-};
-
-// Tokens `[rows, columns]` of a batch. Values where `mask` is 0 take part in nothing. From `entropy` on there may be none.
-struct Tokens {
-  const float *logprobs, *old_logprobs, *advantages;
-  const bool *keep, *mask;
-  const float *entropy, *ref_logprobs, *is_weights, *dependency;
-  std::int64_t rows, columns;
-};
-
-// As the arguments of `_clipped_loss` in loss.py; `dual` is infinite where there is no such clip.
-struct LossOptions {
-  float low, high, dual, limit, nll_coef, entropy_coef, kl_coef;
-  bool ref_of_all;
-};
-
-// Upstream gradient of each token's loss, or of each row's, and where those of log-probabilities and entropy go.
-struct LossGradient {
-  const float* upstream;
-  bool per_token;
-  float *logprobs, *entropy;  // `entropy` may be null
 };
 
 }  // namespace vppo

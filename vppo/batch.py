@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from vppo.perturbations import Perturbation, PixelLayout, perturb
+from vppo.trl_utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 # the entries of a TRL batch that a model's forward takes beside the tokens and their mask: of images, and of tokens
 IMAGE_INPUTS = (

@@ -2,8 +2,9 @@
 
 TRL scores tokens through a patched `model.forward` that ends in one function of hidden states and weight. Only that
 function is exchanged, while a call runs: everything around it (PEFT, mixed devices, router losses) stays TRL's. Here it
-runs inside the head's own forward, where FSDP makes the weight whole. TRL reads the weight outside: under FSDP2 it then
-gathers it by itself from the second forward on, and what each process learns of its gradient is its own part alone.
+runs inside the head's own forward, where FSDP makes the weight whole. TRL reads the weight outside of it: under FSDP2
+it then gathers the weight by itself from the second forward on, and each process computes only its own part of the
+gradient.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer, of whose own passes the hidden states of the clean view are kept."""
+"""TRL's GRPO trainer that keeps the hidden states of the clean view from passes which TRL makes anyway."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vppo.saved_trainer import SavedTrainer
 
 
 class ListeningTrainer(SavedTrainer):
-    """`SavedTrainer` that can spare the clean view a pass of its own, where TRL makes one.
+    """`SavedTrainer` that saves the clean view a pass of its own where TRL has made one.
 
-    A subclass turns it on for a generation batch: `_recorded` is a list then, else None; it asks `_take_recorded` for
-    what was heard, and empties both lists afterwards.
+    A subclass turns this on for a generation batch by setting `_recorded` to an empty list (it is None otherwise), asks
+    `_take_recorded` for what was kept, and empties both lists afterwards.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,9 +26,9 @@ class ListeningTrainer(SavedTrainer):
         self._has_dropout = _has_dropout(self.model)
 
     def generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's. What its sampling gives the head are the clean view's hidden states: one pass less.
+        """TRL's. The hidden states that the head is given while sampling are those of the clean view, and are kept.
 
-        Only in float32, where decoding token by token and passing whole differ in the last digits alone.
+        Only in float32, where decoding token by token and passing a whole response differ in the last digits alone.
         """
         exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         if self._recorded is None or self._has_dropout or self.joins_forwards or not exact:
@@ -46,10 +46,10 @@ class ListeningTrainer(SavedTrainer):
 
     @contextmanager
     def _recording(self, keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Keeps hidden states that predict the responses' tokens, of the first pass to be made.
+        """Keeps the hidden states that predict the responses' tokens, from the first pass within the block.
 
         Args:
-            keep: Takes them out of the last layer's, `[B, T, D]`; a new tensor, which lets go of the prompts'.
+            keep: Takes them out of the last layer's `[B, T, D]`, as a new tensor, so that the prompts' are freed.
         """
         recorded = self._recorded
         if recorded is None or recorded or self._has_dropout:
@@ -65,7 +65,7 @@ class ListeningTrainer(SavedTrainer):
             hook.remove()
 
     def _take_recorded(self, output: dict[str, Any]) -> Tensor | None:
-        """Hidden states of the clean view, `[B, T, D]`, if a pass of TRL's has left them for every token."""
+        """`[B, T, D]` hidden states of the clean view, if a pass of TRL's has given them for every token."""
         shape = output["completion_ids"].shape
         # without old log-probabilities it was the reference policy's pass
         if self._recorded and "old_per_token_logps" in output and sum(map(len, self._recorded)) == shape[0]:

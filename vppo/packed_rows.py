@@ -21,8 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from vppo.batch import TOKEN_INPUTS, Batch, View
+from vppo.packed_flash import FLASH, Segments, unusable
 
-MASKS = ("sdpa", "eager", "flex_attention")  # implementations of attention that obey a mask
+DENSE = ("sdpa", "eager")  # implementations of attention that pay for what their mask hides
+MASKS = (*DENSE, "flex_attention")  # those that obey one
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that know a token's past by a mask
 
 
@@ -50,6 +52,7 @@ class PackedRows:
         self._start: list[tuple[int, int]] = []  # of each row: its pack, and where its response begins to be predicted
         # of a pack's tokens: which of the batch, of which response, and where in its own row
         source, segment, place = list[Tensor](), list[Tensor](), list[Tensor]()
+        self._lengths: list[list[int]] = []  # of each pack's prompt and responses
         for number, pack in enumerate(packs):
             first = width - batch.prompt_lengths[pack[0]]
             parts = [(pack[0], first, width - 1)]
@@ -60,6 +63,7 @@ class PackedRows:
             source.append((rows * total).repeat_interleave(sizes) + columns)
             segment.append(torch.arange(len(parts)).repeat_interleave(sizes))
             place.append(columns - first)
+            self._lengths.append(sizes.tolist())
             self._start += [(number, start) for start in sizes.cumsum(0)[:-1].tolist()]
         device = batch.prompt_ids.device
         filling = leaders[0] * total + width - 1  # any token but an image's
@@ -98,18 +102,21 @@ class PackedRows:
     @contextmanager
     def masked(self) -> Iterator[None]:
         """Within the block the model's own masks (causal, of a window, of an image's tokens among themselves) count
-        places in a response's own row, and keep responses apart.
+        places in a response's own row, and keep responses apart. Flash-attention is given `Segments` in their place.
 
         Raises:
             NotImplementedError: At the end, if the model has made no mask in the way of this version of transformers.
         """
         name, made = self.config._attn_implementation, []
+        segments = Segments(self._segment, self._lengths) if name == FLASH else None
         own = ALL_MASK_ATTENTION_FUNCTIONS[name]
 
         def mask(*args: Any, **kwargs: Any) -> Any:
             if type(kwargs.get("config")) is not type(self.config):  # the vision tower's
                 return own(*args, **kwargs)
             made.append(name)
+            if name == FLASH:
+                return segments
             inner = self._apart(kwargs["mask_function"])
             return own(*args, **{**kwargs, "mask_function": inner, "allow_is_causal_skip": False})
 
@@ -150,7 +157,11 @@ class PackedRows:
 def refusal(model: Any) -> str:
     """Why a model cannot take packed rows, as its configuration tells; "" if nothing speaks against it."""
     config = model.config.get_text_config()
-    if config._attn_implementation not in MASKS:
-        return f"attention by {config._attn_implementation} takes no mask ({', '.join(MASKS)} do)"
-    others = set(getattr(config, "layer_types", None) or ()) - ATTENDING
-    return f"the model has layers of {', '.join(sorted(others))}, which no mask reaches" if others else ""
+    name, kinds = config._attn_implementation, set(getattr(config, "layer_types", None) or ())
+    if name == FLASH:
+        others = ", ".join(sorted(kinds - {"full_attention"}))
+        return f"the model has layers of {others}, which {FLASH} has not for packed rows" if others else unusable()
+    if name not in MASKS:
+        return f"attention by {name} takes no mask ({', '.join(MASKS)} do, and {FLASH} needs none)"
+    others = ", ".join(sorted(kinds - ATTENDING))
+    return f"the model has layers of {others}, which no mask reaches" if others else ""

@@ -21,11 +21,11 @@ from vppo.trl_seams import keeps_order, unshuffled
 
 
 class PackedTrainer(RolloutTrainer):
-    """`RolloutTrainer` in which a prompt of several rollouts passes once, wherever that changes the last digits alone.
+    """`RolloutTrainer` in which a prompt of several rollouts passes once, wherever that changes only the last digits.
 
-    A subclass sets `_passes` where it scores tokens, and puts "prompt" into a generation batch, `[B]` which rows have
-    prompt and images in common, where `_packs` says so. It finds the log-probabilities of a training step in
-    `_train_logprobs` and empties it when it has looked at them.
+    A subclass that scores tokens sets `_passes`. Where `_packs` allows it, it adds "prompt" to a generation batch:
+    `[B]` numbers that are equal for rows with the same prompt and images. It finds the log-probabilities of a training
+    step in `_train_logprobs`, and sets that to None when it has read them.
     """
 
     args: VPPOConfig
@@ -40,15 +40,15 @@ class PackedTrainer(RolloutTrainer):
             # it would round what a model returns to 16 bits, and here these are log-probabilities
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         self._group_size = self.num_generations  # rollouts of a prompt in the batch at hand
-        # Whether a micro-batch has the rollouts of a prompt one after the other. The released code's statistics are of
-        # micro-batches as TRL shuffles them.
+        # Whether the rollouts of a prompt follow each other in a micro-batch. The statistics of the released code are
+        # those of micro-batches that TRL has shuffled.
         shares = self.args.scores_tokens and self.args.prefix_sharing != "off"
         self._keeps_groups = shares and self.args.tas_statistics != "micro-batch" and keeps_order()
 
     def prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's; but rollouts that may share a prompt stay together, and are not shuffled over micro-batches.
+        """TRL's, but rollouts that may share a prompt stay together and are not shuffled over micro-batches.
 
-        Which prompts meet in a micro-batch is random all the same: the sampler has shuffled them.
+        Which prompts meet in a micro-batch is still random, because the sampler has shuffled them.
         """
         with unshuffled() if self._keeps_groups else nullcontext():
             return super().prepare_inputs(generation_batch)
@@ -69,7 +69,7 @@ class PackedTrainer(RolloutTrainer):
         compute_aux_loss: bool = False,
         **images: Any,
     ) -> Any:
-        """TRL's; in packs where they are the same to the last digits."""
+        """TRL's, or those of packed rows where the two agree to the last digits."""
         inputs = self._train_inputs
         images = {name: value for name, value in images.items() if value is not None}
         images = with_entries(images, len(input_ids))
@@ -89,7 +89,7 @@ class PackedTrainer(RolloutTrainer):
         return result
 
     def compute_micro_batch_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's, whose training pass is given the batch that it is of."""
+        """TRL's, with the batch at hand for the training pass that it makes."""
         self._train_inputs = inputs if self.model.training else None
         try:
             return super().compute_micro_batch_loss(model, inputs)
@@ -97,13 +97,13 @@ class PackedTrainer(RolloutTrainer):
             self._train_inputs = None
 
     def _packs(self, batch: Batch, view: View, compared: bool) -> bool:
-        """Whether a pass with packed rows is possible, and told from TRL's by nothing but the last digits.
+        """Whether a pass with packed rows is possible, and differs from TRL's only in the last digits.
 
         Args:
-            batch: The rows, of which all processes ask alike.
+            batch: The rows. All processes must ask at the same time.
             view: What they are shown.
-            compared: Whether its log-probabilities are compared with those of an earlier pass. In 16 bits their ratio
-                is 1 only where both have the same packs.
+            compared: Whether the log-probabilities are compared with those of another pass. In 16 bits their ratio is 1
+                only where both passes have the same packs.
         """
         exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         same = self._keeps_groups or exact or not compared
@@ -119,7 +119,7 @@ class PackedTrainer(RolloutTrainer):
         batch_size: int | None,
         images: dict[str, Any],
     ) -> tuple[Tensor, None, None] | None:
-        """Log-probabilities of a generation before its training passes, in the same packs; None if it does not pack."""
+        """Log-probabilities before the training passes, from the same packs as those; None if rows cannot be packed."""
         if self._recorded is None or not self.model.training:
             return None
         tokens = {"prompt_ids": input_ids[:, :-length], "completion_ids": input_ids[:, -length:]}
@@ -138,8 +138,8 @@ class PackedTrainer(RolloutTrainer):
         return torch.cat(found), None, None
 
     def _packed_training_pass(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities and entropies with gradients, and `[B, 1]` which rows have passed; packs whose loss is 0
-        whatever they are do not.
+        """Log-probabilities and entropies with gradients, and `[B, 1]` which rows have passed. Packs whose loss is 0
+        for any log-probabilities do not pass.
         """
         batch, view = Batch(inputs), View(inputs["prompt"].tolist())
         packs = self._passes.packs(batch, range(len(batch)), view)

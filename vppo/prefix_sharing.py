@@ -23,7 +23,7 @@ from torch import Tensor
 from vppo.batch import Batch, View
 from vppo.cached_prompts import CachedPrompts
 from vppo.heads import head_forward
-from vppo.packed_rows import PackedRows, refusal
+from vppo.packed_rows import DENSE, PackedRows, refusal
 
 logger = logging.getLogger(__name__)
 SHARING = ("auto", "on", "off")
@@ -81,19 +81,19 @@ class ResponsePasses:
             compared with the plain one, and if it fails or differs, one warning names the reason, and rows pass in the
             next best way from then on. "on" raises if nothing can be shared. "off" passes rows whole.
         memory: Bytes for activations, masks and repeated caches; a single row may exceed it.
-        most: From a count of this process to the largest of all that must join each forward. A sharded model gathers
-            its weights in every one, so a process with less to do runs passes of which nothing is kept.
+        max_over_ranks: From a count of this process to the largest of all that must join each forward. A sharded model
+            gathers its weights in every one, so a process with less to do runs passes of which nothing is kept.
 
     Raises:
         ValueError: `sharing` is none of these; and, when passes run, it is "on" and cannot be.
     """
 
     def __init__(
-        self, model: Any, *, sharing: str = "auto", memory: int = 4 * GIB, most: Callable[[int], int] = _own
+        self, model: Any, *, sharing: str = "auto", memory: int = 4 * GIB, max_over_ranks: Callable[[int], int] = _own
     ) -> None:
         if sharing not in SHARING:
             raise ValueError(f"sharing: got {sharing!r}, takes one of {list(SHARING)}")
-        self.model, self.sharing, self.memory, self.most = model, sharing, memory, most
+        self.model, self.sharing, self.memory, self.max_over_ranks = model, sharing, memory, max_over_ranks
         self._footprint = Footprint.of(model)
         self._ways = [] if sharing == "off" else [self._pass_packed, self._pass_cached]  # the first one is to be taken
         self._tried = False  # whether that one has been compared with the plain pass
@@ -107,7 +107,7 @@ class ResponsePasses:
         else:
             costs = [self._prompt_cost(batch, g) + sum(self._row_cost(batch, row) for row in g) for g in groups]
         portions = [[row for group in part for row in group] for part in fill(groups, costs, self.memory)]
-        return portions + [[] for _ in range(self.most(len(portions)) - len(portions))]
+        return portions + [[] for _ in range(self.max_over_ranks(len(portions)) - len(portions))]
 
     @torch.no_grad()
     def hidden(self, batch: Batch, rows: Sequence[int], view: View) -> Tensor:
@@ -177,7 +177,7 @@ class ResponsePasses:
     def _parts(self, items: Sequence[Any], costs: list[int], memory: int) -> list[tuple[list[Any], bool]]:
         """Rows or packs in parts that fit, and whether what they give is wanted; as many parts on every process."""
         parts = fill(items, costs, memory)
-        unwanted = self.most(len(parts)) - len(parts)
+        unwanted = self.max_over_ranks(len(parts)) - len(parts)
         return [(part, True) for part in parts] + [(parts[-1], False)] * unwanted
 
     def _packs(self, batch: Batch, groups: list[list[int]], memory: float | None = None) -> list[list[int]]:
@@ -196,14 +196,20 @@ class ResponsePasses:
     def _pack_work(self, batch: Batch, pack: list[int]) -> int:
         """In products of one token with another; the vision tower is taken to need as much as the language model."""
         prompt, length = batch.prompt_lengths[pack[0]], self._pack_length(batch, pack)
-        attended = 0 if self.model.config.get_text_config()._attn_implementation == "flex_attention" else length
+        attended = length if self._dense else 0
         return length * (self._footprint.work + attended) + prompt * self._footprint.work
 
     def _pack_cost(self, batch: Batch, pack: list[int]) -> int:
         """Bytes of one pack, its mask among them."""
         length = self._pack_length(batch, pack)
         vision = 2 * batch.prompt_lengths[pack[0]]
-        return (length + vision) * self._footprint.passing + length**2 * self._footprint.pair
+        mask = length**2 * self._footprint.pair if self._dense else 0
+        return (length + vision) * self._footprint.passing + mask
+
+    @property
+    def _dense(self) -> bool:
+        """Whether attention has a mask of every pair of tokens, and pays for those that it hides."""
+        return self.model.config.get_text_config()._attn_implementation in DENSE
 
     def _pack_length(self, batch: Batch, pack: list[int]) -> int:
         return batch.prompt_lengths[pack[0]] + sum(batch.response_lengths[row] for row in pack)
@@ -221,15 +227,15 @@ class ResponsePasses:
 
     def _way(self, batch: Batch, groups: list[list[int]], view: View) -> Callable[..., None]:
         """How these groups pass; the same answer on every process."""
-        if not self._ways or self.most(max(map(len, groups))) == 1:
+        if not self._ways or self.max_over_ranks(max(map(len, groups))) == 1:
             return self._pass_whole
-        if self.most(_shows_images(self.model, batch, [row for group in groups for row in group])):
+        if self.max_over_ranks(_shows_images(self.model, batch, [row for group in groups for row in group])):
             self._refuse("a response holds image tokens")
             return self._pass_whole
         reasons: list[str] = []
         while self._ways and not self._tried:
             reason = self._difference(self._ways[0], batch, max(groups, key=len), view)
-            if self.most(bool(reason)):
+            if self.max_over_ranks(bool(reason)):
                 reasons.append(reason or "another process found that it cannot be")
                 self._ways.pop(0)
             else:

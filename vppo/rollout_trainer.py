@@ -9,15 +9,17 @@ from torch import Tensor
 from vppo.batch import in_rows, with_entries, without_no_images
 from vppo.errors import InputError
 from vppo.images import rgb_prompt, rgb_row, rgb_tool
+from vppo.joined_images import JoinedImages
 from vppo.processors import placeholder_tokens
 from vppo.rewards.checks import checked
 from vppo.sampled_trainer import SampledTrainer
 
 
 class RolloutTrainer(SampledTrainer):
-    """`SampledTrainer` whose pictures are what a person sees, and whose rewards are checked.
+    """`SampledTrainer` that shows a model pictures as a person sees them (upright, on white), and checks rewards.
 
-    A subclass finds the pictures of each row of the batch at hand in `_pictures`, and lets go of them.
+    A subclass finds the pictures of each row of the current batch in `_pictures`, and empties it when it needs them no
+    longer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -25,7 +27,10 @@ class RolloutTrainer(SampledTrainer):
         super().__init__(*args, **kwargs)
         for policy in (self.model, self.ref_model):
             if policy is not None:
-                self.accelerator.unwrap_model(policy).register_forward_pre_hook(without_no_images, with_kwargs=True)
+                policy = self.accelerator.unwrap_model(policy)
+                policy.register_forward_pre_hook(without_no_images, with_kwargs=True)
+                if self.joins_forwards:
+                    JoinedImages(policy, self.processing_class, self.max_over_ranks)
         self.reward_funcs = list(map(checked, self.reward_funcs, self.reward_func_names))
         if not self.use_vllm:
             self._suppress_placeholders()

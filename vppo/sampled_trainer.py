@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer whose sampler is given the trainer's prompts, and is seen to draw from the trainer's model."""
+"""TRL's GRPO trainer whose sampler is given the trainer's prompts, and is checked to draw from the trainer's model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATIENCE = 40.0  # seconds in which a server that has answered before must answe
 
 
 class SampledTrainer(ListeningTrainer):
-    """`ListeningTrainer` with vLLM as TRL means it; see `vppo.vllm_prompts` and `vppo.sampler_guard`.
+    """`ListeningTrainer` with vLLM as TRL intends it; see `vppo.vllm_prompts` and `vppo.sampler_guard`.
 
     Raises:
         InputError: vLLM is missing, of another version than TRL supports, or its server does not answer.

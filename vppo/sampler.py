@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from trl.trainer.utils import RepeatSampler
+
+from vppo.trl_utils import RepeatSampler
 
 
 class EpochSampler(Sampler[int]):

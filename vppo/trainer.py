@@ -1,9 +1,12 @@
 """VPPO as a thin subclass of TRL's GRPO trainer.
 
-TRL generates, scores and optimises; this class steps in after the rollouts have their advantages: it measures how much
-every response token depends on the image and folds filtering and shaping into per-token advantages, which TRL's clipped
-losses take as they are. Further seams are one call deep: TRL's own passes are listened to, so that their hidden states
-need not be computed again; its training pass shares prompts; the released recipe adds its penalty to the loss.
+TRL generates, scores and optimises. This class steps in when the rollouts have their advantages: it measures how much
+every response token depends on the image, and folds filtering and shaping into per-token advantages, which TRL's
+clipped losses take as they are. The released recipe also adds its penalty to the loss.
+
+Everything else is in the classes below, one concern each: `trl_seams.TRLTrainer` (TRL's private names), `LoggedTrainer`
+(metrics and completions), `SavedTrainer` (checkpoints), `ListeningTrainer` (hidden states from TRL's own passes),
+`SampledTrainer` (vLLM), `RolloutTrainer` (images and rewards), `PackedTrainer` (prompts shared in training passes).
 """
 
 from __future__ import annotations
@@ -92,13 +95,16 @@ class VPPOTrainer(PackedTrainer):
             self._image_views = ImageViews.of(self.processing_class)
             self._perturbation = args.make_perturbation(self._image_views.layout.patch_size)
             self._passes = ResponsePasses(
-                self.model, sharing=args.prefix_sharing, memory=int(args.scoring_memory * GIB), most=self.max_over_ranks
+                self.model,
+                sharing=args.prefix_sharing,
+                memory=int(args.scoring_memory * GIB),
+                max_over_ranks=self.max_over_ranks,
             )
 
     # -- after the rollouts ------------------------------------------------------------------------------------------
 
     def generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's; then dependency is measured, and folded into the advantages where it trains."""
+        """TRL's; then dependency is measured and, in training, folded into the advantages."""
         training = self.model.training
         scores = self.args.scores_tokens if training else self._measures_evaluation
         self._problems = None if training else [evaluation.fingerprint(row) for row in inputs]
@@ -201,7 +207,7 @@ class VPPOTrainer(PackedTrainer):
         each = self.args.perturbation_scope == "rollout"
         keys = list(range(len(batch))) if each else alike
         pixels: dict[int, Tensor] = {}
-        pictures, self._pictures = self._pictures, []  # whole photographs: not longer than they are needed
+        pictures, self._pictures = self._pictures, []  # whole photographs are kept no longer than they are needed
         for row in rows:
             if keys[row] not in pixels:
                 step, prompt = self.state.global_step, prompts[row]
@@ -230,7 +236,7 @@ class VPPOTrainer(PackedTrainer):
     # -- in the loss -------------------------------------------------------------------------------------------------
 
     def compute_micro_batch_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's; with the trajectory factor of a micro-batch and the penalty on -log p, where the recipe has them."""
+        """TRL's, with the trajectory factor of a micro-batch and the penalty on -log p where the recipe has them."""
         mode = "train" if self.model.training else "eval"
         if mode == "train" and "trajectory_dependency" in inputs:
             alpha = self._micro_batch_scale(inputs["trajectory_dependency"])

@@ -22,9 +22,9 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from vppo.seams import MovedSeamError, lacking
+from vppo.trl_utils import TESTED
 
 logger = get_logger(__name__)
-TESTED = "trl>=1.15,<1.17"  # the range of pyproject.toml; both ends are tested
 UTILS, GRPO, VLLM = "trl.trainer.utils", "trl.trainer.grpo_trainer", "trl.generation.vllm_generation"
 TRAINER = "transformers:Trainer"
 HEAD_ARGUMENTS = (  # of TRL's fused head, in their order

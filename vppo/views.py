@@ -58,7 +58,7 @@ class ImageViews:
     def of(cls, processor: Any) -> ImageViews:
         """Of a transformers processor with a chat template; tried once for each processor."""
         if processor not in _known:
-            _known[processor] = cls(_process_of(processor), processor.image_processor, type(processor).__name__)
+            _known[processor] = cls(process_of(processor), processor.image_processor, type(processor).__name__)
         return _known[processor]
 
     def perturbed(
@@ -221,7 +221,7 @@ def in_tiles(encoded: Mapping[str, Any], images: int) -> bool:
 _known: WeakKeyDictionary[Any, ImageViews] = WeakKeyDictionary()
 
 
-def _process_of(processor: Any) -> Process:
+def process_of(processor: Any) -> Process:
     def process(samples: Sequence[Sequence[Image.Image]]) -> Mapping[str, Any]:
         texts = []
         for pictures in samples:

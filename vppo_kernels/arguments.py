@@ -18,7 +18,7 @@ def positive(name: str, value: float) -> None:
 
 
 def denominator(value: Any, check_values: bool) -> None:
-    """What a loss is divided by: a number above 0, or a tensor of one, whose value is checked where that is free."""
+    """What a loss is divided by: a number above 0, or a tensor of one; on a GPU its value is not checked."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"denominator: got a tensor of shape {list(value.shape)}, takes one of a single number")
@@ -44,7 +44,7 @@ def fraction(name: str, value: float) -> None:
 
 
 def scales(scale_min: float, scale_max: float | None) -> None:
-    """Factors of the least and the most dependent trajectory, in this order; None makes their mean 1."""
+    """Factors of the least and of the most dependent trajectory; a `scale_max` of None makes the mean factor 1."""
     positive("scale_min", scale_min)
     if scale_max is None:
         if scale_min > 1:  # the factors' mean of 1 would lie below the smallest
@@ -77,7 +77,7 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None
 
 
 def reverse_mode(*values: Tensor | None) -> None:
-    """Raise where an input carries a forward-mode tangent: of these operations it would be lost without a word."""
+    """Raise where an input carries a forward-mode tangent, which these operations would drop in silence."""
     if torch.compiler.is_compiling():
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in values):
@@ -92,7 +92,7 @@ def same_device(name: str, value: Tensor, device: torch.device, other: str) -> N
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "hidden", empty: bool = False) -> None:
-    """Hidden states against a head: `[..., D]`, `[V, D]` and `[V]`; a rank's part of it may be empty."""
+    """Hidden states `[..., D]` with a head's weight `[V, D]` and bias `[V]`; with `empty` V may be 0, a rank's part."""
     floating(name, hidden)
     floating("weight", weight)
     if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not empty):
@@ -116,14 +116,14 @@ def vocabulary(vocab_size: Any, total: int, of: str) -> None:
 
 
 def indices(name: str, value: Tensor, leading: torch.Size, size: int, device: torch.device, check: bool) -> None:
-    """Target indices. Their range is looked at on a CPU, and elsewhere only with `check` (it would synchronise)."""
+    """Target indices. On a CPU their range is checked too, elsewhere only with `check`, as that would synchronise."""
     tensor(name, value)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: got dtype {value.dtype}, takes int64 or int32")
     shape(name, value, tuple(leading), "the leading dimensions of the hidden states or logits")
     same_device(name, value, device, "weight or logits")
     if torch.compiler.is_compiling():
-        return  # there are no values to look at while tracing
+        return  # while tracing there are no values to check
     if (check or device.type == "cpu") and value.numel():
         outside = ((value < 0) | (value >= size)).flatten()
         if outside.any():
@@ -137,7 +137,7 @@ def all_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None:
 
 
 def logits(name: str, value: Tensor) -> None:
-    """The same for what may hold -inf, for a masked word (synchronises)."""
+    """Raise on NaN and +inf in logits or a bias, where -inf is a masked word (synchronises)."""
     bad = ~(torch.isfinite(value) | (value == -torch.inf))
     _none_of(bad, name, value, None, "finite values, and -inf for a masked word")
 
@@ -152,7 +152,7 @@ def _none_of(bad: Tensor, name: str, value: Tensor, mask: Tensor | None, takes: 
 
 
 def summable(name: str, value: Tensor, mask: Tensor) -> None:
-    """Raise on finite values so large that a mean over as many, or the gap of two, overflows float32 (synchronises)."""
+    """Raise on finite values so large that a row's sum, or the difference of two, overflows float32 (synchronises)."""
     if value.dtype == torch.float64 or not value.numel():
         return
     most = torch.finfo(torch.float32).max / 4 / value.shape[-1]
@@ -173,9 +173,9 @@ def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> 
 
 
 def wanted(check: bool | None, value: Tensor) -> bool:
-    """Whether to look at values: as asked, else wherever looking costs no device synchronisation.
+    """Whether to check values: as asked; where `check` is None, only on a CPU, where it costs no synchronisation.
 
-    Never while `torch.compile` traces: there are no values to look at.
+    Never while `torch.compile` traces: there are no values to check.
     """
     if torch.compiler.is_compiling():
         return False
@@ -191,7 +191,7 @@ def token_mask(mask: Any, like: Tensor, name: str = "mask") -> Tensor:
 
 
 def offsets(name: str, value: Any, like: Tensor, of: str, check: bool) -> None:
-    """Where packed rows begin and end in `like`, `[total]`; the values are looked at only with `check`."""
+    """Where packed rows begin and end in `like`, `[total]`; their values are checked only with `check`."""
     tensor(name, value)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: got dtype {value.dtype}, takes int64 or int32")

@@ -44,12 +44,12 @@ def linear_divergence(
     The logits `softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature` of both views exist only as tiles:
     working memory stays within `workspace_limit`, whatever the number of rows and of vocabulary entries is.
 
-    A bias of -inf masks its word: it has no probability, no part in any result, and no gradient; its log-probability as
-    a target is -inf. What is infinite has no gradient. A row whose words are all masked is NaN. Nothing is masked under
-    a `softcap`, of which tanh makes -softcap, nor by a `logit_scale` of 0 or below, which makes the row NaN.
+    A bias of -inf masks its word: the word has no probability, no part in any result, and no gradient, and its
+    log-probability as a target is -inf. Infinite results have no gradient. A row whose words are all masked is NaN. A
+    `softcap` masks nothing, as tanh turns -inf into -softcap; a `logit_scale` of 0 or below turns the row into NaN.
 
-    On a fixed number of threads results repeat bit for bit. Gradients of hidden states and weight may differ in their
-    last bits between one thread and two: they are torch's matrix products, which then sum in another order.
+    With the same number of threads results repeat bit for bit. With another number, gradients of hidden states and
+    weight may differ in their last bits: they are torch's matrix products, which then sum in another order.
 
     Args:
         hidden: `[..., D]` final hidden states given the clean image; float32, bfloat16 or float16.
@@ -71,9 +71,9 @@ def linear_divergence(
             `1e-5 KL + 2e-5 sqrt(KL) + 1e-8` nats, a log-probability or entropy by up to 2e-4. "exact" sums the inner
             dimension in slabs, takes longer, and keeps float32's bounds: `1e-5 KL + 3e-6 sqrt(KL) + 1e-8` and 2e-5.
         backend: "auto", "torch", "native", "triton", or "triton_fused" (no logits in memory; see its module).
-        check: Look for NaN and inf in the inputs (-inf is allowed in the bias), and compare up to 16 rows with the
-            float64 definition. Code that `torch.compile` traces has no values to look at: there nothing is checked but
-            types and shapes.
+        check: Raise on NaN and inf in the inputs (-inf is allowed in the bias), and compare up to 16 rows with the
+            float64 definition. Code that `torch.compile` traces has no values to check: there only types and
+            shapes are checked.
 
     Returns:
         `DivergenceOutput(divergence, entropy, entropy_perturbed, logprobs, logprobs_perturbed)`, each `[...]`, float32
@@ -136,7 +136,7 @@ def divergence(
     backend: str = "auto",
     check: bool = False,
 ) -> DivergenceOutput:
-    """The same as `linear_divergence` for callers that already hold logits.
+    """As `linear_divergence`, for callers that already hold logits.
 
     A logit of -inf is a masked word of that view. Where the second view alone masks a word, however little probability
     the first gives it, "kl" is +inf and has no gradient; "reverse_kl" where the first alone does; "jsd" is finite.

@@ -1,4 +1,4 @@
-"""Where trajectories lie: the rows of a `[B, T]` tensor, or one after the other in a `[total]` tensor (packed)."""
+"""How trajectories lie in memory: as the rows of `[B, T]`, or packed, one after the other in `[total]`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Padded:
         self.width: int | Tensor = max(like.shape[1], 1)
 
     def within(self, mask: Tensor) -> Tensor:
-        """The mask's tokens that belong to a trajectory."""
+        """The mask without tokens that belong to no trajectory."""
         return mask
 
     def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,7 +28,7 @@ class Padded:
         return values.sum(1, dtype=dtype)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values of trajectories, `[B]`, at each of their tokens."""
+        """Values of trajectories, `[B]`, repeated at each of their tokens."""
         return values.unsqueeze(1).expand(self.shape)
 
     def expand(self, values: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Packed:
     def __init__(self, like: Tensor, cu_seqlens: Tensor) -> None:
         self.shape, self.count = like.shape, cu_seqlens.shape[0] - 1
         total = like.shape[0]
-        # unchecked offsets stay within the tokens and in order
+        # offsets that nobody has checked are forced into order and into range
         self.offsets = cu_seqlens.long().clamp(0, total).cummax(0).values
         places = torch.arange(total, device=like.device)
         row = torch.bucketize(places, self.offsets[1:], right=True)
@@ -56,7 +56,7 @@ class Packed:
 
     @property
     def width(self) -> int | Tensor:
-        """Length of the longest trajectory: the T that these trajectories have when they are padded."""
+        """Length of the longest trajectory: the T of these trajectories when they are padded."""
         return self.offsets.diff().amax().clamp_min(1) if self.count else 1
 
     def within(self, mask: Tensor) -> Tensor:
@@ -80,11 +80,11 @@ Layout = Padded | Packed
 
 
 def layout_of(name: str, value: Any, cu_seqlens: Any, check: bool | None) -> Layout:
-    """How trajectories lie in `value`; its type and shape, and `cu_seqlens`, are checked.
+    """The layout of trajectories in `value`; its type and shape, and `cu_seqlens`, are checked.
 
     Raises:
         TypeError, ValueError: `value` or `cu_seqlens` is of the wrong type, shape or device, or offsets are out of
-            order where values are looked at.
+            order where values are checked.
     """
     if cu_seqlens is None:
         arguments.matrix(name, value)

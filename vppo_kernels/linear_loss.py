@@ -1,8 +1,8 @@
 """The VPPO loss of a batch from hidden states: its gradient is made in the forward.
 
-The loss of a batch needs only two numbers per row, so torch differentiates it as it is written. What it gives, the
-gradient of each row's log-probability and entropy, is all that the logits' gradient waits for: where the logits of all
-rows fit the workspace they are still there, and three products do the whole step; otherwise a fourth recomputes them.
+The loss depends on the logits through two numbers per row alone, log-probability and entropy. Autograd differentiates
+the loss by these two, and a tile operation turns that into the gradient of the logits. Where the logits of all rows fit
+the workspace they are kept for it, and the whole step takes three matrix products; elsewhere a fourth recomputes them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ LossOfRows = Callable[[Tensor, Tensor], Tensor]  # log-probabilities and entropi
 
 
 def _float16_scale(grads: Tensor, source: LinearHead) -> Tensor:
-    """A power of two, `[]`, that no gradient leaves float16's range with, and that brings them near its top.
+    """A power of two, `[]`: about the largest factor that keeps every gradient within float16's range.
 
-    A gradient scaler keeps small float16 gradients from vanishing by a factor on the loss. Gradients that are made in
-    the forward do not know it yet.
+    A gradient scaler multiplies the loss, so that small float16 gradients do not vanish. Gradients that are made in the
+    forward cannot have that factor yet; they are made with this one, which the backward divides out.
 
     Args:
         grads: `[2, rows]` derivatives of the loss by log-probabilities and by entropies.
         source: Of all rows.
     """
-    # the sum over the vocabulary of the sizes of a row's gradient by its logits is at most this
+    # per row an upper bound on the sum of the absolute gradients of its logits
     rows = 2 * grads[0].abs() + 4 * math.log(source.max_columns + 1) * grads[1].abs()
     factors = torch.stack([*source.hidden_range(), *torch.aminmax(source.weight)]).abs().max().float()
     largest = rows.sum() * max_ranks(factors, source.group).clamp_min(1)
@@ -70,7 +70,7 @@ class LinearLoss(torch.autograd.Function):
         chosen = backends.resolve(backend, weight.device, logit_dtype(hidden, weight))
         want_head = (wants[0],), wants[1], wants[2]
         source = LinearHead([hidden], weight, bias, transform, shard, active, want_head, chosen.product, exact)
-        found: list[Tensor] = []  # the loss, and what its gradients are multiplied by until the backward
+        found: list[Tensor] = []  # the loss, and the factor that the backward divides out
         half = source.rows > 0 and torch.float16 in (hidden.dtype, weight.dtype)
 
         def derivative(view: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class LinearLoss(torch.autograd.Function):
         if not hasattr(ctx, "grad_hidden"):
             raise RuntimeError("linear_vppo_loss: its gradient was made in the forward and is handed out once")
         grads = [ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias]
-        del ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias  # in place: another copy of the weight's would be large
-        factor = upstream / ctx.scale
+        del ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias
+        factor = upstream / ctx.scale  # multiplied in place: a copy of the weight's gradient would be large
         return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 8
 
 

@@ -20,7 +20,7 @@ from vppo_kernels.tile_shape import Footprint
 from vppo_kernels.vocab_parallel import Shard, sum_ranks
 
 RANGE_ROWS = 1024  # looked at together
-MOST_SCALE = 1e30  # of logits: what they are multiplied by must leave them, and their gradient, within float32
+MOST_SCALE = 1e30  # the largest factor on logits that leaves them, and their gradient, within float32
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Source(Protocol):
 
 NarrowProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """`product(first, second, shares_rounding, weight, out)` of bfloat16 `[r, D]`, `[r or r - 1, D]` and `[V, D]` fills
-`out`, `[rows, V]` float32; `shares_rounding`, `[r]` bool: which second rows are rounded as the first ones beside."""
+`out`, `[rows, V]` float32. Where `shares_rounding`, `[r]` bool, row i of both views gets the same rounding error."""
 
 
 def logit_dtype(*tensors: Tensor) -> torch.dtype:
@@ -137,7 +137,7 @@ def logit_dtype(*tensors: Tensor) -> torch.dtype:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products in float32 (no TF32, no bfloat16, no autocast), and kernels started on this device."""
+    """float32 products are computed in float32 (no TF32, bfloat16 or autocast), and kernels start on this device."""
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with exact_float32.held(), torch.autocast(device.type, enabled=False), on_device:
         yield
@@ -157,10 +157,13 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _difference_(hidden: Tensor, perturbed: Tensor) -> Tensor:
-    """Overwrite `perturbed` with its difference from `hidden` in the rows where both are alike; `[rows, 1]`, 1 there.
+    """Overwrite `perturbed` with its difference from `hidden` in the rows where the two are close.
 
-    The second view's logits are then the first's plus a small product, so that the rounding of the large product,
-    several times that of one addition, is the same in both views and drops out of the divergence.
+    There the second view's logits are computed as the first's plus a small product. Both views then have the same
+    rounding error of the large product, which is several times that of one addition, and it cancels in the divergence.
+
+    Returns:
+        `[rows, 1]`: 1 where `perturbed` now holds a difference, 0 elsewhere.
     """
     difference = perturbed - hidden
     shares_rounding = _norm(difference) < 0.5 * _norm(perturbed)
@@ -201,7 +204,7 @@ class LinearHead:
         exact: bool = False,
     ) -> None:
         tensor_cores.warn_of_slow_product(hidden[0], weight)
-        # kernels read memory, where a view that torch negates when it reads it has the other sign
+        # kernels read memory as it is: of a tensor that torch negates lazily they would see the wrong sign
         self.hidden, self.weight = [h.resolve_neg() for h in hidden], weight.resolve_neg()
         self.bias, self.transform, self.active = bias, transform, active
         self.first, self.columns, self.max_columns, _, self.group = shard
@@ -260,7 +263,7 @@ class LinearHead:
         return least.amin(), largest.amax()
 
     def stacked(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Both views' rows under each other, so that one product reads the weight once; see `_difference_`."""
+        """The rows of both views below each other, so that one product reads the weight once; see `_difference_`."""
         if self._stack is None or self._stack[0] != rows:
             self._stack = None  # its memory is what the next one takes
             stacked = self._gather(rows)
@@ -342,8 +345,7 @@ class LinearHead:
             self._grad_bias[columns] += grad.sum((0, 1))
         if self.grad_weight is not None and of_columns:
             stacked, shares_rounding = self.stacked(rows)
-            if shares_rounding is not None:
-                # the second view's hidden states are the first's plus what stands in the stack
+            if shares_rounding is not None:  # there the second view's rows are the first's plus those of the stack
                 narrow[0].addcmul_(narrow[1], shares_rounding)
             self._accumulate_weight(rows, columns, narrow.view(-1, narrow.shape[-1]).T, stacked)
 
@@ -366,16 +368,16 @@ class LinearHead:
                 self._tile_sum = None
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]:
-        """What `accumulate` has collected: one gradient per view, of the weight and of the bias.
+        """What `accumulate` has collected: the gradients of each view's hidden states, of the weight and of the bias.
 
-        The weight's and the bias's are of this rank's part, the hidden states' of the whole vocabulary.
+        Those of weight and bias are of this rank's part, those of hidden states of the whole vocabulary.
         """
         bias = None if self._grad_bias is None or self.bias is None else self._grad_bias.to(self.bias.dtype)
         return tuple(self._grad_hidden), self.grad_weight, bias
 
 
 class GivenLogits:
-    """Logits that the caller holds, one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
+    """Logits that the caller holds: one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
 
     hidden_size, footprint, shares_columns = 0, Footprint(0, 0, 0, 0), False
 

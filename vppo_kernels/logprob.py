@@ -31,8 +31,8 @@ def linear_logprob(
     """Log-probability of each target and entropy of its distribution, without holding `[rows, V]` logits.
 
     The backward recomputes tiles, and only for rows whose upstream gradient is not exactly zero: tokens that a filter,
-    a clip or a zero advantage has silenced cost nothing. A bias of -inf, and the number of threads, do to results and
-    gradients what they do in `linear_divergence`.
+    a clip or a zero advantage has silenced cost nothing. About a bias of -inf and the number of threads see
+    `linear_divergence`.
 
     Args:
         hidden: `[..., D]` final hidden states; float32, bfloat16 or float16.

@@ -22,8 +22,6 @@ EXPORTED = (  # by the library of every device
     "gradient",
     "gradient_pair",
     "topk_mask",
-    "clipped_loss",
-    "clipped_loss_gradient",
 )
 
 
@@ -66,7 +64,7 @@ def _not_trusted(path: Path) -> str:
 
 
 def _damage(path: Path) -> str:
-    """Why a file cannot be our library; "" if it can. To map one that ends too early may end the process, later."""
+    """Why a file cannot be our library; "" if it can. One that is cut off could crash the process later."""
     data = path.read_bytes()
     header = struct.Struct("<4s2B10x2HI3QI6H")  # of ELF in 64 bits, little-endian
     if len(data) < header.size or data[:4] != b"\x7fELF":
@@ -84,7 +82,7 @@ def _damage(path: Path) -> str:
         end = max(end, offset + length)
     if end > len(data):
         return "it is cut off"
-    # to load somebody else's library, only to ask it what it has, would run it
+    # names are looked for in the file, as loading somebody else's library would already run it
     lacking = [name for name in EXPORTED if f"\0__tvm_ffi_{name}\0".encode() not in data]
     return f"it is another library, without {', '.join(lacking)}" if lacking else ""
 

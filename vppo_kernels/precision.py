@@ -11,7 +11,7 @@ import torch
 
 
 def _backends() -> list[Any]:
-    """What has an `fp32_precision` of its own: the products of cuBLAS and of oneDNN, since torch 2.9."""
+    """The settings that have an `fp32_precision` of their own since torch 2.9: products of cuBLAS and of oneDNN."""
     found = (getattr(module, "matmul", None) for module in (torch.backends.cuda, torch.backends.mkldnn))
     return [matmul for matmul in found if hasattr(matmul, "fp32_precision")]
 

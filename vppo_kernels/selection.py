@@ -38,11 +38,11 @@ def topk_mask(
         keep_ratio: Fraction kept, above 0 and at most 1 (0.4 in the paper).
         cu_seqlens: `[B + 1]` int32 or int64 for packed rows: row i is `scores[cu_seqlens[i]:cu_seqlens[i + 1]]`, the
             first begins at 0 and the last ends at `total`.
-        backend: "auto", "torch" or one of Triton's, as in `linear_divergence`. "auto" takes the kernels on a GPU, plain
-            torch for float64. They agree exactly. Code that `torch.compile` traces is plain torch, whatever the name.
-        check: Raise on NaN or inf among valid scores and on offsets out of order. None looks on the CPU, where looking
+        backend: As in `linear_divergence`; both of Triton's have the same kernels. "auto" takes plain torch for
+            float64, and code that `torch.compile` traces is plain torch, whatever the name. All agree exactly.
+        check: Raise on NaN or inf among valid scores and on offsets out of order. None checks on the CPU only, where it
             costs no synchronisation. Unchecked, a NaN ranks above every number. Code that `torch.compile` traces has
-            no values to look at: there nothing is checked but types and shapes.
+            no values to check: there only types and shapes are checked.
 
     Returns:
         Bool like `scores`, never True where `mask` is 0. A row without valid tokens keeps none. Not differentiable.
@@ -73,5 +73,5 @@ def topk_mask_(
         `scores`.
     """
     valid, layout = _checked(scores, mask, keep_ratio, cu_seqlens, check)
-    scores[:0].zero_()  # tells autograd what kernels do behind its back, or raises where nothing may be written
+    scores[:0].zero_()  # lets autograd know that kernels write, and raises where writing is not allowed
     return backends.token_ops(backend, scores).topk_(scores, valid, keep_ratio, layout)

@@ -1,8 +1,8 @@
 """Trajectory-level advantage shaping, and the adapter that turns plain advantages into VPPO's (VPPO, Eq. 4 and 5).
 
 The clipped losses of the PPO family are positively homogeneous in the advantage, so the token mask (0 or 1) and the
-trajectory factor (above 0) fold into per-token advantages exactly: any trainer that accepts `[B, T]` advantages runs
-VPPO unchanged.
+trajectory factor (above 0) can be multiplied into per-token advantages, exactly: any trainer that accepts `[B, T]`
+advantages runs VPPO unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vppo_kernels.layout import Layout, layout_of
 
 
 class Shaped(NamedTuple):
-    """Advantages and kept tokens (bool), `[B, T]` or `[total]`, and the trajectory factor `[B]` folded into them."""
+    """Shaped advantages and kept tokens (bool), `[B, T]` or `[total]`, and the trajectory factors, `[B]`."""
 
     advantages: Tensor
     keep: Tensor
@@ -70,7 +70,7 @@ def trajectory_stats(
     Args:
         scores: `[B, T]` dependency of each token, or `[total]` with `cu_seqlens`; not read where `mask` is 0.
         mask: Bool or 0/1 like `scores`; rows without a valid token are left out.
-        cu_seqlens: As in `topk_mask`; looked at on the CPU.
+        cu_seqlens: As in `topk_mask`; checked on the CPU.
         stats_group: A `torch.distributed` group whose ranks hold parts of the batch; None for this process alone.
         backend: As in `topk_mask`; packed rows are averaged in plain torch.
 
@@ -147,7 +147,7 @@ def shape_advantages(
     backend: str = "auto",
     check: bool | None = None,
 ) -> Shaped:
-    """`vppo_advantages` with the two parts it is made of. Arguments as there."""
+    """As `vppo_advantages`, and the mask and the factors that the advantages were multiplied by."""
     layout = layout_of("dependency", dependency, cu_seqlens, check)
     options = ScaleOptions(scale_min, scale_max, stats, stats_group)
     valid = layout.within(arguments.token_mask(mask, dependency))
@@ -169,7 +169,7 @@ def apply_shaping(
     ops: TokenOps,
     check_values: bool,
 ) -> Shaped:
-    """`shape_advantages` with everything but the tensors of trajectories and tokens checked."""
+    """`shape_advantages` with all arguments checked but `advantages` and `has_image`."""
     per_token = expand_advantages(advantages, dependency, layout)
     seen = valid
     if has_image is not None:

@@ -25,12 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# a stand-in for an infinite distance: exp(-EXP_FLOOR) and EXP_FLOOR * 0 are 0, and no logits lie further apart
+# stands for an infinite distance: exp(-EXP_FLOOR) and 0 * EXP_FLOOR are 0, and no two logits lie further apart
 EXP_FLOOR = 1.0e30
 
-# A sum with a term beyond this is rounded by more than alike views may differ. So where the two maxima lie further
-# apart, views are measured from them before they are compared (nearer ones are compared first, which leaves no rounding
-# where they are alike); and where the divergence is larger, `log(p / q)` is the difference of the logarithms.
+# How far apart the maxima of two views may lie before the order of subtractions changes. Up to here `z_p - z_q` comes
+# first, which is exact between similar views. Beyond, that difference would be rounded by more than similar views
+# differ, so each logit is measured from its own view's maximum first. For the same reason `log(p / q)` is made from the
+# gap where the divergence is at most this, and is the difference of the two logarithms where it is larger.
 APART = 4.0
 
 
@@ -73,9 +74,9 @@ class PairStats(NamedTuple):
     Attributes:
         p: Statistics of the first view.
         q: Statistics of the second view.
-        mean_diff: Mean of the gaps `g = (z_p - m_p) - (z_q - m_q)` under this part's share of `p`. Measured from the
-            maxima: a mean of the size of the logits themselves would be rounded by more than a small divergence. +inf
-            where q alone masks a word, 0 where p masks all.
+        mean_diff: Mean of the gaps `g = (z_p - m_p) - (z_q - m_q)` under this part's share of `p`. Gaps are measured
+            from the maxima, because a mean of the size of the logits would be rounded by more than a small divergence.
+            +inf where q alone masks a word, 0 where p masks all.
         excess: `sum exp(z_p - m_p) phi(mean_diff - g)`, `phi(x) = exp(x) - 1 - x`.
     """
 
@@ -88,8 +89,8 @@ class PairStats(NamedTuple):
 class Softmax(NamedTuple):
     """One view over the whole vocabulary, each `[rows]`: what a backward needs besides the logits themselves.
 
-    The normaliser stays split in two because `max + log_sum` would round away digits where logits are large. Without
-    targets `logprobs` is -inf.
+    The normaliser is kept as two numbers, as their sum `max + log_sum` would lose digits where logits are large.
+    Without targets `logprobs` is -inf.
     """
 
     max: Tensor
@@ -101,8 +102,8 @@ class Softmax(NamedTuple):
 class Pair(NamedTuple):
     """Two views over the whole vocabulary: `mean_diff = E_p[(z_p - m_p) - (z_q - m_q)]`, `kl = KL(p || q)`, `[rows]`.
 
-    `log(p / q)` is a word's gap less `mean_diff` plus `kl`. Where `kl` is infinite there is no mean, and `mean_diff`
-    is 0.
+    `log(p / q)` of a word is its gap, minus `mean_diff`, plus `kl`. Where `kl` is infinite, `mean_diff` is 0, as there
+    is no mean.
     """
 
     p: Softmax
@@ -111,7 +112,20 @@ class Pair(NamedTuple):
     kl: Tensor
 
 
-# Between sweep, kernels and ranks statistics travel packed, one row of a `[fields, rows]` tensor per field.
+# Between sweep, kernels and ranks statistics travel packed, as `[fields, rows]`. `csrc/types.h` has the same names.
+MAX, SUM, WEIGHTED_SUM, TARGET = range(4)  # the fields of SoftmaxStats
+LOG_SUM, ENTROPY, LOGPROB = 1, 2, 3  # those of Softmax, whose first is MAX too
+SOFTMAX_FIELDS = 4
+P, Q = 0, SOFTMAX_FIELDS  # where the fields of p and of q begin among those of two views
+MEAN_DIFF = 2 * SOFTMAX_FIELDS  # what follows them,
+EXCESS = KL = MEAN_DIFF + 1  # and last in PairStats the one, in Pair the other
+PAIR_FIELDS = MEAN_DIFF + 2
+
+# So do the terms `KL(p || m)` and `KL(q || m)` of a Jensen-Shannon divergence,
+JSD_P, JSD_Q, JSD_FIELDS = 0, 1, 2
+# and the upstream gradients of one view's outputs and of two views'; without targets the last two are missing.
+GRAD_LOGPROB, GRAD_ENTROPY = range(2)
+GRAD_DIVERGENCE, GRAD_ENTROPY_P, GRAD_ENTROPY_Q, GRAD_LOGPROB_P, GRAD_LOGPROB_Q = range(5)
 
 
 def pack(stats: SoftmaxStats | PairStats | Softmax | Pair) -> Tensor:
@@ -128,7 +142,7 @@ def unpack_stats(packed: Tensor) -> SoftmaxStats:
 
 def unpack_pair_stats(packed: Tensor) -> PairStats:
     """`[10, rows]` to `PairStats`."""
-    return PairStats(SoftmaxStats(*packed[0:4]), SoftmaxStats(*packed[4:8]), packed[8], packed[9])
+    return PairStats(SoftmaxStats(*packed[P:Q]), SoftmaxStats(*packed[Q:MEAN_DIFF]), packed[MEAN_DIFF], packed[EXCESS])
 
 
 def unpack_softmax(packed: Tensor) -> Softmax:
@@ -138,14 +152,14 @@ def unpack_softmax(packed: Tensor) -> Softmax:
 
 def unpack_pair(packed: Tensor) -> Pair:
     """`[10, rows]` to `Pair`."""
-    return Pair(Softmax(*packed[0:4]), Softmax(*packed[4:8]), packed[8], packed[9])
+    return Pair(Softmax(*packed[P:Q]), Softmax(*packed[Q:MEAN_DIFF]), packed[MEAN_DIFF], packed[KL])
 
 
 def nothing(views: int, rows: int, like: Tensor) -> Tensor:
-    """Packed statistics of an empty part of the vocabulary: what merging leaves as it is."""
-    packed = like.new_zeros(4 if views == 1 else 10, rows)
-    for view in range(views):
-        packed[4 * view] = packed[4 * view + 3] = -torch.inf  # max and target
+    """Packed statistics of an empty part of the vocabulary, the neutral element of merging."""
+    packed = like.new_zeros(SOFTMAX_FIELDS if views == 1 else PAIR_FIELDS, rows)
+    for first in (P, Q)[:views]:
+        packed[first + MAX] = packed[first + TARGET] = -torch.inf
     return packed
 
 
@@ -175,7 +189,7 @@ def merge_pair(a: PairStats, b: PairStats) -> PairStats:
     mean_diff_a, mean_diff_b = a.mean_diff + (down_a - lower_a), b.mean_diff + (down_b - lower_b)
     weight_a, weight_b = down_a.exp() * a.p.sum, down_b.exp() * b.p.sum
     total = p.sum.clamp_min(torch.finfo(p.sum.dtype).tiny)
-    # from the heavier part's side: a large gap in a part without weight must not round the other's away
+    # starting from the heavier part: a huge gap in a part with hardly any weight must not swallow its digits
     mean_diff = torch.where(
         weight_a > weight_b,
         mean_diff_a + weight_b / total * (mean_diff_b - mean_diff_a),
@@ -189,7 +203,9 @@ def merge_pair(a: PairStats, b: PairStats) -> PairStats:
 
 
 def _move_excess(part: PairStats, d: Tensor, down: Tensor, both: Tensor) -> Tensor:
-    """The part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`.
+    """The part's excess about a mean gap that is higher by `d` and a maximum that is higher by `-down`.
+
+    `both` is `down + d`, without its rounding.
 
     `sum w phi(d + x) = exp(d) sum w phi(x) + phi(d) sum w`, since `sum w x = 0`.
     """
@@ -209,7 +225,7 @@ def finish_pair(stats: PairStats) -> Pair:
     """Both views' results and `KL(p || q)`, never negative."""
     p, q = finish(stats.p), finish(stats.q)
     exact = torch.log1p(stats.excess / stats.p.sum)
-    # some z_q lies about 88 above its place in p, so the divergence is large and the plain form has digits to spare
+    # where `exact` overflows some gap is about 88, and the divergence so large that the textbook formula is accurate
     plain = stats.mean_diff + (q.log_sum - p.log_sum)
     kl = torch.where(torch.isfinite(exact), exact, plain).clamp_min(0.0)
     return Pair(p, q, torch.where(kl == torch.inf, 0.0, stats.mean_diff), kl)

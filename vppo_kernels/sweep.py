@@ -1,4 +1,4 @@
-"""The sweep and its backward as torch sees them: two opaque operators, which `torch.compile` passes over unopened."""
+"""The sweep and its backward as torch sees them: two operators that `torch.compile` does not look into."""
 
 from __future__ import annotations
 
@@ -10,10 +10,26 @@ from torch import Tensor
 from vppo_kernels import arguments, tiling
 from vppo_kernels.backends import resolve
 from vppo_kernels.logits import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
-from vppo_kernels.statistics import unpack_pair, unpack_softmax
+from vppo_kernels.statistics import (
+    GRAD_DIVERGENCE,
+    GRAD_ENTROPY_P,
+    GRAD_ENTROPY_Q,
+    GRAD_LOGPROB_P,
+    GRAD_LOGPROB_Q,
+    JSD_FIELDS,
+    PAIR_FIELDS,
+    SOFTMAX_FIELDS,
+    unpack_pair,
+    unpack_softmax,
+)
 from vppo_kernels.vocab_parallel import Shard
 
-FIELDS = {"logprob": 4, "kl": 10, "reverse_kl": 10, "jsd": 12}  # rows of `saved`
+# rows of `saved`
+FIELDS = {"logprob": SOFTMAX_FIELDS, "kl": PAIR_FIELDS, "reverse_kl": PAIR_FIELDS, "jsd": PAIR_FIELDS + JSD_FIELDS}
+
+
+# the upstream gradients of two views in the order of the swapped ones
+SWAPPED = (GRAD_DIVERGENCE, GRAD_ENTROPY_Q, GRAD_ENTROPY_P, GRAD_LOGPROB_Q, GRAD_LOGPROB_P)
 
 
 def _order(kind: str, both: Any) -> Any:
@@ -59,8 +75,8 @@ def run_sweep(
         backend: Its name.
         workspace: Bound on working memory in bytes, 0 for the one in force.
         exact: As `LinearHead` takes it.
-        gradient: Whether a backward may follow. It recomputes tiles, and a small divergence's gradient needs the very
-            roundings of the forward: then nothing is fused.
+        gradient: Whether a backward may follow. It recomputes tiles, and the gradient of a small divergence is right
+            only if they are rounded as in the forward: then nothing is fused.
 
     Returns:
         `values`, `[2, rows]` (logprobs, entropy) or `[3 or 5, rows]` (divergence, entropies, logprobs), through which
@@ -109,7 +125,7 @@ def run_sweep_backward(
 ) -> list[Tensor]:
     """Gradients of the views, then of weight and bias if there are any; of shape `[0]` where `wants` says no.
 
-    `grad` is that of `values`; rows where all of it is exactly zero meet no product.
+    `grad` is that of `values`. Rows where all of it is exactly zero are left out of every product.
     """
     rows = (grad != 0).any(0).nonzero().flatten()
     if len(rows) < grad.shape[1]:
@@ -117,8 +133,8 @@ def run_sweep_backward(
         targets = None if targets is None else targets[rows]
         active = rows if active is None else active[rows]
     if kind == "reverse_kl":
-        grad = grad[[0, 2, 1, 4, 3][: len(grad)]]
-    grad, saved = grad.resolve_neg().contiguous(), saved.contiguous()  # kernels take fields of consecutive rows
+        grad = grad[list(SWAPPED[: len(grad)])]
+    grad, saved = grad.resolve_neg().contiguous(), saved.contiguous()  # kernels take fields without gaps
 
     swapped, options, part = _order(kind, views), LogitTransform(*transform), _shard(shard, group)
     want_views = tuple(_order(kind, wants[: len(views)]))
@@ -134,8 +150,8 @@ def run_sweep_backward(
             assert targets is not None
             tiling.backward(source, chosen.tiles, saved, targets, grad, workspace)
         else:
-            jsd_terms = saved[10:] if kind == "jsd" else None
-            tiling.backward_pair(source, chosen.tiles, saved[:10], jsd_terms, targets, grad, workspace)
+            jsd_terms = saved[PAIR_FIELDS:] if kind == "jsd" else None
+            tiling.backward_pair(source, chosen.tiles, saved[:PAIR_FIELDS], jsd_terms, targets, grad, workspace)
     grad_views, *grad_head = source.gradients()
     grads = [*_order(kind, grad_views), *grad_head][: len(wants)]
     return [grad.new_empty(0) if g is None else g for g in grads]
@@ -146,7 +162,7 @@ def _inputs(views: list[Tensor], weight: Tensor | None, bias: Tensor | None) -> 
     return [*views, *(x for x in (weight, bias) if x is not None)]
 
 
-# The plain functions keep names of their own: a test that follows every tensor cannot look into an operator.
+# The plain functions keep their names for tests that follow every tensor, which cannot look into an operator.
 sweep = torch.library.custom_op("vppo_kernels::sweep", run_sweep, mutates_args=())
 sweep_backward = torch.library.custom_op("vppo_kernels::sweep_backward", run_sweep_backward, mutates_args=())
 

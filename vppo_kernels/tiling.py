@@ -1,7 +1,7 @@
-"""The one driver: walks rows x vocabulary in tiles, asks a source for logits and a backend what to do with them.
+"""The one driver: walks rows x vocabulary in tiles, which a source fills with logits and a backend folds.
 
-Never more than one tile of logits exists (for the Jensen-Shannon divergence, the tiles of one block of rows), so memory
-is bounded by `workspace_limit`, whatever the numbers of rows and of vocabulary entries are.
+At any time one tile of logits exists, for the Jensen-Shannon divergence the tiles of one block of rows, and those that
+`forward_backward` keeps where they fit. So memory is bounded by `workspace_limit`, for any number of rows and words.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ from torch import Tensor
 from vppo_kernels.backends.protocols import FusedSweep, TileOps
 from vppo_kernels.logits import LinearHead, Source
 from vppo_kernels.statistics import (
+    GRAD_DIVERGENCE,
+    GRAD_ENTROPY_P,
+    GRAD_LOGPROB,
+    GRAD_LOGPROB_P,
+    JSD_FIELDS,
+    KL,
+    LOGPROB,
+    MEAN_DIFF,
+    SOFTMAX_FIELDS,
     finish,
     finish_pair,
     merge,
@@ -73,7 +82,7 @@ def _tile(buffer: Tensor, tiles: int, rows: int, columns: slice) -> Tensor:
 
 
 def _row_blocks(source: Source, tiling: Tiling) -> Iterator[slice]:
-    """Row tiles; one empty tile where there are no rows, so that results have their shapes all the same."""
+    """Row tiles; one empty tile where there are no rows, so that results of no rows have the right shapes."""
     yield from tiling.row_tiles(source.rows) if source.rows else [slice(0, 0)]
 
 
@@ -103,7 +112,7 @@ def _fold_tiles(
     buffers: list[Tensor],
     scratch: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Packed statistics of a block of rows, and its tiles; those stay what they are if there is a buffer for each."""
+    """Packed statistics of a block of rows, and its tiles, which stay intact only if there is a buffer for each."""
     count = rows.stop - rows.start
     stats, tiles = nothing(source.views, count, scratch), []
     for index, columns in enumerate(column_tiles if count else []):
@@ -166,27 +175,33 @@ def forward_pair(
         pair = pack(finish_pair(unpack_pair_stats(merge_ranks(stats, source.group, _merge_pair))))
         blocks.append(pair)
         if jsd:
-            half = stats.new_zeros(2, rows.stop - rows.start)
+            terms = stats.new_zeros(JSD_FIELDS, rows.stop - rows.start)
             for tile in tiles:
-                half = ops.fold_jsd(tile, pair, half)
-            jsd_terms.append(sum_ranks(half, source.group))
+                terms = ops.fold_jsd(tile, pair, terms)
+            jsd_terms.append(sum_ranks(terms, source.group))
     return torch.cat(blocks, dim=1), torch.cat(jsd_terms, dim=1) if jsd else None
 
 
 def _of_finite(values: Tensor, grads: Tensor) -> Tensor:
-    """Upstream gradients of these outputs; what is infinite, whatever the logits do, has none."""
+    """Upstream gradients of these outputs, 0 where one is infinite: no change of the logits would move it."""
     return torch.where(torch.isinf(values), 0.0, grads)
 
 
-def _of_view(view: Tensor, grads: Tensor) -> Tensor:
-    """Upstream gradients of (log-probability, entropy) that a view's tiles are to be given."""
-    return torch.cat([_of_finite(view[3:4], grads[:1]), grads[1:]])
+def _of_view(softmax: Tensor, grads: Tensor) -> Tensor:
+    """Upstream gradients of one view's outputs, as its tiles are given them."""
+    after = GRAD_LOGPROB + 1
+    return torch.cat([_of_finite(softmax[LOGPROB:], grads[:after]), grads[after:]])
 
 
 def _of_pair(pair: Tensor, grads: Tensor, jsd: bool) -> Tensor:
-    """Those of (divergence, both entropies, both log-probabilities), the last two if there are targets."""
-    divergence = grads[:1] if jsd else _of_finite(pair[9:], grads[:1])
-    return torch.cat([divergence, grads[1:3], _of_finite(pair[3:8:4], grads[3:]) if len(grads) > 3 else grads[3:]])
+    """Those of two views' outputs; without targets there are none of log-probabilities."""
+    entropies, logprobs = grads[GRAD_ENTROPY_P:GRAD_LOGPROB_P], grads[GRAD_LOGPROB_P:]
+    divergence = grads[GRAD_DIVERGENCE:GRAD_ENTROPY_P]
+    if not jsd:
+        divergence = _of_finite(pair[KL:], divergence)
+    if len(logprobs):
+        logprobs = _of_finite(pair[LOGPROB:MEAN_DIFF:SOFTMAX_FIELDS], logprobs)
+    return torch.cat([divergence, entropies, logprobs])
 
 
 class _GradientTile(NamedTuple):
@@ -233,20 +248,20 @@ def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[_G
         source.close()
 
 
-def backward(source: Source, ops: TileOps, view: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
+def backward(source: Source, ops: TileOps, softmax: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
     """Hand the source the gradient of all its tiles.
 
     Args:
         source: Of the active rows, as are all the others.
-        view: `[4, rows]`, what `forward` returned.
+        softmax: `[4, rows]`, what `forward` returned.
         targets: `[rows]`.
         grads: `[2, rows]`, upstream of log-probability and entropy.
         ops, workspace: As in the forward.
     """
-    grads = _of_view(view, grads)
+    grads = _of_view(softmax, grads)
     for rows, columns, tile, of_columns in _backward_tiles(source, ops, workspace):
         first = source.first + columns.start
-        ops.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+        ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transform)
         source.accumulate(rows, columns, tile, of_columns)
 
 
@@ -257,7 +272,7 @@ def forward_backward(
     derivative: Callable[[Tensor], Tensor],
     workspace: int,
 ) -> None:
-    """One view forward, and at once backward: the logits are kept where they fit, and made again where they do not.
+    """One view forward and at once backward: tiles are kept in between where they fit, and recomputed where not.
 
     Args:
         source: Of all rows.
@@ -270,8 +285,8 @@ def forward_backward(
     size, sums = source.rows * source.columns * source.dtype.itemsize, source.rows * source.footprint.row_sum
     bound = workspace or current_workspace()
     if source.rows == 0 or size > bound // 2 or sums > bound // SUMS:
-        view = forward(source, ops, targets, workspace)
-        backward(source, ops, view, targets, derivative(view), workspace)
+        softmax = forward(source, ops, targets, workspace)
+        backward(source, ops, softmax, targets, derivative(softmax), workspace)
         return
     scratch = _buffer(source, tiling, ops.SCRATCH)
     kept, blocks = [], []
@@ -280,13 +295,13 @@ def forward_backward(
         stats, tiles = _fold_tiles(source, ops, targets[rows], rows, column_tiles, buffers, scratch)
         blocks.append(pack(finish(unpack_stats(merge_ranks(stats, source.group, _merge)))))
         kept.append(tiles)
-    view = torch.cat(blocks, dim=1)
-    grads = _of_view(view, derivative(view))
+    softmax = torch.cat(blocks, dim=1)
+    grads = _of_view(softmax, derivative(softmax))
     source.open(slice(0, source.rows))
     for index, columns in enumerate(column_tiles):
         for rows, tiles in zip(row_blocks, kept, strict=True):
             tile, first = tiles[index], source.first + columns.start
-            ops.gradient_(tile[0], view[:, rows], targets[rows], first, grads[:, rows], source.transform)
+            ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transform)
             source.accumulate(rows, columns, tile)
     source.close()
 
@@ -300,7 +315,7 @@ def backward_pair(
     grads: Tensor,
     workspace: int,
 ) -> None:
-    """The same for two views; `grads` is upstream of (divergence, both entropies, both log-probabilities)."""
+    """As `backward`, for two views; `grads` are upstream of divergence, both entropies and both log-probabilities."""
     grads = _of_pair(pair, grads, jsd_terms is not None)
     for rows, columns, tile, of_columns in _backward_tiles(source, ops, workspace):
         ops.gradient_pair_(

@@ -31,7 +31,7 @@ def exact_logits(
 def magnitude(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, shard: Shard
 ) -> Tensor:  # fmt: skip
-    """`[rows]`: the most that the terms of one logit add up to, signs aside. Their sum is rounded by it."""
+    """`[rows]`: the largest sum of absolute terms of a row's logits; the rounding of a logit grows with it."""
     bias = None if bias is None else _unmasked(bias.double()).abs()
     local = reference.logits(hidden.double().abs(), weight.double().abs(), bias, vocab_size=shard.columns)
     scale = abs(transform.logit_scale) / transform.temperature
@@ -39,25 +39,17 @@ def magnitude(
 
 
 def _unmasked(z: Tensor) -> Tensor:
-    """Logits or a bias with 0 for a masked word, which nothing rounds."""
+    """Logits or a bias with 0 for a masked word, as -inf is not rounded."""
     return z.masked_fill(z == -torch.inf, 0.0)
 
 
 def exact_transform(logits: Tensor, transform: LogitTransform, shard: Shard) -> Tensor:
-    """The same from `[rows, columns]` raw logits of this rank."""
+    """As `exact_logits`, from `[rows, columns]` raw logits of this rank."""
     return gather_columns(reference.transform(logits.double(), **vars(transform)), shard)
 
 
-def bound(field: str, expected: Tensor, cut: bool = False) -> Tensor:
-    """How far a float32 result may lie from float64; with `cut`, one of sums that tensor cores cut off."""
-    if field == "divergence":
-        expected = expected.clamp_min(0)
-        return 1e-5 * expected + (2e-5 if cut else 3e-6) * expected.sqrt() + 1e-8
-    return torch.full_like(expected, 2e-4 if cut else 2e-5)
-
-
 def rounding(*logits: Tensor, terms: Tensor | None = None) -> Tensor:
-    """What rounding logits to float32 can move a result by: it grows with their size, and with their `terms`."""
+    """How far the rounding of logits to float32 can move a result, from their size and from `magnitude` as `terms`."""
     size = torch.stack([_unmasked(z).abs().amax(-1) for z in logits]).amax(0) * 4
     return (size if terms is None else torch.maximum(size, terms)) * torch.finfo(torch.float32).eps
 
@@ -75,9 +67,11 @@ def compare(
         if value is None:
             continue
         value = value.flatten()[rows].double()
-        # the slope of a divergence in the logits is of the order of its square root, and its curvature of 1
-        moved = slack * truth.clamp_min(0).sqrt() + slack**2 if field == "divergence" else slack
-        allowed = bound(field, truth, cut) + moved + truth.abs() * torch.finfo(torch.float32).eps
+        allowed = (reference.LOGPROB_BOUND_CUT if cut else reference.LOGPROB_BOUND) + slack
+        if field == "divergence":
+            # the slope of a divergence in the logits is of the order of its square root, and its curvature of 1
+            allowed = reference.divergence_bound(truth, cut) + slack * truth.clamp_min(0).sqrt() + slack**2
+        allowed = allowed + truth.abs() * torch.finfo(torch.float32).eps
         bad = torch.where(torch.isinf(truth), value != truth, ~((value - truth).abs() <= allowed))
         if bad.any():
             at = int(bad.nonzero()[0])
@@ -97,7 +91,7 @@ def check_pair(
 ) -> None:
     """Compare with the reference on float64 logits of the sampled rows, `[rows, V]` each; `terms` as `magnitude`.
 
-    Logits that are `given`, and taken as they are, have no rounding that could excuse an error.
+    Logits that the caller gave, untransformed, have no rounding that could excuse an error: `given` says so.
     """
     chosen = None if targets is None else targets[rows].long()
     slack = torch.zeros_like(z_p[:, 0]) if given else rounding(z_p, z_q, terms=terms)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vppo_kernels import arguments
 
-CHECKSUM_TOLERANCE = 1e-3  # relative: the same hidden states, whatever order their reductions had
+CHECKSUM_TOLERANCE = 1e-3  # relative: the same hidden states may have been summed in another order on each rank
 
 
 def check_group(name: str, value: Any) -> None:
@@ -31,7 +31,7 @@ class Shard(NamedTuple):
     Attributes:
         first: Vocabulary index of its first column.
         columns: How many columns it holds, without padding.
-        max_columns: The most that any rank holds: row blocks are cut by it, so that all ranks cut alike.
+        max_columns: The most that any rank holds. Tiles are cut by it, so that all ranks have the same row blocks.
         total: Size of the whole vocabulary.
         group: Name of the process group; "" for a vocabulary that is whole.
     """
@@ -46,7 +46,7 @@ class Shard(NamedTuple):
 def shard_of(
     process_group: Any, views: list[Tensor], local: int, vocab_size: int | None, of: str, same: dict[str, Any]
 ) -> Shard:
-    """Find this rank's place in the vocabulary; with a group collective, and the only step that waits for the device.
+    """Find this rank's place in the vocabulary. Collective with a group, and the only step that waits for the device.
 
     Args:
         process_group: Its ranks hold consecutive parts of the vocabulary, of any sizes, in rank order; None for no
@@ -79,7 +79,7 @@ def shard_of(
 
 
 def _number(value: Any) -> float:
-    """A number that tells an argument from others; of tokens one that a change of order changes too."""
+    """A number that differs where the argument does; of tokens it also differs where their order does."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex():
             return -2.0  # a wrong dtype is refused later
@@ -91,7 +91,7 @@ def _number(value: Any) -> float:
 
 
 def _sizes(process_group: Any, views: list[Tensor], local: int, of: str, same: dict[str, Any]) -> list[int]:
-    """Columns of every rank; finds out whether all have the same rows, which a sharded weight alone does not show."""
+    """Columns of every rank. Raises where ranks hold other rows or arguments, as they do if the weight is FSDP's."""
     counts = torch.tensor([local, len(views[0])], dtype=torch.float64, device=views[0].device)
     contents = [v.detach().float().abs().sum().nan_to_num() / max(v.numel(), 1) for v in views if of == "weight"]
     others = torch.tensor([_number(value) for value in same.values()], dtype=torch.float64, device=counts.device)

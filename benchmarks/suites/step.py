@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict
 from benchmarks.policy import POLICIES, Policy, TrainingStep, model_of, rollouts_of
+from benchmarks.sharded import ShardedStep
 from vppo.batch import Batch, View
+from vppo.errors import InputError
 from vppo.heads import logit_options
 from vppo.prefix_sharing import ResponsePasses
 from vppo.scoring import score
 
-CURVES = ("prompt", "rollouts")  # presets that differ in this number alone
+CURVES = ("prompt", "rollouts", "group")  # presets that differ in this number alone
 RELATIVE, ABSOLUTE = 1e-3, 1e-7  # of a dependency in nats from float32 hidden states
 RELATIVE_16_BIT = 0.25  # of the sum of all: a model's own rounding, whichever way its tokens pass
 
@@ -105,21 +109,62 @@ def _judge_scores(truth: Tensor, mask: Tensor, exact: bool, contestant: Contesta
 
 
 def _step(setting: Setting, policy: Policy) -> Case:
-    step = partial(TrainingStep, policy, setting.rows, setting.device)
+    step: Callable[..., Call] = partial(TrainingStep, policy, setting.rows, setting.device)
+    mode = "a training step"
+    if policy.processes > 1:
+        if setting.device.type != "cpu":
+            raise InputError(f"--preset {setting.preset}: shards over processes of a CPU, not of {setting.device.type}")
+        step, mode = partial(ShardedStep, policy, setting.rows), f"a step, FSDP2, {policy.processes} processes"
+    model = model_of(policy, torch.device("meta") if setting.device.type == "cuda" else setting.device)
+    batch, clean, _ = rollouts_of(policy, model, setting.rows)
+    tokens = _StepTokens(policy, model, batch, clean)
+    shared, whole = tokens.of("shared"), tokens.of("whole")
     contestants = [
         Contestant("GRPO by TRL", "floor", partial(step, stock=True), "its own trainer, its own head"),
         Contestant("GRPO here", "peer", partial(step, algorithm="grpo"), "with this library's head"),
-        Contestant("VPPO, rows whole", "peer", partial(step, prefix_sharing="off")),
-        Contestant("ours: VPPO", "ours", partial(step, prefix_sharing="on"), "prompts shared"),
+        Contestant("VPPO, rows whole", "peer", partial(step, prefix_sharing="off"), f"{whole:,} tokens pass"),
+        Contestant("ours: VPPO", "ours", partial(step, prefix_sharing="on"), f"prompts shared: {shared:,} tokens pass"),
     ]
-    model = model_of(policy, torch.device("meta") if setting.device.type == "cuda" else setting.device)
-    batch, clean, _ = rollouts_of(policy, model, setting.rows)
-    return Case(_labels(setting, policy, "a training step", batch, clean), contestants, _judge_step)
+    if policy.given or setting.preset.split("-")[0] in CURVES:
+        contestants = [contestants[0], contestants[-1]]  # what the ratio is of
+    grpo = tokens.of("grpo")
+    passing = {"VPPO, rows whole": {whole}, "ours: VPPO": {shared, shared + tokens.compared}}
+    labels = {**_labels(setting, policy, mode, batch, clean), "tokens_step": shared, "tokens_step_whole": whole}
+    return Case(labels, contestants, partial(_judge_step, passing, {grpo}))
 
 
-def _judge_step(contestant: Contestant, call: Call) -> Verdict:
-    loss = call()
-    return Verdict(bool(loss.isfinite()), reason="" if loss.isfinite() else f"the loss is {loss.item()}")
+class _StepTokens:
+    """How many tokens pass the language model in a step, counted from the sizes of prompts and responses.
+
+    Attributes:
+        compared: In the first step of a trainer also: two rows whole and in a pack, on every process.
+    """
+
+    def __init__(self, policy: Policy, model: Any, batch: Batch, view: View) -> None:
+        rows, prompt, response = len(batch), batch.prompt_lengths[0], policy.response
+        packs = ResponsePasses(model).packs(batch, range(rows), view)
+        self._sampling = 0 if policy.given else rows * (prompt + response - 1)  # nothing follows the last token
+        self._whole = rows * (prompt + response)
+        self._shared = len(packs) * (prompt - 1) + rows * response  # each response begins with the prompt's last token
+        # that are scored: where it samples in float32, that is the clean one
+        self._views = 1 if policy.dtype == torch.float32 and not policy.given else 2
+        self.compared = policy.processes * (2 * (prompt + response) + prompt - 1 + 2 * response)
+
+    def of(self, way: str) -> int:
+        """Of sampling, of the views that are scored, and of the pass with gradients."""
+        if way == "grpo":
+            return self._sampling + self._whole
+        return self._sampling + (self._views + 1) * {"shared": self._shared, "whole": self._whole}[way]
+
+
+def _judge_step(passing: dict[str, set[int]], grpo: set[int], contestant: Contestant, call: Any) -> Verdict:
+    """A finite loss, and exactly the tokens that have to pass."""
+    loss, expected = call(), passing.get(contestant.name, grpo)
+    if not loss.isfinite():
+        return Verdict(False, reason=f"the loss is {loss.item()}")
+    right = call.tokens in expected
+    wanted = " or ".join(f"{count:,}" for count in sorted(expected))
+    return Verdict(right, reason="" if right else f"{call.tokens:,} tokens passed instead of {wanted}")
 
 
 SUITE = Step()

@@ -1,4 +1,4 @@
-// What Python asks this library about itself.
+// Functions by which Python asks the CPU's library about itself.
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <atomic>
@@ -12,20 +12,20 @@ namespace {
 
 tvm::ffi::String instructions() { return operations().name; }
 
-// On how many threads a loop runs.
+// The number of threads that a loop runs on.
 int64_t threads() {
   std::atomic<int64_t> count{0};
   on_every_thread([](void* counted) { ++*static_cast<std::atomic<int64_t>*>(counted); }, &count);
   return count;
 }
 
-// For tests: one of the vectorised functions, of every entry of `x`.
+// For tests: applies one of the vectorised functions to every entry of `x`.
 void evaluate(tvm::ffi::String function, TensorView x, TensorView out) {
   const int64_t count = x.ndim() == 1 ? x.size(0) : 0;
   const float* const from = check_contiguous<float>("x", x, {count}, {kDLCPU, 0});
   float* const into = check_contiguous<float>("out", out, {count}, {kDLCPU, 0});
   if (!operations().evaluate(function.c_str(), from, into, count)) {
-    TVM_FFI_THROW(ValueError) << "function: got '" << function << "', takes exp, exp_down, expm1, phi or log1p";
+    TVM_FFI_THROW(ValueError) << "function: got '" << function << "', takes exp, exp_down, phi_near or log1p";
   }
 }
 

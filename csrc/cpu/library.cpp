@@ -1,4 +1,4 @@
-// The library of the CPU: divides rows among threads.
+// The library of the CPU: every operation divides its rows among threads.
 #include "../library.h"
 
 #include <algorithm>
@@ -10,18 +10,18 @@
 namespace vppo {
 namespace {
 
-constexpr std::int64_t kWorth = 1 << 14;  // entries that a thread takes at a time
+constexpr std::int64_t kGrain = 1 << 14;  // entries that a thread takes at a time
 
-// Calls `body(begin, end)` for rows of so many columns.
+// Calls `body(begin, end)` for ranges of rows, each of so many columns.
 template <typename Body>
 void for_rows(std::int64_t rows, std::int64_t columns, const Body& body) {
-  parallel_for(rows, kWorth / std::max<std::int64_t>(columns, 1), body);
+  parallel_for(rows, kGrain / std::max<std::int64_t>(columns, 1), body);
 }
 
-// A packed row may be of any length.
+// A packed row may have any length, so a thread takes one at a time.
 template <typename Out>
 void write_mask(const Scores& scores, double keep_ratio, Out* keep) {
-  for_rows(scores.rows, scores.offsets != nullptr ? kWorth : scores.columns,
+  for_rows(scores.rows, scores.offsets != nullptr ? kGrain : scores.columns,
            [&](auto begin, auto end) { topk_mask(scores, keep_ratio, keep, begin, end); });
 }
 
@@ -45,10 +45,10 @@ void fold_jsd(DLDevice, Tile tile, Fields pair, Fields jsd_terms) {
   for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_jsd(tile, pair, jsd_terms, begin, end); });
 }
 
-void gradient(DLDevice, Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
+void gradient(DLDevice, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope) {
   const Operations& on = operations();
   for_rows(tile.rows, tile.columns,
-           [&](auto begin, auto end) { on.gradient(tile, view, targets, grads, slope, begin, end); });
+           [&](auto begin, auto end) { on.gradient(tile, softmax, targets, grads, slope, begin, end); });
 }
 
 void gradient_pair(DLDevice, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope) {
@@ -59,17 +59,5 @@ void gradient_pair(DLDevice, Tile tile, Fields pair, Fields jsd_terms, Targets t
 
 void topk_mask(DLDevice, const Scores& scores, double keep_ratio, float* keep) { write_mask(scores, keep_ratio, keep); }
 void topk_mask(DLDevice, const Scores& scores, double keep_ratio, bool* keep) { write_mask(scores, keep_ratio, keep); }
-
-void clipped_loss(DLDevice, const Tokens& tokens, const LossOptions& options, float* values, Fields sums) {
-  const Operations& on = operations();
-  for_rows(tokens.rows, tokens.columns,
-           [&](auto begin, auto end) { on.clipped_loss(tokens, options, values, sums, begin, end); });
-}
-
-void clipped_loss_gradient(DLDevice, const Tokens& tokens, const LossOptions& options, const LossGradient& gradient) {
-  const Operations& on = operations();
-  for_rows(tokens.rows, tokens.columns,
-           [&](auto begin, auto end) { on.clipped_loss_gradient(tokens, options, gradient, begin, end); });
-}
 
 }  // namespace vppo

@@ -1,7 +1,7 @@
-// The operations on tiles and tokens, once per instruction set; `backends/torch.py` and `loss.py` say what each does.
+// The operations on tiles, once per instruction set; `vppo_kernels/backends/protocols.py` says what each does.
 //
-// All take rows `begin` to `end`. Every row is computed by itself, so results do not depend on how rows are divided among
-// threads. Nothing is allocated.
+// All take rows `begin` to `end`. Every row is computed by itself, so results do not depend on how rows are divided
+// among threads. Nothing is allocated.
 #pragma once
 
 #include "../types.h"
@@ -13,16 +13,11 @@ struct Operations {
   void (*fold)(Tile tile, Targets targets, Fields stats, std::int64_t begin, std::int64_t end);
   void (*fold_pair)(Tile tile, Targets targets, Fields stats, std::int64_t begin, std::int64_t end);
   void (*fold_jsd)(Tile tile, Fields pair, Fields jsd_terms, std::int64_t begin, std::int64_t end);
-  void (*gradient)(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, std::int64_t begin,
+  void (*gradient)(Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope, std::int64_t begin,
                    std::int64_t end);
   // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
   void (*gradient_pair)(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope,
                         std::int64_t begin, std::int64_t end);
-  // `values`, `[rows, columns]`, may be null; `sums` is `[kSums, rows]`
-  void (*clipped_loss)(const Tokens& tokens, const LossOptions& options, float* values, Fields sums,
-                       std::int64_t begin, std::int64_t end);
-  void (*clipped_loss_gradient)(const Tokens& tokens, const LossOptions& options, const LossGradient& gradient,
-                                std::int64_t begin, std::int64_t end);
   // for tests: `out[i] = function(x[i])`, false if there is no function of that name
   bool (*evaluate)(const char* function, const float* x, float* out, std::int64_t count);
 };
@@ -32,7 +27,7 @@ extern const Operations operations_baseline;
 extern const Operations operations_avx2, operations_avx512;
 #endif
 
-// Those for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names.
+// The operations for the best instruction set of this processor, or for the one that VPPO_KERNELS_ISA names.
 const Operations& operations();
 
 }  // namespace vppo

@@ -5,7 +5,7 @@
 namespace vppo {
 
 void on_every_thread(void (*task)(void*), void* state) {
-  // the entry that GCC's `omp parallel` calls; Intel's and LLVM's runtimes have it too
+  // what GCC compiles `omp parallel` into a call of; the runtimes of Intel and LLVM have it too
   using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
   static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   if (parallel != nullptr) {

@@ -1,8 +1,8 @@
 // Loops over torch's own OpenMP threads, as many as `torch.set_num_threads` says.
 //
-// torch brings its OpenMP runtime along and makes its symbols global. Linking another would put two thread pools on the
-// same cores, each waiting busily for the other; so ours is found where torch has left it, by any compiler, and where
-// there is none a loop runs on one thread.
+// torch loads an OpenMP runtime whose symbols are global. A second runtime would put a second pool of busily waiting
+// threads on the same cores. So this library links none and looks torch's up by name, whatever compiler it was built
+// with; where there is none, a loop runs on one thread.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace vppo {
 // Runs `task(state)` on every thread.
 void on_every_thread(void (*task)(void*), void* state);
 
-// Calls `body(begin, end)` for pieces of at most `grain` that cover 0..count-1. Which thread takes which is left to
-// chance: a piece's result must depend on nothing but itself.
+// Calls `body(begin, end)` for pieces of at most `grain` that cover 0..count-1. Any thread may take any piece, so a
+// piece's result must depend on nothing but the piece.
 template <typename Body>
 void parallel_for(std::int64_t count, std::int64_t grain, const Body& body) {
   grain = std::max<std::int64_t>(grain, 1);

@@ -1,11 +1,15 @@
-// bfloat16 x bfloat16 -> float32 on AVX512-BF16: no operator of torch has it on a CPU, and oneDNN's bfloat16 mode for
-// float32 operands is hardly faster than float32 where there is no AMX.
+// bfloat16 x bfloat16 -> float32 on AVX512-BF16. No operator of torch does this on a CPU, and oneDNN's bfloat16 mode
+// for float32 operands is hardly faster than float32 where there is no AMX.
 //
-// `vdpbf16ps` adds the two exact products of a pair one after the other, each sum rounded to nearest (subnormal numbers
-// count as zero). The longer such a chain, the larger its rounding: a chain ends after `kChain` pairs. Where two rows
-// are alike, so are their chains, and what is summed further is the difference of the second from the first. Rounding
-// of the large sums is then the same in both rows, and the gap of two views keeps its digits. (The difference of the
-// operands would do the same, but it does not fit into bfloat16: its rest would be a third product.)
+// The instruction `vdpbf16ps` multiplies a pair of elements exactly and adds the two products to a sum, which is
+// rounded to nearest after each (subnormal numbers count as zero). The error grows with the length of such a chain of
+// additions, so a chain ends after `kChain` pairs, and the results of the chains are summed separately.
+//
+// Two views of a row are close, and their divergence needs the small difference of their logits. If each view were
+// summed by itself, the two rounding errors would hide it. So where `shares_rounding` says so, the chain of the second
+// row minus the chain of the first is summed, and at the end the product of the first row is added to that sum: both
+// rows then carry the same error of the large sums. (Subtracting the operands instead would need a third product, as
+// their difference does not fit into bfloat16.)
 #include "product.h"
 
 #include <algorithm>
@@ -28,20 +32,20 @@ using std::uint16_t;
 using std::uint32_t;
 
 constexpr int kLanes = 16;            // floats in a register
-constexpr int kHalf = 7;              // first rows, and second rows, of a block:
-constexpr int kRows = 2 * kHalf;      // 14 x 2 sums, two registers of weights and one of a row leave one of 32 free
+constexpr int kHalf = 7;              // first rows of a block, and as many second rows
+constexpr int kRows = 2 * kHalf;      // 14 x 2 sums, 2 registers of weights and 1 of a row: 31 of 32 registers
 constexpr int kColumns = 2 * kLanes;  // of a panel of weights
-constexpr int kPairs = 768;           // depth of a panel in pairs: 96 KiB, a part of the L2 cache
-constexpr int kChain = 16;            // pairs to a chain; 32 were 2 % faster, and the error of a divergence up to 2.5 times
+constexpr int kPairs = 768;           // pairs of a panel's columns: 96 KiB, a part of the L2 cache
+constexpr int kChain = 16;            // pairs of a chain; 32 are 2 % faster, but with up to 2.5 times the error
 
 int64_t pairs_of(int64_t hidden_size) { return (hidden_size + 1) / 2; }
 int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
 __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1); }
 
-// Turns `count` rows over: their pair k goes to `to[k * stride]`, one row beside the other, up to `width` with zeros.
-// It takes a cache line of each row at a time, since the rows may well share a few sets of the cache.
-void turn(const uint16_t* rows, int64_t row_stride, int64_t count, int64_t elements, int64_t pairs, uint32_t* to,
+// Transposes `count` rows of pairs: pair k of row j goes to `to[k * stride + j]`, and zeros to rows `count` to `width`.
+// It takes one cache line of every row at a time, since the rows may compete for a few sets of the cache.
+void transpose(const uint16_t* rows, int64_t row_stride, int64_t count, int64_t elements, int64_t pairs, uint32_t* to,
           int64_t stride, int64_t width) {
   for (int64_t start = 0; start < pairs; start += kLanes) {
     const int64_t stop = std::min(start + kLanes, pairs), whole = std::min(stop, elements / 2);
@@ -56,8 +60,8 @@ void turn(const uint16_t* rows, int64_t row_stride, int64_t count, int64_t eleme
   }
 }
 
-// One block of rows times one panel of weights, over part of the depth: added to what is in `out` unless this is the
-// first part. With the last part a difference from the first row becomes the second row's product.
+// One block of rows times one panel of weights, over a part of the hidden size. The result is added to what is in
+// `out`, unless this is the first part. With the last part, a second row that is a difference gets the first row added.
 VPPO_AVX512_BF16 void multiply(const Product& given, int64_t block, const uint32_t* rows, int64_t column,
                                const uint32_t* weights, int64_t pairs, bool first_part, bool last_part) {
   const int64_t top = block * kHalf, firsts = given.half() - top, seconds = given.rows - given.half() - top;
@@ -67,7 +71,7 @@ VPPO_AVX512_BF16 void multiply(const Product& given, int64_t block, const uint32
   __mmask16 shares_rounding[kHalf];
   for (int i = 0; i < kHalf; ++i) {
     shares_rounding[i] = lanes(i < seconds && given.shares_rounding[top + i] ? kLanes : 0);
-    for (int side = 0; side < 2; ++side) {  // on its way while the chains run
+    for (int side = 0; side < 2; ++side) {  // fetched while the chains are computed
       const float* const line = out + i * given.columns + side * kLanes;
       if (i < firsts && inside[side]) __builtin_prefetch(line, 1);
       if (i < seconds && inside[side]) __builtin_prefetch(line + to_second, 1);
@@ -127,18 +131,18 @@ void product(const Product& given) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t top = block * kHalf;
       uint32_t* const to = rows + block * pairs * kRows;
-      turn(given.first + top * given.first_stride, given.first_stride, std::min<int64_t>(kHalf, half - top),
+      transpose(given.first + top * given.first_stride, given.first_stride, std::min<int64_t>(kHalf, half - top),
            given.hidden_size, pairs, to, kRows, kHalf);
-      turn(given.second + top * given.second_stride, given.second_stride,
+      transpose(given.second + top * given.second_stride, given.second_stride,
            std::min<int64_t>(kHalf, given.rows - half - top), given.hidden_size, pairs, to + kHalf, kRows, kHalf);
     }
   });
   parallel_for(given.columns, kColumns, [&](int64_t column, int64_t end) {
     alignas(64) uint32_t weights[kPairs * kColumns];
     int64_t pair = 0;
-    do {  // once without any depth: zeros
+    do {  // at least once: a hidden size of 0 gives zeros
       const int64_t part = std::min<int64_t>(kPairs, pairs - pair);
-      turn(given.weight + column * given.weight_stride + 2 * pair, given.weight_stride, end - column,
+      transpose(given.weight + column * given.weight_stride + 2 * pair, given.weight_stride, end - column,
            given.hidden_size - 2 * pair, part, weights, kColumns, kColumns);
       for (int64_t block = 0; block < blocks; ++block)
         multiply(given, block, rows + (block * pairs + pair) * kRows, column, weights, part, pair == 0,

@@ -1,4 +1,4 @@
-// What Python calls of the product: checks its tensors.
+// The product as Python calls it: checks its tensors.
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace {
 
 constexpr DLDevice kCpu{kDLCPU, 0};
 
-// More rows, or a greater depth, than any matrix in memory has next to others; products of two such numbers fit.
+// A bound on rows and hidden size that no real matrix reaches; the product of two such numbers does not overflow.
 constexpr int64_t kMost = int64_t{1} << 30;
 
 int64_t scratch_of(int64_t rows, int64_t hidden_size) {
@@ -25,7 +25,7 @@ int64_t scratch_of(int64_t rows, int64_t hidden_size) {
   return product_scratch(rows, hidden_size);
 }
 
-// Data of a bfloat16 matrix of any number of rows.
+// Data of a bfloat16 matrix with any number of rows.
 const uint16_t* check_matrix(const char* name, const TensorView& tensor, int64_t hidden_size, int64_t& stride) {
   check_kind(name, tensor, dtype_of<uint16_t>(), 2, kCpu);
   return check_rows<uint16_t>(name, tensor, {tensor.size(0), hidden_size}, kCpu, stride);

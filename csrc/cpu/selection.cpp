@@ -7,7 +7,7 @@
 namespace vppo {
 namespace {
 
-// An integer of the same order: -0 equals 0, every NaN is the same and above all numbers.
+// An integer that orders as the score does: -0 equals 0, every NaN is the same and above all numbers. None is 0.
 std::uint32_t key_of(float score) {
   std::uint32_t bits;
   std::memcpy(&bits, &score, sizeof(bits));
@@ -26,9 +26,9 @@ void topk_mask(const Scores& scores, double keep_ratio, Out* keep, std::int64_t 
       first = std::clamp<std::int64_t>(scores.offsets[row], 0, scores.total);
       last = std::clamp<std::int64_t>(scores.offsets[row + 1], first, scores.total);
     }
-    // The lowest kept key, eight bits at a time, from histograms of the keys that begin as it does.
-    std::uint32_t lowest = 0, known = 0;
-    std::int64_t wanted = 0;  // how many to keep of those keys
+    // Finds the lowest kept key, eight bits at a time, from histograms of the keys whose higher bits are those of it.
+    std::uint32_t lowest = 0, known = 0;  // its bits as far as they are known, and ones where they are
+    std::int64_t wanted = 0;              // how many to keep of the keys with these bits
     for (int shift = 24; shift >= 0; shift -= 8) {
       std::int64_t counts[256] = {};
       for (std::int64_t i = first; i < last; ++i) {
@@ -39,7 +39,7 @@ void topk_mask(const Scores& scores, double keep_ratio, Out* keep, std::int64_t 
       if (known == 0) {
         std::int64_t valid = 0;
         for (const std::int64_t count : counts) valid += count;
-        // as `keep_counts` of selection.py, whose roundings these are
+        // rounded as in `keep_counts` of backends/torch_tokens.py
         wanted = static_cast<std::int64_t>(std::ceil(static_cast<double>(valid) * keep_ratio * (1.0 - 0x1p-40)));
       }
       std::uint32_t digit = 255;
@@ -49,7 +49,7 @@ void topk_mask(const Scores& scores, double keep_ratio, Out* keep, std::int64_t 
     }
     for (std::int64_t i = first; i < last; ++i) {
       const std::uint32_t key = scores.valid[i] ? key_of(scores.data[i]) : 0;  // no score has this key
-      const bool equal = key == lowest && wanted > 0;  // of equals the first ones
+      const bool equal = key == lowest && wanted > 0;  // of equal scores the earlier ones are kept
       wanted -= equal;
       keep[i] = static_cast<Out>(key > lowest || equal);
     }

@@ -1,8 +1,9 @@
-// Folding a tile into the statistics of its rows: one view, two views, and the halves of the Jensen-Shannon divergence.
+// Folding a tile into the statistics of its rows: one view, two views, and the two terms of the Jensen-Shannon
+// divergence.
 //
-// What lies behind the end of a row is -INFINITY, as the logit of a masked word is: neither has a part in any sum.
-// A row is read once. Its threads take a chunk into registers, agree on the chunk's maxima, then on its sums and mean
-// gap, then on the excess about that gap; the first thread merges the chunk with what came before.
+// Entries beyond the end of a row are -INFINITY, as the logits of masked words are: they take part in no sum. A row is
+// read once. Its threads load a chunk into registers, reduce it to its maxima, then to its sums and mean gap, then to
+// the excess about that gap; the first thread merges the chunk's statistics with those of earlier chunks.
 #include <cmath>
 
 #include "../statistics.h"
@@ -20,7 +21,7 @@ template <int THREADS, int WIDTH>
 struct Chunk {
   static constexpr int kColumns = THREADS * kHeld;
   int64_t first;  // column of this thread's first entry
-  int left;       // columns from there to the end of the row, as far as they matter
+  int left;       // columns from there to the end of the chunk or of the row
 
   __device__ Chunk(int64_t start, int64_t columns)
       : first(start + threadIdx.x * WIDTH),
@@ -44,16 +45,15 @@ struct Chunk {
   }
 };
 
-__device__ View load_view(Fields stats, int field, int64_t row) {
-  const float* at = stats.data + field * stats.stride + row;
-  return {at[0], at[stats.stride], at[2 * stats.stride]};
+// `first` is where the view begins: kP or kQ.
+__device__ SoftmaxStats load_stats(Fields packed, int first, int64_t row) {
+  return {field(packed, first + kMax, row), field(packed, first + kSum, row), field(packed, first + kWeightedSum, row)};
 }
 
-__device__ void store_view(Fields stats, int field, int64_t row, const View& view) {
-  float* at = stats.data + field * stats.stride + row;
-  at[0] = view.max;
-  at[stats.stride] = view.sum;
-  at[2 * stats.stride] = view.weighted_sum;
+__device__ void store_stats(Fields packed, int first, int64_t row, const SoftmaxStats& stats) {
+  field(packed, first + kMax, row) = stats.max;
+  field(packed, first + kSum, row) = stats.sum;
+  field(packed, first + kWeightedSum, row) = stats.weighted_sum;
 }
 
 template <int THREADS, int WIDTH>
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
   if (row >= tile.rows) return;
   const float* z_row = tile.data + row * tile.columns;
 
-  View total = load_view(stats, 0, row);
+  SoftmaxStats total = load_stats(stats, kP, row);
   for (int64_t start = 0; start < tile.columns; start += Chunk<THREADS, WIDTH>::kColumns) {
     const Chunk<THREADS, WIDTH> chunk(start, tile.columns);
     float z[kHeld];
@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
       sum[1] += weight * shifted;
     }
     reduce(sum, sums, Add());
-    if (threadIdx.x == 0) total = merge(total, View{top[0], sum[0], sum[1]});
+    if (threadIdx.x == 0) total = merge(total, SoftmaxStats{top[0], sum[0], sum[1]});
   }
 
   if (threadIdx.x == 0) {
-    store_view(stats, 0, row, total);
+    store_stats(stats, kP, row, total);
     const int64_t target = target_column(targets, row, tile.columns);
-    if (target >= 0) stats.data[3 * stats.stride + row] = z_row[target];
+    if (target >= 0) field(stats, kTarget, row) = z_row[target];
   }
 }
 
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
   const float* p_row = tile.data + row * tile.columns;
   const float* q_row = p_row + tile.rows * tile.columns;
 
-  Pair total{load_view(stats, 0, row), load_view(stats, 4, row), stats.data[8 * stats.stride + row],
-             stats.data[9 * stats.stride + row]};
+  PairStats total{load_stats(stats, kP, row), load_stats(stats, kQ, row), field(stats, kMeanDiff, row),
+                  field(stats, kExcess, row)};
   for (int64_t start = 0; start < tile.columns; start += Chunk<THREADS, WIDTH>::kColumns) {
     const Chunk<THREADS, WIDTH> chunk(start, tile.columns);
     float z_p[kHeld], z_q[kHeld];
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) near &= fabsf(mean - gap[i]) < 0.5f;
     float excess[1] = {};
-    if (near) {  // most tokens hardly depend on the image: nothing but a polynomial
+    if (near) {  // the usual case, as most tokens hardly depend on the image: a polynomial is enough
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) excess[0] += weight[i] * phi_near(mean - gap[i]);
     } else {
@@ -151,19 +151,19 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     }
     reduce(excess, excesses, Add());
     if (threadIdx.x == 0) {
-      total = merge(total, Pair{{top[0], sum[0], sum[1]}, {top[1], sum[2], sum[3]}, mean, excess[0]});
+      total = merge(total, PairStats{{top[0], sum[0], sum[1]}, {top[1], sum[2], sum[3]}, mean, excess[0]});
     }
   }
 
   if (threadIdx.x == 0) {
-    store_view(stats, 0, row, total.p);
-    store_view(stats, 4, row, total.q);
-    stats.data[8 * stats.stride + row] = total.mean_diff;
-    stats.data[9 * stats.stride + row] = total.excess;
+    store_stats(stats, kP, row, total.p);
+    store_stats(stats, kQ, row, total.q);
+    field(stats, kMeanDiff, row) = total.mean_diff;
+    field(stats, kExcess, row) = total.excess;
     const int64_t target = target_column(targets, row, tile.columns);
     if (target >= 0) {
-      stats.data[3 * stats.stride + row] = p_row[target];
-      stats.data[7 * stats.stride + row] = q_row[target];
+      field(stats, kP + kTarget, row) = p_row[target];
+      field(stats, kQ + kTarget, row) = q_row[target];
     }
   }
 }
@@ -176,9 +176,9 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
   if (row >= tile.rows) return;
   const float* p_row = tile.data + row * tile.columns;
   const float* q_row = p_row + tile.rows * tile.columns;
-  const SoftmaxPair both(pair, row);
+  const Pair both(pair, row);
 
-  float half[2] = {};
+  float terms[2] = {};
 #pragma unroll 2
   for (int64_t column = threadIdx.x * WIDTH; column < tile.columns; column += THREADS * WIDTH) {
     const auto z_p = load<WIDTH>(p_row + column), z_q = load<WIDTH>(q_row + column);
@@ -187,14 +187,14 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
       const float p = finite(z_p.at[i]), q = finite(z_q.at[i]);
       const float log_p = both.p.log_probability(p), log_q = both.q.log_probability(q);
       const float d = both.log_ratio(both.centred_gap(p, q), log_p, log_q);
-      half[0] += expf(log_p) * log_share(d);
-      half[1] += expf(log_q) * log_share(-d);
+      terms[0] += expf(log_p) * log_share(d);
+      terms[1] += expf(log_q) * log_share(-d);
     }
   }
-  reduce(half, sums, Add());
+  reduce(terms, sums, Add());
   if (threadIdx.x == 0) {
-    jsd_terms.data[row] += half[0];
-    jsd_terms.data[jsd_terms.stride + row] += half[1];
+    field(jsd_terms, kJsdP, row) += terms[0];
+    field(jsd_terms, kJsdQ, row) += terms[1];
   }
 }
 

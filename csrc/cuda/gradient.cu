@@ -1,4 +1,4 @@
-// Overwriting a tile of logits with the gradient of raw ones: every entry by itself, a block to (a part of) a row.
+// Overwriting a tile of logits with the gradient of raw ones: entry by entry, with one or more blocks per row.
 #include <cmath>
 
 #include "../statistics.h"
@@ -10,16 +10,14 @@ namespace vppo {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kEntries = 16;  // of a row that a thread takes, where the grid may have so many blocks
+constexpr int kEntries = 16;  // of a row for each thread, unless the grid would then have too many blocks
 
 __device__ float slope_at(Slope slope, float z) {
   const float capped = z * slope.to_cap;
   return slope.scale * (1.0f - capped * capped);
 }
 
-__device__ float field(Fields packed, int index, int64_t row) { return packed.data[index * packed.stride + row]; }
-
-// Applies `at(column)` to the first column of every vector of this block.
+// Calls `at(column)` with the first column of every vector that this thread has.
 template <int WIDTH, typename At>
 __device__ void each_vector(int64_t columns, At at) {
   const int64_t step = static_cast<int64_t>(gridDim.y) * kThreads * WIDTH;
@@ -31,11 +29,11 @@ __device__ void each_vector(int64_t columns, At at) {
 
 template <int WIDTH>
 __global__ void __launch_bounds__(kThreads)
-    gradient_kernel(Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
+    gradient_kernel(Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope) {
   const int64_t row = blockIdx.x;
   float* z_row = tile.data + row * tile.columns;
-  const Softmax softmax(view, 0, row);
-  const float of_logprob = field(grads, 0, row), of_entropy = field(grads, 1, row);
+  const Softmax p(softmax, kP, row);
+  const float of_logprob = field(grads, kGradLogprob, row), of_entropy = field(grads, kGradEntropy, row);
   const int64_t target = target_column(targets, row, tile.columns);
 
   each_vector<WIDTH>(tile.columns, [&](int64_t column) {
@@ -43,8 +41,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
       z.at[i] = finite(z.at[i]);
-      const float log_p = softmax.log_probability(z.at[i]);
-      float grad = expf(log_p) * (-of_entropy * (log_p + softmax.entropy) - of_logprob);
+      const float log_p = p.log_probability(z.at[i]);
+      float grad = expf(log_p) * (-of_entropy * (log_p + p.entropy) - of_logprob);
       if (column + i == target) grad += of_logprob;
       z.at[i] = grad * slope_at(slope, z.at[i]);
     }
@@ -58,13 +56,13 @@ __global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fiel
   const int64_t row = blockIdx.x;
   float* p_row = tile.data + row * tile.columns;
   float* q_row = p_row + tile.rows * tile.columns;
-  const SoftmaxPair both(pair, row);
-  const float half_p = JSD ? field(jsd_terms, 0, row) : 0.0f, half_q = JSD ? field(jsd_terms, 1, row) : 0.0f;
-  const float of_divergence = field(grads, 0, row) * (JSD ? 0.5f : 1.0f);
-  const float of_entropy_p = field(grads, 1, row), of_entropy_q = field(grads, 2, row);
+  const Pair both(pair, row);
+  const float term_p = JSD ? field(jsd_terms, kJsdP, row) : 0.0f, term_q = JSD ? field(jsd_terms, kJsdQ, row) : 0.0f;
+  const float of_divergence = field(grads, kGradDivergence, row) * (JSD ? 0.5f : 1.0f);
+  const float of_entropy_p = field(grads, kGradEntropyP, row), of_entropy_q = field(grads, kGradEntropyQ, row);
   const bool with_targets = targets.data != nullptr;
-  const float of_logprob_p = with_targets ? field(grads, 3, row) : 0.0f;
-  const float of_logprob_q = with_targets ? field(grads, 4, row) : 0.0f;
+  const float of_logprob_p = with_targets ? field(grads, kGradLogprobP, row) : 0.0f;
+  const float of_logprob_q = with_targets ? field(grads, kGradLogprobQ, row) : 0.0f;
   const int64_t target = target_column(targets, row, tile.columns);
 
   each_vector<WIDTH>(tile.columns, [&](int64_t column) {
@@ -78,11 +76,11 @@ __global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fiel
       const float centred = both.centred_gap(z_p.at[i], z_q.at[i]), d = both.log_ratio(centred, log_p, log_q);
       float grad_p, grad_q;
       if constexpr (JSD) {
-        grad_p = p * (log_share(d) - half_p);
-        grad_q = q * (log_share(-d) - half_q);
+        grad_p = p * (log_share(d) - term_p);
+        grad_q = q * (log_share(-d) - term_q);
       } else {
         grad_p = p * centred;
-        // q - p over q: the difference of two exponentials would lose the digits of a small gap
+        // q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         grad_q = d > 1.0f ? q - p : -q * expm1f(d);
       }
       grad_p = of_divergence * grad_p - of_entropy_p * p * (log_p + both.p.entropy) - of_logprob_p * p;
@@ -108,8 +106,8 @@ cudaError_t launch_columns(void (*vectors)(Arguments...), void (*scalars)(Argume
 
 }  // namespace
 
-cudaError_t gradient(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, cudaStream_t stream) {
-  return launch_columns(gradient_kernel<4>, gradient_kernel<1>, tile, stream, tile, view, targets, grads, slope);
+cudaError_t gradient(Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope, cudaStream_t stream) {
+  return launch_columns(gradient_kernel<4>, gradient_kernel<1>, tile, stream, tile, softmax, targets, grads, slope);
 }
 
 cudaError_t gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope,

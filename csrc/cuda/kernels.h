@@ -1,7 +1,7 @@
-// The operations of the CUDA library, as its bindings see them. Each enqueues one kernel and returns at once.
+// The launchers of the CUDA library's kernels. Each enqueues one kernel and returns at once.
 //
 // Arguments are checked, on the current device and not empty. Tiles are contiguous and in single precision; contracts
-// are those of `vppo_kernels/backends/torch.py`, `selection.py` and `loss.py`.
+// are those of `vppo_kernels/backends/protocols.py`.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,15 +13,12 @@ namespace vppo {
 cudaError_t fold(Tile tile, Targets targets, Fields stats, cudaStream_t stream);
 cudaError_t fold_pair(Tile tile, Targets targets, Fields stats, cudaStream_t stream);
 cudaError_t fold_jsd(Tile tile, Fields pair, Fields jsd_terms, cudaStream_t stream);
-cudaError_t gradient(Tile tile, Fields view, Targets targets, Fields grads, Slope slope, cudaStream_t stream);
+cudaError_t gradient(Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope, cudaStream_t stream);
 // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
 cudaError_t gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope,
                           cudaStream_t stream);
 // Out is float or bool; `keep` may be the scores
 template <typename Out>
 cudaError_t topk_mask(Scores scores, double keep_ratio, Out* keep, cudaStream_t stream);
-// `values`, `[rows, columns]`, may be null; `sums` are those of `SUMS` in `loss.py`
-cudaError_t clipped_loss(Tokens tokens, LossOptions options, float* values, Fields sums, cudaStream_t stream);
-cudaError_t clipped_loss_gradient(Tokens tokens, LossOptions options, LossGradient gradient, cudaStream_t stream);
 
 }  // namespace vppo

@@ -1,4 +1,4 @@
-// The library of CUDA: enqueues a kernel on torch's current stream of the tensors' device.
+// The library of CUDA: every operation enqueues a kernel on torch's current stream of the tensors' device.
 #include "../library.h"
 
 #include <tvm/ffi/error.h>
@@ -12,7 +12,7 @@
 namespace vppo {
 namespace {
 
-// Calls `enqueue(stream)` with the tensors' device the current one.
+// Calls `enqueue(stream)` while the tensors' device is the current one.
 template <typename Enqueue>
 void on(DLDevice device, std::int64_t rows, const Enqueue& enqueue) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // blocks of a grid
@@ -48,8 +48,8 @@ void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields jsd_terms) {
   on(device, tile.rows, [&](cudaStream_t stream) { return fold_jsd(tile, pair, jsd_terms, stream); });
 }
 
-void gradient(DLDevice device, Tile tile, Fields view, Targets targets, Fields grads, Slope slope) {
-  on(device, tile.rows, [&](cudaStream_t stream) { return gradient(tile, view, targets, grads, slope, stream); });
+void gradient(DLDevice device, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope) {
+  on(device, tile.rows, [&](cudaStream_t stream) { return gradient(tile, softmax, targets, grads, slope, stream); });
 }
 
 void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads,
@@ -64,16 +64,6 @@ void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float* 
 
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, bool* keep) {
   write_mask(device, scores, keep_ratio, keep);
-}
-
-void clipped_loss(DLDevice device, const Tokens& tokens, const LossOptions& options, float* values, Fields sums) {
-  on(device, tokens.rows, [&](cudaStream_t stream) { return clipped_loss(tokens, options, values, sums, stream); });
-}
-
-void clipped_loss_gradient(DLDevice device, const Tokens& tokens, const LossOptions& options,
-                           const LossGradient& gradient) {
-  on(device, tokens.rows,
-     [&](cudaStream_t stream) { return clipped_loss_gradient(tokens, options, gradient, stream); });
 }
 
 }  // namespace vppo

@@ -1,7 +1,7 @@
-// What every kernel here needs: a group of threads that walks a row of a tile and adds up over it.
+// What all kernels share: a group of threads that walks a row of a tile and reduces over it.
 //
-// Rows of up to 1024 columns get a warp each, four rows to a block and nothing to wait for; longer ones get a block.
-// Sums are made in an order that depends on nothing but the shape, so results are bitwise repeatable.
+// A row of up to 1024 columns gets one warp, with four rows to a block and no barriers; a longer one gets a block.
+// The order of additions depends on the shape alone, so results are bitwise repeatable.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ namespace vppo {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Rows that a block takes where a row has so many threads.
+// Rows of a block, given the threads of a row.
 template <int THREADS>
 constexpr int kRowsOfBlock = THREADS == kWarp ? 4 : 1;
 
@@ -27,8 +27,8 @@ struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// Where the warps of a row leave their partial results. Two reductions in a row need one each: nobody waits between
-// reading one and writing the next.
+// Where the warps of a row leave their partial results. Successive reductions need one each, because no barrier
+// separates reading the results of one from writing those of the next.
 template <int THREADS, int VALUES>
 struct Partials {
   float of_warp[THREADS / kWarp][VALUES];
@@ -61,7 +61,7 @@ __device__ void reduce(float (&values)[VALUES], Partials<THREADS, VALUES>& parti
   }
 }
 
-// Neighbours that travel as one access of 16 bytes (WIDTH 4), or a single number (WIDTH 1).
+// Neighbouring numbers that are read as one access of 16 bytes (WIDTH 4), or a single number (WIDTH 1).
 template <int WIDTH>
 struct alignas(WIDTH * sizeof(float)) Vector {
   float at[WIDTH];
@@ -91,10 +91,14 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// A row of blocks for every row, each for so many columns; where the grid ends, blocks take more.
+// Blocks of so many columns each for every row; where the grid can have no more blocks, each takes more columns.
 inline dim3 grid_over(int64_t rows, int64_t columns, int64_t columns_of_block) {
   const int64_t blocks = (columns + columns_of_block - 1) / columns_of_block, most = 65535;
   return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(blocks < most ? blocks : most));
+}
+
+__device__ inline float& field(const Fields& packed, int index, int64_t row) {
+  return packed.data[index * packed.stride + row];
 }
 
 // Column of a row's target within the tile, or -1.
@@ -104,8 +108,8 @@ __device__ inline int64_t target_column(const Targets& targets, int64_t row, int
   return column < static_cast<uint64_t>(columns) ? static_cast<int64_t>(column) : -1;
 }
 
-// Starts a kernel for the rows of a tile. `choose(threads, width)` is the kernel for so many threads to a row that read
-// so many numbers at once; both come as integral constants.
+// Starts a kernel over the rows of a tile. `choose(threads, width)` returns the kernel in which a row has so many
+// threads that read so many numbers at once; both are integral constants.
 template <typename Choose, typename... Arguments>
 cudaError_t launch_rows(const Tile& tile, cudaStream_t stream, Choose choose, Arguments... arguments) {
   const auto start = [&](auto threads, auto width) {
@@ -122,7 +126,7 @@ cudaError_t launch_rows(const Tile& tile, cudaStream_t stream, Choose choose, Ar
   return with_width(std::integral_constant<int, 512>());
 }
 
-// The row of this thread in a grid of `launch_rows`.
+// The row of this thread, in a kernel that `launch_rows` started.
 __device__ inline int64_t row_of_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
 
 }  // namespace vppo

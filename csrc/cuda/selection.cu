@@ -1,7 +1,9 @@
-// The top-k mask: a radix select by one block per trajectory, then the mask, which may overwrite the scores.
+// The top-k mask: one block per trajectory finds the lowest kept score by radix select, then writes the mask, which may
+// overwrite the scores.
 //
-// Scores become unsigned keys of the same order. Eight bits at a time, from the highest, a histogram of the keys that
-// begin like the lowest kept one gives that key's next digit. After four the key is known, and how many equals to keep.
+// Scores become unsigned keys of the same order. The lowest kept key is found eight bits at a time, from the highest: a
+// histogram of the keys whose higher bits are those of it gives the next eight. After four rounds the key is known, and
+// how many of the keys that equal it are kept.
 #include <cstdint>
 
 #include "kernels.h"
@@ -15,7 +17,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kDigits = 256;
 constexpr int kStaged = 8192;  // keys that stay in shared memory; longer rows are read again for every digit
 
-// Keys order like scores: -0 equals 0, every NaN is the same and above all numbers. 0 is no score's key.
+// Keys have the order of scores: -0 equals 0, every NaN is the same and above all numbers. No score has the key 0.
 __device__ unsigned key_of(float score) {
   const int bits = __float_as_int(score), magnitude = bits & 0x7fffffff;
   const int ordered = magnitude > 0x7f800000 ? 0x7fffffff : bits < 0 ? -magnitude : magnitude;
@@ -49,11 +51,11 @@ __global__ void __launch_bounds__(kThreads) topk_mask_kernel(Scores scores, doub
   __shared__ unsigned staged[kStaged];
   __shared__ int counts[kDigits], of_warp[kWarps];
   __shared__ struct {
-    int digit, above, equal;  // of the lowest kept key; keys above it and at it, among those that begin alike
+    int digit, above, equal;  // of the lowest kept key; how many keys with the same higher bits are above it and at it
   } found;
 
   int64_t first = blockIdx.x * scores.columns, last = first + scores.columns;
-  if (scores.offsets != nullptr) {  // kept within bounds: nobody has looked at them
+  if (scores.offsets != nullptr) {  // forced into bounds, as nobody has checked them
     first = min(max(scores.offsets[blockIdx.x], int64_t{0}), scores.total);
     last = min(max(scores.offsets[blockIdx.x + 1], first), scores.total);
   }
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) topk_mask_kernel(Scores scores, doub
   int tokens;
   sum_before(present, of_warp, tokens);
 
-  // as `keep_counts` of selection.py, whose roundings these are
+  // rounded as in `keep_counts` of backends/torch_tokens.py
   int wanted = static_cast<int>(ceil(tokens * keep_ratio * (1.0 - 0x1p-40)));
   unsigned lowest = 0, known = 0;  // the lowest kept key as far as it is known, and ones at its known digits
   for (int shift = 24; shift >= 0; shift -= 8) {
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) topk_mask_kernel(Scores scores, doub
     wanted -= found.above;
   }
 
-  const bool surplus = found.equal > wanted;  // of equals, the earlier ones are kept
+  const bool surplus = found.equal > wanted;  // then the earlier of the equal ones are kept
   int equal_before = 0;
   for (int64_t start = first; start < last; start += kThreads) {
     const int64_t i = start + threadIdx.x;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.plot import png
 from benchmarks.policy import POLICIES, model_of, rollouts_of
 from benchmarks.report import CaseResult, Result, case_view
 from benchmarks.suites import load_suite
+from vppo.errors import InputError
 
 CPU = torch.device("cpu")
 SUITE = load_suite("step")
@@ -58,6 +60,47 @@ def test_everyone_takes_the_same_step() -> None:
     assert losses["GRPO here"] == pytest.approx(losses["GRPO by TRL"], abs=1e-5)
     assert losses["ours: VPPO"] == pytest.approx(losses["VPPO, rows whole"], abs=1e-5)
     assert abs(losses["ours: VPPO"] - losses["GRPO here"]) > 1e-4
+
+
+def test_another_number_of_tokens_is_caught() -> None:
+    case = tiny(backward=True)
+    ours = case.contestants[-1]
+    step: Any = ours.prepare()
+    assert case.judge(ours, step).right and case.judge(ours, step).right
+    assert step.tokens == case.labels["tokens_step"] < case.labels["tokens_step_whole"]
+    prompts, rows, prompt, response = 2, 8, 24, 6
+    shared = prompts * (prompt - 1) + rows * response
+    assert step.tokens == rows * (prompt + response - 1) + 2 * shared, "sampling, the perturbed view, the training pass"
+    step.trainer._passes._ways = []  # rows pass whole from here on
+    verdict = case.judge(ours, step)
+    assert not verdict.right and "tokens passed instead of" in verdict.reason
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one() -> None:
+    """With FSDP2, the same responses and each a prompt of its own."""
+    losses = []
+    for preset in ("tiny-given", "tiny-fsdp2"):
+        case = SUITE.case(Setting(preset, 8, True, CPU), [])
+        assert [contestant.name for contestant in case.contestants] == ["GRPO by TRL", "ours: VPPO"]
+        calls: list[Any] = [contestant.prepare() for contestant in case.contestants]
+        for contestant, call in zip(case.contestants, calls, strict=True):
+            verdict = case.judge(contestant, call)
+            assert verdict.right, verdict.reason
+        losses.append([call().item() for call in calls])
+        assert abs(losses[-1][1]) > 1e-3
+        assert calls[1].tokens == case.labels["tokens_step"] < calls[0].tokens * 2
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    workers = calls[1]._workers
+    del calls, call
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode is not None
+
+
+def test_a_policy_in_processes_is_the_cpus() -> None:
+    with pytest.raises(InputError, match="--preset tiny-fsdp2: shards over processes of a CPU, not of cuda"):
+        SUITE.case(Setting("tiny-fsdp2", 8, True, torch.device("cuda")), [])
 
 
 @pytest.mark.parametrize("preset", ["tiny", "demo", "prompt-64", "rollouts-2"])

@@ -1,4 +1,4 @@
-"""Inputs that look like a language model's, the bounds that results are held to, and ways to disturb the machinery."""
+"""Inputs that look like a language model's, how far results are from the truth, and ways to disturb the machinery."""
 
 from __future__ import annotations
 
@@ -16,16 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vppo_kernels import reference, sweep, tiling
+from vppo_kernels.reference import LOGPROB_BOUND, LOGPROB_BOUND_CUT, divergence_bound
 from vppo_kernels.statistics import DivergenceOutput
-
-ABSOLUTE = 2e-5  # log-probabilities and entropies, nats
-ABSOLUTE_CUT = 2e-4  # where tensor cores cut off the sums
-
-
-def divergence_bound(truth: Tensor, cut: bool = False) -> Tensor:
-    """Largest error a divergence of float32 arithmetic may have; with `cut`, one of sums that tensor cores cut off."""
-    truth = truth.clamp_min(0)
-    return 1e-5 * truth + (2e-5 if cut else 3e-6) * truth.sqrt() + 1e-8
 
 
 @dataclass
@@ -95,7 +87,7 @@ def worst(got: DivergenceOutput, truth: DivergenceOutput, cut: bool = False) -> 
     errors = []
     for name, value, exact in zip(got._fields, got, truth, strict=True):
         if value is not None and exact is not None and value.numel():
-            absolute = ABSOLUTE_CUT if cut else ABSOLUTE
+            absolute = LOGPROB_BOUND_CUT if cut else LOGPROB_BOUND
             bound = divergence_bound(exact, cut) if name == "divergence" else absolute
             errors.append(float(((value.detach().double() - exact.detach()).abs() / bound).max()))
     return max(math.inf if math.isnan(error) else error for error in errors)

@@ -85,6 +85,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
+@pytest.mark.skipif(not hasattr(seam, "_use_triton"), reason="TRL 1.15 has no such seam")
 def test_a_seam_that_is_gone_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture
 ) -> None:

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from support import families
 from support.runs import FAMILY, batch_inputs
+from support.views import PeakMemory
 from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers.masking_utils import create_causal_mask
 
 from vppo.batch import Batch, View
 from vppo.cached_prompts import cache_name
 from vppo.heads import logit_options
-from vppo.packed_rows import refusal
+from vppo.packed_rows import PackedRows, refusal
 from vppo.perturbations import Perturbation, PixelLayout, seeded
 from vppo.prefix_sharing import Footprint, ResponsePasses
 from vppo.scoring import score
@@ -214,9 +216,10 @@ def test_sliding_windows() -> None:
     same(model, batch, view, "cached")
 
 
-def test_flex_attention() -> None:
+@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "internvl"])
+def test_flex_attention(name: str) -> None:
     """Its block mask comes from the same function; compiled kernels are a GPU's, here the definition runs."""
-    model, processor = families.build("gemma3")
+    model, processor = families.build(name)
     batch, view = grouped(model, processor)
     plain = hidden(model, batch, view, sharing="off")
     model.set_attn_implementation({"text_config": "flex_attention"})
@@ -391,6 +394,24 @@ def test_rows_of_one_key_with_other_prompts_are_kept_apart() -> None:
     )
 
 
+@pytest.mark.parametrize("length", [200, 700])
+def test_the_mask_takes_no_more_than_it_is_counted_for(length: int) -> None:
+    """Bytes of a pair of tokens, while the mask is made and as attention takes it."""
+    model, processor = built(FAMILY)
+    batch, view = grouped(model, processor, ((2, 1),), lengths=(length,))
+    packed = PackedRows(model, batch, [[0, 1]], view)
+    tokens = packed.inputs["input_ids"].shape[1]
+    with torch.no_grad(), packed.masked(), PeakMemory() as memory:
+        mask = create_causal_mask(
+            config=model.config.text_config, inputs_embeds=torch.empty(1, tokens, 1), past_key_values=None,
+            attention_mask=packed.inputs["attention_mask"], position_ids=None,
+        )  # fmt: skip
+        taken = mask.new_zeros(mask.shape, dtype=model.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+    assert mask.shape == taken.shape == (1, 1, tokens, tokens)
+    counted = Footprint.of(model).pair * tokens**2
+    assert counted / 2 <= memory.peak <= counted
+
+
 def test_portions_are_whole_prompts_that_fit() -> None:
     model, processor = built(FAMILY)
     batch, view = grouped(model, processor)
@@ -504,8 +525,9 @@ def test_the_next_best_way(sharing: str, caplog: pytest.LogCaptureFixture) -> No
 def test_what_a_configuration_tells() -> None:
     model, _ = families.build(FAMILY)
     assert refusal(model) == ""
-    model.config.text_config._attn_implementation_internal = "flash_attention_2"
-    assert refusal(model) == "attention by flash_attention_2 takes no mask (sdpa, eager, flex_attention do)"
+    model.config.text_config._attn_implementation_internal = "flash_attention_3"
+    masks = "sdpa, eager, flex_attention do, and flash_attention_2 needs none"
+    assert refusal(model) == f"attention by flash_attention_3 takes no mask ({masks})"
     states, _ = linear_attention()
     assert refusal(states) == "the model has layers of linear_attention, which no mask reaches"
 

@@ -114,7 +114,9 @@ def sharded_dependency(rank: int, family: str, own_head: bool, sharing: str) -> 
     if own_head:
         fully_shard(model.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return score_some(model, processor, range(6) if rank == 0 else range(1), sharing=sharing, memory=1, most=_most)
+    return score_some(
+        model, processor, range(6) if rank == 0 else range(1), sharing=sharing, memory=1, max_over_ranks=_most
+    )
 
 
 def _most(count: int) -> int:

@@ -20,7 +20,8 @@ import torch.multiprocessing as mp
 import yaml
 from accelerate.state import DistributedType, PartialState
 from peft import LoraConfig
-from support.runs import fix_rollouts, rows, trainer
+from support import families, flash
+from support.runs import FAMILY, fix_rollouts, rows, trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -46,6 +47,9 @@ CASES: dict[str, dict[str, Any]] = {
     "rows whole": {"prefix_sharing": "off"},
     "old log-probabilities": {"num_iterations": 2, "max_steps": 4},
     "two micro-batches": {"gradient_accumulation_steps": 2},
+    "a process with text alone": {"images": (1, 0, 0), "shuffle_dataset": False},
+    "text alone, rows whole": {"images": (1, 0, 0), "shuffle_dataset": False, "prefix_sharing": "off"},
+    "flash-attention": {"by_flash": True},
     "16 bits": {"bf16": True, "num_iterations": 2, "max_steps": 2},
 }
 
@@ -58,15 +62,28 @@ def shard_over_cpus(rank: int, world: int, port: int) -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
 
 
-def run_of(path: Path, world: int, lora: bool = False, **changes: Any) -> VPPOTrainer:
-    """A trainer of two steps with the settings of a large run; the same rollouts however many processes there are."""
+def run_of(
+    path: Path,
+    world: int,
+    lora: bool = False,
+    images: tuple[int, ...] = (1,),
+    by_flash: bool = False,
+    **changes: Any,
+) -> VPPOTrainer:
+    """A trainer of two steps with the settings of a large run; the same rollouts however many processes there are.
+
+    `by_flash` is for several processes: one has the dense mask that they are compared with.
+    """
+    if by_flash and world > 1:
+        flash.install(pytest.MonkeyPatch())
+        changes["model"] = flash.by_flash(families.build(FAMILY)[0])
     torch.manual_seed(0)  # of adapters
     size = ROWS // world // changes.get("gradient_accumulation_steps", 1)
     settings = {
         "per_device_train_batch_size": size, "num_generations": GROUP, "gradient_checkpointing": True,
         "prefix_sharing": "on", "optim": "sgd", "learning_rate": 0.1, **changes,
     }  # fmt: skip
-    run = trainer(path, rows(8), peft_config=LoraConfig(**LORA) if lora else None, **settings)
+    run = trainer(path, rows(8, images=images), peft_config=LoraConfig(**LORA) if lora else None, **settings)
     fix_rollouts(run, LENGTHS)
     return run
 
@@ -88,6 +105,8 @@ def trained(path: Path, case: dict[str, Any], world: int) -> dict[str, Any]:
 
     run._packed_training_pass = listening  # type: ignore[method-assign]
     run.train()
+    assert bool(flash.calls) == (case.get("by_flash", False) and world > 1)
+    flash.calls.clear()
     steps = [log for log in run.state.log_history if "loss" in log]
     weights = dict(run.model.named_parameters())
     return {

@@ -263,6 +263,21 @@ def test_what_dead_groups_pass_for(term: dict[str, Any], tmp_path: Path) -> None
     same(*runs)
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_flex_attention(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its gradients by the definition, which torch keeps from CPUs because the compiled kernels are GPUs'."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    model = families.build(family)[0]
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    with torch.compiler.set_stance("force_eager"):
+        shared = step(trainer(tmp_path, family=family, model=model, prefix_sharing="on", **WHOLE))
+    loss, grads, seen, inputs = shared
+    assert seen == once(inputs)
+    plain_loss, plain_grads, *_ = step(trainer(tmp_path, family=family, prefix_sharing="off", **WHOLE))
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-6)
+    same_gradients(grads, plain_grads)
+
+
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8's tracer fails by itself (InternalTorchDynamoError)")
 def test_a_compiled_model(tmp_path: Path) -> None:
     """Which has no truth value."""

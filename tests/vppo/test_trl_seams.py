@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import tomllib
@@ -18,9 +19,10 @@ from accelerate import PartialState
 from packaging.requirements import Requirement
 from support.runs import fix_rollouts, generation_batch, rows, trainer
 
-from vppo import trl_seams
+from vppo import trl_seams, trl_utils
 from vppo.seams import MovedSeamError, lacking
-from vppo.trl_seams import HEAD, SEAMS, TESTED, TRAINER, VLLM_SEAMS, Seam, check_seams
+from vppo.trl_seams import HEAD, SEAMS, TRAINER, VLLM_SEAMS, Seam, check_seams
+from vppo.trl_utils import TESTED
 
 
 def owner_of(seam: Seam) -> tuple[Any, str]:
@@ -161,6 +163,15 @@ def test_a_module_that_is_gone_and_one_that_is_not_installed() -> None:
     assert lacking("trl:NoSuchTrainer.train") == ["trl:NoSuchTrainer.train"]
     with pytest.raises(ModuleNotFoundError):
         lacking("no_such_package.module:name")
+
+
+@pytest.mark.parametrize("name", trl_utils.__all__)
+def test_a_function_that_is_not_exported_is_missed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("trl.data_utils", "trl.trainer.utils"):
+        monkeypatch.delattr(import_module(module), name, raising=False)
+    spec = importlib.util.find_spec("vppo.trl_utils")  # loaded apart from the one that is in use
+    with pytest.raises(MovedSeamError, match=rf"trl: got version {trl.__version__}: .*{name}.*; takes {TESTED}"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_the_range_is_the_packages() -> None:

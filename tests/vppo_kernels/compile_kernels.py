@@ -49,7 +49,7 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
         yield f"fold targets={with_targets}", tiles._fold_kernel, constants, {}, options
         yield f"fold_pair targets={with_targets}", tiles._fold_pair_kernel, constants, {}, options
         for jsd in (True, False):
-            more = constants | dict(JSD=jsd, SOFTCAP=jsd) | ({} if jsd else {"halves_ptr": None})
+            more = constants | dict(JSD=jsd, SOFTCAP=jsd) | ({} if jsd else {"terms_ptr": None})
             yield f"gradient_pair targets={with_targets} jsd={jsd}", tiles._gradient_pair_kernel, more, {}, options
     yield "fold_jsd", tiles._fold_jsd_kernel, shape, {}, options
     for softcap in (True, False):
@@ -67,11 +67,11 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
         yield f"merge_parts pair={pair}", fused._merge_parts_kernel, constants, {}, tiles.OPTIONS
         for dtype, full in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
             exact = dtype == torch.float32 and pair
-            absent = ({} if full else {"bias_ptr": None}) | ({} if exact else {"alike_ptr": None})
+            absent = ({} if full else {"bias_ptr": None}) | ({} if exact else {"shares_rounding_ptr": None})
             for described in (False, True) if capability >= (9, 0) and dtype != torch.float32 else (False,):
                 config = fused.configuration(dtype, described)
                 options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-                flags = dict(HAS_BIAS=full, HAS_TARGETS=True, ALIKE=exact, DESCRIPTORS=described)
+                flags = dict(HAS_BIAS=full, HAS_TARGETS=True, SHARES_ROUNDING=exact, DESCRIPTORS=described)
                 h = w = f"*{NAMES[dtype]}"
                 if described:
                     h = f"tensordesc<{NAMES[dtype]}[{config['BLOCK_M']}, {config['BLOCK_K']}]>"

@@ -79,8 +79,7 @@ def test_the_suite_passes(emulated: Path) -> None:
 def arguments() -> dict[str, tuple[Any, ...]]:
     """Right arguments of every function but for where they are."""
     z, pair, targets = torch.randn(2, 3, 5), torch.rand(10, 3), torch.arange(3)
-    scores, mask, numbers = torch.rand(3, 5), torch.ones(3, 5, dtype=torch.bool), (0.8, 1.28, 3.0, 20.0, 0.1, 0.1, 0.1)
-    tokens, sums, grads = [torch.rand(3, 5) for _ in range(10)], torch.empty(12, 3), torch.rand(5, 3)
+    scores, mask, grads = torch.rand(3, 5), torch.ones(3, 5, dtype=torch.bool), torch.rand(5, 3)
     return {
         "fold": (z[0], targets, 0, pair[:4]),
         "fold_pair": (z, targets, 0, pair),
@@ -88,8 +87,6 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "gradient": (z[0], pair[:4], targets, 0, grads[:2], 1.0, 0.0),
         "gradient_pair": (z, pair, pair[:2].clone(), targets, 0, grads, 1.0, 0.0),
         "topk_mask": (scores, mask, 0.4, None, mask.clone()),
-        "clipped_loss": (*tokens[:4], mask, mask, *tokens[4:7], *numbers, True, tokens[7], sums),
-        "clipped_loss_gradient": (*tokens[:3], mask, *tokens[4:7], *numbers, tokens[8], tokens[9]),
     }
 
 
@@ -120,18 +117,12 @@ def on_tiles(library: Any, rows: int, columns: int) -> list[Tensor]:
 
 def on_tokens(library: Any, rows: int, columns: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(rows + columns)
-    logprobs, old, advantages = torch.randn(3, rows, columns, generator=g)
-    mask, ties = torch.rand(rows, columns, generator=g) < 0.8, logprobs.round()
+    scores = torch.randn(rows, columns, generator=g)
+    mask, ties = torch.rand(rows, columns, generator=g) < 0.8, scores.round()
     keeps = [torch.empty_like(mask), torch.empty_like(mask)]
-    library.topk_mask(logprobs, mask, 0.4, None, keeps[0])
+    library.topk_mask(scores, mask, 0.4, None, keeps[0])
     library.topk_mask(ties, mask, 0.4, None, keeps[1])
-    values, sums, grad = torch.empty_like(old), torch.empty(12, rows), torch.empty_like(old)
-    numbers = (0.8, 1.28, 3.0, 20.0, 0.1, 0.0, 0.0)
-    library.clipped_loss(
-        logprobs, None, old, advantages, keeps[0], mask, None, None, None, *numbers, False, values, sums
-    )
-    library.clipped_loss_gradient(logprobs, old, advantages, mask, None, None, values, *numbers, grad, None)
-    return [*keeps, values, sums, grad]
+    return keeps
 
 
 @pytest.mark.parametrize("operations", [on_tiles, on_tokens])

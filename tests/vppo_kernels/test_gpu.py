@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.views import ABSOLUTE, ABSOLUTE_CUT, Views, make_views, relative_error, worst
+from support.views import Views, make_views, relative_error, worst
 from torch import Tensor
 
 from benchmarks.inputs import Shape, make_weight
@@ -30,6 +30,7 @@ from vppo_kernels import (
     workspace_limit,
 )
 from vppo_kernels.backends import available
+from vppo_kernels.reference import LOGPROB_BOUND, LOGPROB_BOUND_CUT
 from vppo_kernels.statistics import DivergenceOutput
 from vppo_kernels.tensor_cores import PRECISIONS
 from vppo_kernels.tiling import MIB
@@ -99,7 +100,9 @@ def test_every_output_is_within_its_bound(on_gpu: str, dtype: torch.dtype, kind:
             on_device.hidden, on_device.weight, on_device.targets, on_device.bias, backend=on_gpu, check=True, **head
         )
     )
-    assert max((a - b).abs().max() for a, b in zip(single, truth, strict=True)) < (ABSOLUTE_CUT if cut else ABSOLUTE)
+    assert max((a - b).abs().max() for a, b in zip(single, truth, strict=True)) < (
+        LOGPROB_BOUND_CUT if cut else LOGPROB_BOUND
+    )
 
 
 @needs_cuda

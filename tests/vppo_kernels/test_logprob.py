@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.views import ABSOLUTE, Views, counted_products, make_views, relative_error, tiles_of
+from support.views import Views, counted_products, make_views, relative_error, tiles_of
 from torch import Tensor
 
 from vppo_kernels import linear_logprob, reference
+from vppo_kernels.reference import LOGPROB_BOUND
 from vppo_kernels.statistics import LogprobOutput
 
 HEADS = {
@@ -37,7 +38,7 @@ def test_both_outputs_are_within_the_bound(
     got, truth = run(views, backend, **head), truth_of(views, **head)
     for value, exact in zip(got, truth, strict=True):
         assert value.dtype == torch.float32
-        assert (value - exact).abs().max() < ABSOLUTE
+        assert (value - exact).abs().max() < LOGPROB_BOUND
     assert (got.logprobs <= 0).all() and (got.entropy >= 0).all()
 
 
@@ -47,8 +48,8 @@ def test_agrees_with_the_pair(backend: str) -> None:
     views = make_views(rows=16, vocab=300)
     pair = linear_divergence(views.hidden, views.perturbed, views.weight, targets=views.targets, backend=backend)
     single = run(views, backend)
-    assert torch.allclose(single.logprobs, pair.logprobs, atol=ABSOLUTE)
-    assert torch.allclose(single.entropy, pair.entropy, atol=ABSOLUTE)
+    assert torch.allclose(single.logprobs, pair.logprobs, atol=LOGPROB_BOUND)
+    assert torch.allclose(single.entropy, pair.entropy, atol=LOGPROB_BOUND)
 
 
 def test_leading_dimensions_and_int32_targets(backend: str) -> None:

@@ -1,4 +1,4 @@
-"""The loss by its formulas, written out again here; folding; and the same loss from hidden states."""
+"""The loss by its formulas, written out again here; advantages shaped beforehand; the same loss from hidden states."""
 
 from __future__ import annotations
 
@@ -194,15 +194,15 @@ def test_homogeneous_in_the_advantage(factor: float, seed: int, dual: float | No
 @given(
     st.integers(0, 1000), st.sampled_from([None, 3.0]), st.sampled_from(AGGREGATIONS), st.sampled_from([0.4, 1e-9, 1.0])
 )
-def test_folding(seed: int, dual: float | None, agg: str, ratio: float) -> None:
-    """Advantages folded beforehand = mask and scale given to the loss = mask and scale applied to the plain loss."""
+def test_advantages_shaped_beforehand(seed: int, dual: float | None, agg: str, ratio: float) -> None:
+    """Advantages shaped beforehand = mask and scale given to the loss = mask and scale applied to the plain loss."""
     given = batch(seed)
     logprobs = given["logprobs"].requires_grad_()
     dependency, mask = given.pop("dependency"), given["mask"]
     options: dict[str, Any] = dict(clip_dual=dual, loss_agg=agg)
     inside, _ = vppo_loss(**given, dependency=dependency, keep_ratio=ratio, **options)
-    folded = vppo_advantages(given["advantages"], dependency, mask, keep_ratio=ratio)
-    before, _ = vppo_loss(**{**given, "advantages": folded}, **options)
+    shaped = vppo_advantages(given["advantages"], dependency, mask, keep_ratio=ratio)
+    before, _ = vppo_loss(**{**given, "advantages": shaped}, **options)
     raw = reference.clipped_loss(logprobs, given["old_logprobs"], given["advantages"].unsqueeze(1), clip_dual=dual)
     factors = topk_mask(dependency, mask, ratio) * trajectory_scale(dependency, mask).unsqueeze(1)
     after = reduce(raw * factors, mask, agg)
@@ -361,6 +361,28 @@ def test_long_rows_of_mixed_dtypes(backend_tokens: str, dtype: torch.dtype) -> N
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-2, atol=1e-6)
     torch.testing.assert_close(tuple(x.double() for x in metrics.values()), tuple(x.double() for x in others.values()),
                                rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_are_computed_in_single_precision(backend_tokens: str, dtype: torch.dtype) -> None:
+    """Every input in 16 bits, whose own arithmetic would be off by a thousandth."""
+    g = torch.Generator().manual_seed(3)
+    logprobs, old, ref, entropy = (-torch.rand(4, 3, 7, generator=g)).to(dtype).unbind(0)
+    leaf = logprobs.clone().requires_grad_()
+    options: dict[str, Any] = dict(nll_coef=0.1, entropy_coef=0.1, kl_coef=0.1, backend=backend_tokens)
+    advantages, mask = torch.tensor([1.0, -1.0, 0.5], dtype=dtype), torch.ones(3, 7)
+    loss, metrics = vppo_loss(leaf, old, advantages, mask, ref_logprobs=ref, entropy=-entropy, **options)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    wide = [x.double() for x in (logprobs, old, advantages, ref, -entropy)]
+    exact = wide[0].requires_grad_()
+    expected, others = vppo_loss(
+        exact, wide[1], wide[2], mask, ref_logprobs=wide[3], entropy=wide[4], **{**options, "backend": "torch"}
+    )
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, exact)[0], rtol=1e-2, atol=1e-6)
+    for name, value in metrics.items():
+        torch.testing.assert_close(value.double(), others[name].double(), rtol=1e-5, atol=1e-7)
 
 
 def test_a_nan_that_nobody_checked_reaches_the_loss(backend_tokens: str) -> None:

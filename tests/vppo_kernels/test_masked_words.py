@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.views import ABSOLUTE, Views, divergence_bound, make_views, relative_error, tiles_of
+from support.views import Views, make_views, relative_error, tiles_of
 from torch import Tensor
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob, linear_vppo_loss, reference
+from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
 from vppo_kernels.statistics import DivergenceOutput
 
 KINDS = ("kl", "reverse_kl", "jsd")
@@ -50,7 +51,7 @@ def assert_right(got: DivergenceOutput, truth: DivergenceOutput) -> None:
     for name, value, exact in zip(got._fields, got, truth, strict=True):
         infinite = torch.isinf(exact)
         assert torch.equal(value[infinite].double(), exact[infinite]), name
-        bound = divergence_bound(exact) if name == "divergence" else torch.full_like(exact, ABSOLUTE)
+        bound = divergence_bound(exact) if name == "divergence" else torch.full_like(exact, LOGPROB_BOUND)
         assert ((value.double() - exact).abs() <= bound)[~infinite].all(), (name, value, exact)
 
 

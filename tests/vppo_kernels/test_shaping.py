@@ -1,4 +1,4 @@
-"""Trajectory factors and folded advantages: the definition, invariances, statistics from elsewhere and over ranks."""
+"""Trajectory factors and shaped advantages: the definition, invariances, statistics from elsewhere and over ranks."""
 
 from __future__ import annotations
 
@@ -214,8 +214,8 @@ def _rank(rank: int, store: str) -> None:
             torch.testing.assert_close(alpha, whole.alpha[part])
             with pytest.raises(ValueError, match="stats: given together with stats_group"):
                 vppo_advantages(advantages[part], SCORES[part], MASK[part], stats=stats, stats_group=group)
-            folded = vppo_advantages(advantages[part], SCORES[part], MASK[part], stats_group=group)
-            torch.testing.assert_close(folded, whole.advantages[part])
+            part_shaped = vppo_advantages(advantages[part], SCORES[part], MASK[part], stats_group=group)
+            torch.testing.assert_close(part_shaped, whole.advantages[part])
     finally:
         dist.destroy_process_group()
 

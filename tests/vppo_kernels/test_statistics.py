@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.views import ABSOLUTE, divergence_bound
 from torch import Tensor
 
 from vppo_kernels import reference
 from vppo_kernels.backends import resolve
+from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
 from vppo_kernels.statistics import (
     PairStats,
     finish,
@@ -101,12 +101,12 @@ def test_float32_stays_within_the_bounds_however_many_merges(backend: str, colum
     pair = finish_pair(merged)
     truth = reference.divergence(*tile.double(), targets)
     assert ((pair.kl - truth.divergence).abs() <= divergence_bound(truth.divergence)).all()
-    assert torch.allclose(pair.p.entropy.double(), truth.entropy, atol=ABSOLUTE)
-    assert torch.allclose(pair.q.entropy.double(), truth.entropy_perturbed, atol=ABSOLUTE)
-    assert truth.logprobs is not None and torch.allclose(pair.p.logprobs.double(), truth.logprobs, atol=ABSOLUTE)
+    assert torch.allclose(pair.p.entropy.double(), truth.entropy, atol=LOGPROB_BOUND)
+    assert torch.allclose(pair.q.entropy.double(), truth.entropy_perturbed, atol=LOGPROB_BOUND)
+    assert truth.logprobs is not None and torch.allclose(pair.p.logprobs.double(), truth.logprobs, atol=LOGPROB_BOUND)
     z_p, z_q = (z - z.amax(-1, keepdim=True) for z in tile.double())
     mean_gap = (z_p.softmax(-1) * (z_p - z_q)).sum(-1)
-    assert torch.allclose(pair.mean_diff.double(), mean_gap, atol=ABSOLUTE)
+    assert torch.allclose(pair.mean_diff.double(), mean_gap, atol=LOGPROB_BOUND)
 
 
 @pytest.mark.parametrize("gap", [100.0, 1000.0, 20000.0])
@@ -145,9 +145,9 @@ def test_one_view_merges_and_finishes_alone(backend: str) -> None:
     ]
     view = finish(merge(*parts))
     truth = reference.logprob_output(tile.double(), targets)
-    assert torch.allclose(view.logprobs.double(), truth.logprobs, atol=ABSOLUTE)
-    assert torch.allclose(view.entropy.double(), truth.entropy, atol=ABSOLUTE)
-    assert torch.allclose(view.max + view.log_sum, tile.logsumexp(-1), atol=ABSOLUTE)
+    assert torch.allclose(view.logprobs.double(), truth.logprobs, atol=LOGPROB_BOUND)
+    assert torch.allclose(view.entropy.double(), truth.entropy, atol=LOGPROB_BOUND)
+    assert torch.allclose(view.max + view.log_sum, tile.logsumexp(-1), atol=LOGPROB_BOUND)
 
 
 def test_a_fold_leaves_its_tile_as_it_was(backend: str) -> None:

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.tensor_core import COMPILER, on_tensor_cores, product
-from support.views import ABSOLUTE, ABSOLUTE_CUT, divergence_bound, make_views, relative_error
+from support.views import make_views, relative_error
 from torch import Tensor
 
 from benchmarks.inputs import Shape, make_weight
 from benchmarks.inputs import make_views as realistic_views
 from vppo_kernels import linear_divergence, linear_logprob, linear_vppo_loss, reference, tensor_cores
+from vppo_kernels.reference import LOGPROB_BOUND, LOGPROB_BOUND_CUT, divergence_bound
 from vppo_kernels.statistics import DivergenceOutput
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -95,7 +96,7 @@ def test_divergences_hold_the_bound_of_their_precision(model: Model, kind: str) 
     if kind == "kl":  # so this proves something
         assert worst_divergence(default, kind, model, cut=False) > 1.5
     entropy = [-(z.softmax(-1) * z.log_softmax(-1)).sum(-1) for z in (model.z_p, model.z_q)]
-    for output, bound in ((default, ABSOLUTE_CUT), (exact, ABSOLUTE)):
+    for output, bound in ((default, LOGPROB_BOUND_CUT), (exact, LOGPROB_BOUND)):
         for value, truth in zip((output.entropy, output.entropy_perturbed), entropy, strict=True):
             assert float((value - truth).abs().max()) < bound
 
@@ -111,7 +112,7 @@ def test_log_probabilities_hold_the_bound_of_their_precision(model: Model) -> No
         with on_tensor_cores():
             got = linear_logprob(hidden, model.weight, tokens, precision=precision, backend="torch", check=True)
         errors[precision] = float((got.logprobs - truth).abs().max())
-    assert ABSOLUTE < errors["default"] < ABSOLUTE_CUT and errors["exact"] < ABSOLUTE
+    assert LOGPROB_BOUND < errors["default"] < LOGPROB_BOUND_CUT and errors["exact"] < LOGPROB_BOUND
 
 
 def test_a_check_still_finds_what_is_wrong(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

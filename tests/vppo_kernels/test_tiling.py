@@ -13,7 +13,6 @@ from support.views import (
     PeakMemory,
     Views,
     counted_products,
-    divergence_bound,
     make_views,
     poisoned_buffers,
     relative_error,
@@ -23,6 +22,7 @@ from support.views import (
 from torch import Tensor
 
 from vppo_kernels import divergence, linear_divergence, linear_logprob, topk_mask, workspace_limit
+from vppo_kernels.reference import divergence_bound
 from vppo_kernels.statistics import DivergenceOutput
 from vppo_kernels.tiling import DEFAULT_WORKSPACE, MIB, current_workspace
 

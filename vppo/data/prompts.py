@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from trl.data_utils import prepare_multimodal_messages
-from trl.trainer.utils import pad, unsplit_pixel_values_by_grid
 
 from vppo.batch import TOKEN_INPUTS, Batch
 from vppo.data.problems import Problem
 from vppo.perturbations import Perturbation
+from vppo.trl_utils import pad, prepare_multimodal_messages, unsplit_pixel_values_by_grid
 from vppo.views import ImageViews, in_tiles
 
 

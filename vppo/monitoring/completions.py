@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from trl.trainer.utils import strip_images_from_messages
 
 from vppo.files import replacing
+from vppo.trl_utils import strip_images_from_messages
 
 Row = dict[str, Any]
 

@@ -8,9 +8,9 @@ from functools import wraps
 from typing import Any
 
 from torch import nn
-from trl.trainer.utils import is_async_callable
 
 from vppo.errors import InputError
+from vppo.trl_utils import is_async_callable
 
 
 def checked(function: Any, name: str) -> Any:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import reduce
-from importlib import import_module
-from typing import Any
-
 import verl
 
-from vppo.errors import InputError
+from vppo.seams import MovedSeamError, lacking
 
 FSDP = "verl.workers.engine.fsdp.transformer_impl"
 TRAINER = "verl.trainer.ppo.v1.trainer_base"
@@ -44,33 +39,14 @@ SEAMS = {
 }  # fmt: skip
 
 
-class MovedSeamError(InputError, ImportError):
-    """The installed verl is not one that this package knows how to extend."""
-
-
 def missing(seams: dict[str, tuple[str, ...]]) -> list[str]:
     """What of the seams, `"module:object"` to the parameters that it must take, the installed verl lacks."""
-    found = []
-    for name, parameters in seams.items():
-        module, _, path = name.partition(":")
-        try:
-            target: Any = reduce(getattr, path.split("."), import_module(module))
-        except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("verl."):
-                raise  # something else is not installed
-            found.append(module)
-            continue
-        except AttributeError:
-            found.append(name)
-            continue
-        taken = inspect.signature(target).parameters
-        found += [f"parameter {one!r} of {name}" for one in parameters if one not in taken]
-    return found
+    return [found for target, parameters in seams.items() for found in lacking(target, parameters)]
 
 
 def check_seams() -> None:
     """Raises a `MovedSeamError` that names verl's version and what it lacks."""
-    if lacking := missing(SEAMS):
+    if found := missing(SEAMS):
         raise MovedSeamError(
-            f"verl: got version {verl.__version__}, which lacks {', '.join(lacking)}; takes verl>=0.9,<0.10"
+            f"verl: got version {verl.__version__}, which lacks {', '.join(found)}; takes verl>=0.9,<0.10"
         )

@@ -64,7 +64,7 @@ def _check_name(name: str) -> None:
 
 
 def _choose(name: str, device: Device, dtype: Dtype) -> str:
-    """The backend that a name stands for; "auto" is the first that is there of Triton's (on a GPU), native, torch."""
+    """The backend that a name stands for; "auto" is the first available of triton (on a GPU), native and torch."""
     if name == "auto":
         best = ("triton", "native", "torch") if device.type == "cuda" else ("native", "torch")
         name = next(name for name in best if not _missing(name, device, dtype))

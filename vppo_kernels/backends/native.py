@@ -1,6 +1,6 @@
 """The tile operations of the native library `csrc/`: one call each, statistics merged in place, no working space.
 
-Contracts are those of `backends/torch.py`; tiles are contiguous float32 tensors. The library for a CPU loops over rows
+Tiles are float32. The library for a CPU loops over rows
 on torch's threads, and every row's result is its own: it is bitwise the same for any number of them.
 """
 
@@ -16,28 +16,28 @@ PEAK = 4  # tiles of one view alive at a time: two of logits, and their gradient
 
 
 def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
-    """See `backends/torch.py`; `stats` is updated in place."""
+    """See `TileOps`; `stats` is updated in place."""
     library(tile.device.type).fold(tile, targets, first, stats)
     return stats
 
 
 def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
-    """See `backends/torch.py`; `stats` is updated in place."""
+    """See `TileOps`; `stats` is updated in place."""
     library(tile.device.type).fold_pair(tile, targets, first, stats)
     return stats
 
 
 def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
-    """See `backends/torch.py`; `jsd_terms` is updated in place."""
+    """See `TileOps`; `jsd_terms` is updated in place."""
     library(tile.device.type).fold_jsd(tile, pair, jsd_terms)
     return jsd_terms
 
 
 def gradient_(
-    tile: Tensor, view: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+    tile: Tensor, softmax: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
 ) -> None:
-    """See `backends/torch.py`."""
-    library(tile.device.type).gradient(tile, view, targets, first, grads, *_slope(transform))
+    """See `TileOps`."""
+    library(tile.device.type).gradient(tile, softmax, targets, first, grads, *_slope(transform))
 
 
 def gradient_pair_(
@@ -49,7 +49,7 @@ def gradient_pair_(
     grads: Tensor,
     transform: LogitTransform,
 ) -> None:
-    """See `backends/torch.py`."""
+    """See `TileOps`."""
     library(tile.device.type).gradient_pair(tile, pair, jsd_terms, targets, first, grads, *_slope(transform))
 
 

@@ -46,13 +46,13 @@ class TileOps(Protocol):
         ...
 
     def gradient_(
-        self, tile: Tensor, view: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+        self, tile: Tensor, softmax: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
     ) -> None:
         """Overwrite one view's tile with the gradient of its raw logits.
 
         Args:
             tile: `[rows, columns]`.
-            view: A packed `Softmax`.
+            softmax: A packed `Softmax`.
             targets, first: See the class.
             grads: `[2, rows]`, upstream of log-probability and entropy.
             transform: From raw logits to those of the tile.

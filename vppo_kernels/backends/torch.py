@@ -1,8 +1,7 @@
 """The tile operations in plain torch: any device, any dtype, in place wherever torch can.
 
-`tile` is `[rows, columns]` (or `[2, rows, columns]` for two views) of transformed logits. Folds leave it as it was and
-work in `scratch`, `[3, rows, columns]`; gradient operations overwrite it. Everything is elementwise or a row sum, and
-the folds are in place: a fresh temporary costs more than the arithmetic on it.
+Folds work in `scratch`, `[3, rows, columns]`. Everything is elementwise or a sum over a row, and works in place because
+to allocate a temporary of a tile's size costs more than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,15 @@ from vppo_kernels.logits import LogitTransform
 from vppo_kernels.statistics import (
     APART,
     EXP_FLOOR,
+    GRAD_DIVERGENCE,
+    GRAD_ENTROPY,
+    GRAD_ENTROPY_P,
+    GRAD_ENTROPY_Q,
+    GRAD_LOGPROB,
+    GRAD_LOGPROB_P,
+    GRAD_LOGPROB_Q,
+    JSD_P,
+    JSD_Q,
     Pair,
     PairStats,
     Softmax,
@@ -48,12 +56,12 @@ def _target_logit(tile: Tensor, targets: Tensor | None, first: int) -> Tensor:
 
 
 def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
-    """Statistics of one view, `[4, rows]`, with one more tile; `first` is the vocabulary index of its first column."""
+    """See `TileOps`."""
     return pack(merge(unpack_stats(stats), _part(tile, targets, first, scratch)))
 
 
 def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
-    """Statistics of both views, `[10, rows]`, with one more tile."""
+    """See `TileOps`."""
     return pack(merge_pair(unpack_pair_stats(stats), _part_pair(tile, targets, first, scratch)))
 
 
@@ -72,7 +80,7 @@ def _part(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> 
 
 
 def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor) -> PairStats:
-    """The same for both views, with the mean gap and the excess about it."""
+    """Statistics of both views of one tile alone."""
     z_p, z_q = tile[0], tile[1]
     q = _part(z_q, targets, first, scratch)
     p = _part(z_p, targets, first, scratch)
@@ -90,12 +98,12 @@ def _part_pair(tile: Tensor, targets: Tensor | None, first: int, scratch: Tensor
 
 
 def _gap_and_excess(z_p: Tensor, z_q: Tensor, weights: Tensor, max_p: Tensor, max_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean gap and excess of any rows: with masked words, with maxima far apart, with gaps whose exponential overflows.
+    """Mean gap and excess of rows that need care: masked words, maxima far apart, gaps whose exponential overflows.
 
     Overwrites `z_p` and `z_q`.
     """
-    hidden = ((z_q == -math.inf) & (z_p != -math.inf)).any(1)  # by the second view alone
-    # where all words are masked: far below the others, far above a masked word
+    hidden = ((z_q == -math.inf) & (z_p != -math.inf)).any(1)  # rows with words that the second view alone masks
+    # the maximum of a row whose words are all masked: a finite number far below any logit, far above a masked word's
     max_p, max_q = (top.clamp_min(-0.1 * EXP_FLOOR).unsqueeze(1) for top in (max_p, max_q))
     z_p, z_q, between = z_p.clamp_min_(-EXP_FLOOR), z_q.clamp_min_(-EXP_FLOOR), max_p - max_q
     log_q, apart = z_q - max_q, between.abs() > APART
@@ -116,7 +124,7 @@ def _log_share(d: Tensor) -> Tensor:
 
 
 def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
-    """`(KL(p || m), KL(q || m))`, `[2, rows]`, with one more tile; their mean is the Jensen-Shannon divergence."""
+    """See `TileOps`."""
     tile, both = tile.clamp_min(-EXP_FLOOR), unpack_pair(pair)
     logp, logq = _log_softmax(tile[0], both.p), _log_softmax(tile[1], both.q)
     d = _log_ratio(_centred_gap(tile, both), both.kl, logp, logq)
@@ -126,7 +134,7 @@ def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
 
 
 def _log_ratio(centred: Tensor, kl: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
-    """`log(p / q)` of a tile, from the gaps about their mean where that has more digits."""
+    """`log(p / q)` of a tile: from the gaps about their mean, or where the divergence is large from the logarithms."""
     d, large = centred + kl.unsqueeze(1), kl > APART
     if bool(large.any()):
         d[large] = logp[large] - logq[large]
@@ -163,7 +171,7 @@ def _times_(tile: Tensor, slope: Tensor | float) -> None:
 def _view_gradient(
     logp: Tensor, view: Softmax, grad_entropy: Tensor, grad_logprobs: Tensor | None, inner: Tensor | None
 ) -> Tensor:
-    """`p * (inner - grad_entropy (log p + H) - grad_logprobs)`: what of a view's gradient is a multiple of p.
+    """`p * (inner - grad_entropy (log p + H) - grad_logprobs)`: a view's gradient but for the target's own term.
 
     Overwrites `inner`; None stands for 0.
     """
@@ -175,17 +183,14 @@ def _view_gradient(
 
 
 def gradient_(
-    tile: Tensor, view: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+    tile: Tensor, softmax: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
 ) -> None:
-    """Overwrite one view's tile with the gradient of raw logits, given `grads`, `[2, rows]`: log-probability, entropy.
-
-    `view` is a packed `Softmax`, `[4, rows]`.
-    """
+    """See `TileOps`."""
     tile.clamp_min_(-EXP_FLOOR)  # a masked word: a finite logit whose probability is 0
-    slope, softmax = transform.slope(tile), unpack_softmax(view)
-    logp = _log_softmax(tile, softmax)
-    tile.copy_(_view_gradient(logp, softmax, grads[1], grads[0], None))
-    _add_at_targets(tile, targets, first, grads[0])
+    slope, view = transform.slope(tile), unpack_softmax(softmax)
+    grad_logprob, grad_entropy = grads[GRAD_LOGPROB], grads[GRAD_ENTROPY]
+    tile.copy_(_view_gradient(_log_softmax(tile, view), view, grad_entropy, grad_logprob, None))
+    _add_at_targets(tile, targets, first, grad_logprob)
     _times_(tile, slope)
 
 
@@ -198,36 +203,26 @@ def gradient_pair_(
     grads: Tensor,
     transform: LogitTransform,
 ) -> None:
-    """Overwrite both views' tile with the gradient of raw logits, given that of all outputs.
-
-    Args:
-        tile: `[2, rows, columns]`.
-        pair: A packed `Pair`, `[10, rows]`.
-        jsd_terms: `[2, rows]` where the divergence is Jensen-Shannon's; None where it is `KL(p || q)`.
-        targets: `[rows]` or None.
-        first: Vocabulary index of the tile's first column.
-        grads: `[5, rows]`, of divergence, entropy of p and q, log-probability of p and q; `[3, rows]` without targets.
-        transform: Of raw logits to these.
-    """
+    """See `TileOps`."""
     tile.clamp_min_(-EXP_FLOOR)  # a masked word: a finite logit whose probability is 0
     slope, both = transform.slope(tile), unpack_pair(pair)
     z_p, z_q = tile[0], tile[1]
-    scale = grads[0].unsqueeze(1)
+    scale = grads[GRAD_DIVERGENCE].unsqueeze(1)
     centred = _centred_gap(tile, both)
     logp, logq = _log_softmax(z_p, both.p), _log_softmax(z_q, both.q)
     d = _log_ratio(centred, both.kl, logp, logq)
     if jsd_terms is None:
-        # q - p over q: the difference of two exponentials would lose the digits of a small gap
+        # q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         inner_p, inner_q = scale * centred, d.clamp_max(1.0).expm1_().mul_(-scale)
     else:
-        inner_p = 0.5 * scale * (_log_share(d) - jsd_terms[0].unsqueeze(1))
-        inner_q = 0.5 * scale * (_log_share(-d) - jsd_terms[1].unsqueeze(1))
-    grad_logprobs = (None, None) if targets is None else (grads[3], grads[4])
-    z_p.copy_(_view_gradient(logp, both.p, grads[1], grad_logprobs[0], inner_p))
-    z_q.copy_(_view_gradient(logq, both.q, grads[2], grad_logprobs[1], inner_q))
-    if jsd_terms is None:  # what the clamp has cut off: p - e q
+        inner_p = 0.5 * scale * (_log_share(d) - jsd_terms[JSD_P].unsqueeze(1))
+        inner_q = 0.5 * scale * (_log_share(-d) - jsd_terms[JSD_Q].unsqueeze(1))
+    grad_logprobs = (None, None) if targets is None else (grads[GRAD_LOGPROB_P], grads[GRAD_LOGPROB_Q])
+    z_p.copy_(_view_gradient(logp, both.p, grads[GRAD_ENTROPY_P], grad_logprobs[0], inner_p))
+    z_q.copy_(_view_gradient(logq, both.q, grads[GRAD_ENTROPY_Q], grad_logprobs[1], inner_q))
+    if jsd_terms is None:  # the clamp made q - e q of q - p where d > 1: the rest is p - e q
         z_q.sub_(torch.where(d > 1.0, scale * (logp.exp_() - math.e * logq.exp_()), 0.0))
     if targets is not None:
-        _add_at_targets(z_p, targets, first, grads[3])
-        _add_at_targets(z_q, targets, first, grads[4])
+        _add_at_targets(z_p, targets, first, grads[GRAD_LOGPROB_P])
+        _add_at_targets(z_q, targets, first, grads[GRAD_LOGPROB_Q])
     _times_(tile, slope)

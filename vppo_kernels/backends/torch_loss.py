@@ -40,7 +40,7 @@ def clipped_loss(inputs: LossInputs, options: LossOptions, per_token: bool) -> t
     loss = clipped_surrogate(ratio, advantages, options)
     if inputs.is_weights is not None:
         loss = loss * wide(inputs.is_weights)
-    # a coefficient of 0 leaves its term out, whatever stands there
+    # a term whose coefficient is 0 is left out, so that a NaN in it does no harm
     if options.nll_coef:
         loss = loss - options.nll_coef * logprobs
     if options.entropy_coef and entropy is not None:

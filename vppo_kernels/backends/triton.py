@@ -1,6 +1,6 @@
 """The tile operations as Triton kernels: one program per row and one sweep over its tile, or elementwise in place.
 
-Contracts are those of `backends/torch.py`. Statistics stay in registers while a program walks its row and are merged
+Statistics stay in registers while a program walks its row and are merged
 with those of earlier tiles before they are written back, in place. Under `TRITON_INTERPRET=1` all of it runs on a CPU.
 """
 
@@ -12,8 +12,25 @@ from torch import Tensor
 
 from vppo_kernels.backends.triton_math import (
     APART,
+    ENTROPY,
     FLOOR,
+    GRAD_DIVERGENCE,
+    GRAD_ENTROPY,
+    GRAD_ENTROPY_P,
+    GRAD_ENTROPY_Q,
+    GRAD_LOGPROB,
+    GRAD_LOGPROB_P,
+    GRAD_LOGPROB_Q,
+    JSD_P,
+    JSD_Q,
+    KL,
+    LOG_SUM,
+    MAX,
+    MEAN_DIFF,
     NEAR,
+    TARGET,
+    P,
+    Q,
     add_block,
     add_block_pair,
     base_of,
@@ -25,13 +42,13 @@ from vppo_kernels.backends.triton_math import (
     joined,
     joined_pair,
     load_logits,
-    load_pair,
-    load_view,
+    load_pair_stats,
+    load_stats,
     log_share,
     merge,
     merge_pair,
-    store_pair,
-    store_view,
+    store_pair_stats,
+    store_stats,
 )
 from vppo_kernels.logits import LogitTransform
 
@@ -63,7 +80,7 @@ def _fold_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     stats, z_ptr = stats_ptr + row, z_ptr + row * columns
-    top, total, weighted_sum = load_view(stats, rows, there)
+    top, total, weighted_sum = load_stats(stats, rows, there)
     begin = 0
     if tl.max(tl.where(top == float("-inf"), 1, 0), 0) > 0:
         begin = BLOCK
@@ -91,11 +108,11 @@ def _fold_kernel(
             tl.where(near, new_total, b),
             tl.where(near, new_moment, c),
         )
-    store_view(stats, rows, there, found, new_total, new_moment)
+    store_stats(stats, rows, there, found, new_total, new_moment)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)
-        tl.store(stats + 3 * rows, tl.load(z_ptr + target, mask=hit, other=0.0), mask=hit)
+        tl.store(stats + TARGET * rows, tl.load(z_ptr + target, mask=hit, other=0.0), mask=hit)
 
 
 @triton.jit
@@ -124,7 +141,7 @@ def _fold_pair_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     stats, p_ptr, q_ptr = stats_ptr + row, z_ptr + row * columns, z_ptr + (rows + row) * columns
-    max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = load_pair(stats, rows, there)
+    max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = load_pair_stats(stats, rows, there)
     begin = 0
     if tl.max(tl.where((max_p == float("-inf")) | (max_q == float("-inf")), 1, 0), 0) > 0:
         begin = BLOCK  # nothing is known that distances could be measured from
@@ -170,12 +187,12 @@ def _fold_pair_kernel(
         )  # fmt: skip
         a, b, c, d = tl.where(close, a, i), tl.where(close, b, j), tl.where(close, c, k), tl.where(close, d, l)
         e, f, g, h = tl.where(close, e, m), tl.where(close, f, n), tl.where(close, g, o), tl.where(close, h, p)
-    store_pair(stats, rows, there, a, b, c, d, e, f, g, h)
+    store_pair_stats(stats, rows, there, a, b, c, d, e, f, g, h)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)
-        tl.store(stats + 3 * rows, tl.load(p_ptr + target, mask=hit, other=0.0), mask=hit)
-        tl.store(stats + 7 * rows, tl.load(q_ptr + target, mask=hit, other=0.0), mask=hit)
+        tl.store(stats + (P + TARGET) * rows, tl.load(p_ptr + target, mask=hit, other=0.0), mask=hit)
+        tl.store(stats + (Q + TARGET) * rows, tl.load(q_ptr + target, mask=hit, other=0.0), mask=hit)
 
 
 @triton.jit
@@ -186,38 +203,39 @@ def _field(packed, index, stride, there):
 
 @triton.jit
 def _load_finite(z_ptr, inside):
-    """Logits, and of a masked word a finite one whose probability is 0."""
+    """Logits; of a masked word a finite one whose probability is 0."""
     return finite(tl.load(z_ptr, mask=inside, other=0.0))
 
 
 @triton.jit
 def _log_probabilities(z_p, z_q, pair, stride, there):
     """`log p`, `log q`, `log(p / q)`, and the gap of each column from the mean gap, `log(p / q) - KL`."""
-    max_p, max_q = _field(pair, 0, stride, there), _field(pair, 4, stride, there)
-    centred = gap_of(z_p, z_q, max_p, max_q) - _field(pair, 8, stride, there)
-    log_p, log_q = (z_p - max_p) - _field(pair, 1, stride, there), (z_q - max_q) - _field(pair, 5, stride, there)
-    kl = _field(pair, 9, stride, there)
+    max_p, max_q = _field(pair, P + MAX, stride, there), _field(pair, Q + MAX, stride, there)
+    centred = gap_of(z_p, z_q, max_p, max_q) - _field(pair, MEAN_DIFF, stride, there)
+    log_p = (z_p - max_p) - _field(pair, P + LOG_SUM, stride, there)
+    log_q = (z_q - max_q) - _field(pair, Q + LOG_SUM, stride, there)
+    kl = _field(pair, KL, stride, there)
     return log_p, log_q, tl.where(kl > APART, log_p - log_q, centred + kl), centred
 
 
 @triton.jit
 def _fold_jsd_kernel(
-    z_ptr, pair_ptr, pair_stride, halves_ptr, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    z_ptr, pair_ptr, pair_stride, terms_ptr, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     pair, p_ptr, q_ptr = pair_ptr + row, z_ptr + row * columns, z_ptr + (rows + row) * columns
-    half_p = tl.load(halves_ptr + row, mask=there, other=0.0)
-    half_q = tl.load(halves_ptr + row + rows, mask=there, other=0.0)
+    term_p = tl.load(terms_ptr + JSD_P * rows + row, mask=there, other=0.0)
+    term_q = tl.load(terms_ptr + JSD_Q * rows + row, mask=there, other=0.0)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
         z_p, z_q = _load_finite(p_ptr[:, None] + column, inside), _load_finite(q_ptr[:, None] + column, inside)
         log_p, log_q, d, _ = _log_probabilities(z_p, z_q, pair, pair_stride, there)
-        half_p += tl.sum(tl.where(inside, tl.exp(log_p) * log_share(d), 0.0), 1)
-        half_q += tl.sum(tl.where(inside, tl.exp(log_q) * log_share(-d), 0.0), 1)
-    tl.store(halves_ptr + row, half_p, mask=there)
-    tl.store(halves_ptr + row + rows, half_q, mask=there)
+        term_p += tl.sum(tl.where(inside, tl.exp(log_p) * log_share(d), 0.0), 1)
+        term_q += tl.sum(tl.where(inside, tl.exp(log_q) * log_share(-d), 0.0), 1)
+    tl.store(terms_ptr + JSD_P * rows + row, term_p, mask=there)
+    tl.store(terms_ptr + JSD_Q * rows + row, term_q, mask=there)
 
 
 @triton.jit
@@ -231,18 +249,19 @@ def _slope(z, scale, to_cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _gradient_kernel(
-    z_ptr, view_ptr, view_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns, scale, to_cap,
+    z_ptr, softmax_ptr, softmax_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns, scale, to_cap,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     there = row < rows
     inside = there[:, None] & (column < columns)
-    z_ptr, view, grads = z_ptr + (row * columns)[:, None] + column, view_ptr + row, grads_ptr + row
+    z_ptr, softmax, grads = z_ptr + (row * columns)[:, None] + column, softmax_ptr + row, grads_ptr + row
     z = _load_finite(z_ptr, inside)
-    log_p = (z - _field(view, 0, view_stride, there)) - _field(view, 1, view_stride, there)
-    grad_logprob, grad_entropy = _field(grads, 0, grads_stride, there), _field(grads, 1, grads_stride, there)
-    grad = tl.exp(log_p) * (-grad_entropy * (log_p + _field(view, 2, view_stride, there)) - grad_logprob)
+    log_p = (z - _field(softmax, MAX, softmax_stride, there)) - _field(softmax, LOG_SUM, softmax_stride, there)
+    grad_logprob = _field(grads, GRAD_LOGPROB, grads_stride, there)
+    grad_entropy = _field(grads, GRAD_ENTROPY, grads_stride, there)
+    grad = tl.exp(log_p) * (-grad_entropy * (log_p + _field(softmax, ENTROPY, softmax_stride, there)) - grad_logprob)
     target = tl.load(targets_ptr + row, mask=there, other=-1)[:, None] - first
     grad += tl.where(column == target, grad_logprob, 0.0)
     tl.store(z_ptr, grad * _slope(z, scale, to_cap, SOFTCAP), mask=inside)
@@ -250,7 +269,7 @@ def _gradient_kernel(
 
 @triton.jit
 def _gradient_pair_kernel(
-    z_ptr, pair_ptr, pair_stride, halves_ptr, halves_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns,
+    z_ptr, pair_ptr, pair_stride, terms_ptr, terms_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns,
     scale, to_cap, HAS_TARGETS: tl.constexpr, JSD: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -263,27 +282,28 @@ def _gradient_pair_kernel(
     z_p, z_q = _load_finite(p_ptr, inside), _load_finite(q_ptr, inside)
     log_p, log_q, d, centred = _log_probabilities(z_p, z_q, pair, pair_stride, there)
     p, q = tl.exp(log_p), tl.exp(log_q)
-    upstream = _field(grads, 0, grads_stride, there)
+    upstream = _field(grads, GRAD_DIVERGENCE, grads_stride, there)
     if JSD:
-        grad_p = 0.5 * upstream * p * (log_share(d) - _field(halves_ptr + row, 0, halves_stride, there))
-        grad_q = 0.5 * upstream * q * (log_share(-d) - _field(halves_ptr + row, 1, halves_stride, there))
+        grad_p = 0.5 * upstream * p * (log_share(d) - _field(terms_ptr + row, JSD_P, terms_stride, there))
+        grad_q = 0.5 * upstream * q * (log_share(-d) - _field(terms_ptr + row, JSD_Q, terms_stride, there))
     else:
         grad_p = upstream * p * centred
-        # q - p over q: the difference of two exponentials would lose the digits of a small gap
+        # q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         grad_q = upstream * tl.where(d > 1.0, q - p, -q * expm1(tl.minimum(d, 1.0)))
-    grad_p -= _field(grads, 1, grads_stride, there) * p * (log_p + _field(pair, 2, pair_stride, there))
-    grad_q -= _field(grads, 2, grads_stride, there) * q * (log_q + _field(pair, 6, pair_stride, there))
+    entropy_p, entropy_q = _field(pair, P + ENTROPY, pair_stride, there), _field(pair, Q + ENTROPY, pair_stride, there)
+    grad_p -= _field(grads, GRAD_ENTROPY_P, grads_stride, there) * p * (log_p + entropy_p)
+    grad_q -= _field(grads, GRAD_ENTROPY_Q, grads_stride, there) * q * (log_q + entropy_q)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1)[:, None] - first
         hit = tl.where(column == target, 1.0, 0.0)
-        grad_p += _field(grads, 3, grads_stride, there) * (hit - p)
-        grad_q += _field(grads, 4, grads_stride, there) * (hit - q)
+        grad_p += _field(grads, GRAD_LOGPROB_P, grads_stride, there) * (hit - p)
+        grad_q += _field(grads, GRAD_LOGPROB_Q, grads_stride, there) * (hit - q)
     tl.store(p_ptr, grad_p * _slope(z_p, scale, to_cap, SOFTCAP), mask=inside)
     tl.store(q_ptr, grad_q * _slope(z_q, scale, to_cap, SOFTCAP), mask=inside)
 
 
 def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
-    """See `backends/torch.py`; `stats` is updated in place."""
+    """See `TileOps`; `stats` is updated in place."""
     rows, columns = tile.shape
     if tile.numel():
         _fold_kernel[_grid(rows)](
@@ -293,7 +313,7 @@ def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratc
 
 
 def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
-    """See `backends/torch.py`; `stats` is updated in place."""
+    """See `TileOps`; `stats` is updated in place."""
     _, rows, columns = tile.shape
     if tile.numel():
         _fold_pair_kernel[_grid(rows)](
@@ -303,7 +323,7 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, s
 
 
 def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
-    """See `backends/torch.py`; `jsd_terms` is updated in place."""
+    """See `TileOps`; `jsd_terms` is updated in place."""
     _, rows, columns = tile.shape
     if tile.numel():
         _fold_jsd_kernel[_grid(rows)](tile, pair, pair.stride(0), jsd_terms, rows, columns, ROWS, BLOCK, **OPTIONS)
@@ -311,13 +331,13 @@ def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
 
 
 def gradient_(
-    tile: Tensor, view: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+    tile: Tensor, softmax: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
 ) -> None:
-    """See `backends/torch.py`."""
+    """See `TileOps`."""
     rows, columns = tile.shape
     if tile.numel():
         _gradient_kernel[_grid(rows, columns)](
-            tile, view, view.stride(0), targets, grads, grads.stride(0), first, rows, columns,
+            tile, softmax, softmax.stride(0), targets, grads, grads.stride(0), first, rows, columns,
             *_slope_arguments(transform), ROWS, BLOCK, **OPTIONS,
         )  # fmt: skip
 
@@ -331,7 +351,7 @@ def gradient_pair_(
     grads: Tensor,
     transform: LogitTransform,
 ) -> None:
-    """See `backends/torch.py`."""
+    """See `TileOps`."""
     _, rows, columns = tile.shape
     scale, to_cap, softcap = _slope_arguments(transform)
     if tile.numel():

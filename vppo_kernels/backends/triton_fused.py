@@ -1,11 +1,10 @@
 """The forward sweep with the matrix product inside: logits live in registers only. The rest is `backends/triton.py`.
 
 A program takes a block of rows and a part of the vocabulary. It multiplies tile after tile, both views against the same
-tile of the weight, folds each into its statistics and writes those; a second kernel merges the parts. Nothing of the
-size of a logits tile exists, so it also works in a few MiB. A library's matrix product is faster than this one as long
-as its tiles stay in the cache: "auto" does not choose this backend. It is for a workspace too small for useful tiles,
-and for few rows. Jensen-Shannon divergences, capped logits, logits that are given, and whatever has a gradient go
-through tiles.
+tile of the weight, folds each into its statistics and writes those; a second kernel merges the parts. No tile of logits
+exists in memory, so it also works in a few MiB. A library's matrix product is faster than this one as long as its tiles
+stay in the cache, so "auto" does not choose this backend. It is for a workspace too small for useful tiles, and for few
+rows. Jensen-Shannon divergences, capped logits, logits that are given, and whatever has a gradient go through tiles.
 """
 
 from __future__ import annotations
@@ -18,17 +17,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vppo_kernels import statistics
 from vppo_kernels.backends.triton import OPTIONS
 from vppo_kernels.backends.triton_math import (
+    PAIR_FIELDS,
+    SOFTMAX_FIELDS,
+    TARGET,
+    P,
+    Q,
     finite,
     fold_block,
     fold_block_pair,
-    load_pair,
-    load_view,
+    load_pair_stats,
+    load_stats,
     merge,
     merge_pair,
-    store_pair,
-    store_view,
+    store_pair_stats,
+    store_stats,
 )
 from vppo_kernels.logits import LinearHead
 
@@ -37,7 +42,7 @@ PROGRAMS_PER_CORE = 4  # enough parts of the vocabulary that no multiprocessor i
 
 
 @triton.jit
-def _finished(z, bias_ptr, column, columns, scale, HAS_BIAS: tl.constexpr):
+def _transformed(z, bias_ptr, column, columns, scale, HAS_BIAS: tl.constexpr):
     """Raw products to transformed logits."""
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -46,13 +51,13 @@ def _finished(z, bias_ptr, column, columns, scale, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _sweep_kernel(
-    h, w, bias_ptr, alike_ptr, targets_ptr, parts_ptr,
+    h, w, bias_ptr, shares_rounding_ptr, targets_ptr, parts_ptr,
     first, rows, columns, hidden_size, w_stride, w_inner, span, splits, scale,
-    PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, ALIKE: tl.constexpr,
+    PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, SHARES_ROUNDING: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    # row blocks of a group are neighbours in time
+    # the row blocks of a group run at the same time and read the same tile of the weight
     program, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK_M)
     group_first = program // (GROUP * splits) * GROUP
     group_size = tl.minimum(blocks - group_first, GROUP)
@@ -91,17 +96,17 @@ def _sweep_kernel(
                 else:
                     a = tl.load(a_ptr + tl.cast(rows, tl.int64) * hidden_size, mask=inside, other=0.0)
                 z_q = tl.dot(a, b.to(a.dtype), z_q, input_precision="ieee")
-        if ALIKE:  # see head._difference_
-            z_q += z_p * tl.load(alike_ptr + row, mask=there, other=0.0)[:, None]
+        if SHARES_ROUNDING:  # see `_difference_` in logits.py
+            z_q += z_p * tl.load(shares_rounding_ptr + row, mask=there, other=0.0)[:, None]
         inside = there[:, None] & (column < columns)[None, :]
         outside = float("-inf")
-        z_p = _finished(z_p, bias_ptr, column[None, :], columns, scale, HAS_BIAS)
+        z_p = _transformed(z_p, bias_ptr, column[None, :], columns, scale, HAS_BIAS)
         z_p = tl.where(inside, z_p, outside)
         if HAS_TARGETS:
             hit = column[None, :] == target[:, None]
             target_p = tl.maximum(target_p, tl.max(tl.where(hit, z_p, outside), 1))
         if PAIR:
-            z_q = _finished(z_q, bias_ptr, column[None, :], columns, scale, HAS_BIAS)
+            z_q = _transformed(z_q, bias_ptr, column[None, :], columns, scale, HAS_BIAS)
             z_q = tl.where(inside, z_q, outside)
             if HAS_TARGETS:
                 target_q = tl.maximum(target_q, tl.max(tl.where(hit, z_q, outside), 1))
@@ -113,14 +118,16 @@ def _sweep_kernel(
             c, d, e, _, _ = fold_block(finite(z_p))
             max_p, sum_p, weighted_sum_p = merge(max_p, sum_p, weighted_sum_p, c, d, e)
 
-    fields: tl.constexpr = 10 if PAIR else 4
+    fields: tl.constexpr = PAIR_FIELDS if PAIR else SOFTMAX_FIELDS
     out = parts_ptr + tl.cast(split, tl.int64) * fields * rows + row
-    tl.store(out + 3 * rows, target_p, mask=there)
+    tl.store(out + (P + TARGET) * rows, target_p, mask=there)
     if PAIR:
-        tl.store(out + 7 * rows, target_q, mask=there)
-        store_pair(out, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess)
+        tl.store(out + (Q + TARGET) * rows, target_q, mask=there)
+        store_pair_stats(
+            out, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
+        )
     else:
-        store_view(out, rows, there, max_p, sum_p, weighted_sum_p)
+        store_stats(out, rows, there, max_p, sum_p, weighted_sum_p)
 
 
 @triton.jit
@@ -128,40 +135,44 @@ def _merge_parts_kernel(parts_ptr, stats_ptr, rows, splits, PAIR: tl.constexpr, 
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
     parts, out = parts_ptr + row, stats_ptr + row
-    fields: tl.constexpr = 10 if PAIR else 4
-    target_p = tl.load(parts + 3 * rows, mask=there, other=0.0)
+    fields: tl.constexpr = PAIR_FIELDS if PAIR else SOFTMAX_FIELDS
+    target_p = tl.load(parts + (P + TARGET) * rows, mask=there, other=0.0)
     if PAIR:
-        target_q = tl.load(parts + 7 * rows, mask=there, other=0.0)
-        max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = load_pair(parts, rows, there)
+        target_q = tl.load(parts + (Q + TARGET) * rows, mask=there, other=0.0)
+        max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = load_pair_stats(
+            parts, rows, there
+        )
     else:
-        max_p, sum_p, weighted_sum_p = load_view(parts, rows, there)
+        max_p, sum_p, weighted_sum_p = load_stats(parts, rows, there)
     for _ in range(1, splits):
         parts += fields * rows
-        target_p = tl.maximum(target_p, tl.load(parts + 3 * rows, mask=there, other=0.0))
+        target_p = tl.maximum(target_p, tl.load(parts + (P + TARGET) * rows, mask=there, other=0.0))
         if PAIR:
-            target_q = tl.maximum(target_q, tl.load(parts + 7 * rows, mask=there, other=0.0))
-            a, b, c, d, e, f, g, h = load_pair(parts, rows, there)
+            target_q = tl.maximum(target_q, tl.load(parts + (Q + TARGET) * rows, mask=there, other=0.0))
+            a, b, c, d, e, f, g, h = load_pair_stats(parts, rows, there)
             max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = merge_pair(
                 max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, a, b, c, d, e, f, g, h
             )
         else:
-            a, b, c = load_view(parts, rows, there)
+            a, b, c = load_stats(parts, rows, there)
             max_p, sum_p, weighted_sum_p = merge(max_p, sum_p, weighted_sum_p, a, b, c)
-    tl.store(out + 3 * rows, target_p, mask=there)
+    tl.store(out + (P + TARGET) * rows, target_p, mask=there)
     if PAIR:
-        tl.store(out + 7 * rows, target_q, mask=there)
-        store_pair(out, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess)
+        tl.store(out + (Q + TARGET) * rows, target_q, mask=there)
+        store_pair_stats(
+            out, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
+        )
     else:
-        store_view(out, rows, there, max_p, sum_p, weighted_sum_p)
+        store_stats(out, rows, there, max_p, sum_p, weighted_sum_p)
 
 
 def configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, Any]:
     """Block sizes, warps and stages.
 
-    Both views' accumulators and the fold's temporaries share the registers of a program, and none may spill: that
-    bounds a block to 64 x 128 where descriptors do the addressing, to a quarter of it where registers do.
+    The accumulators of both views and the fold's temporaries must fit the registers of a program. That bounds a block
+    to 64 x 128 where descriptors hold the addresses, and to a quarter of it where registers do.
     """
-    if triton.knobs.runtime.interpret:  # which pays by the operation, and has no registers
+    if triton.knobs.runtime.interpret:  # the interpreter pays by the operation, and has no registers
         return dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2)
@@ -196,7 +207,7 @@ def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) 
     cores = torch.cuda.get_device_properties(stacked.device).multi_processor_count if stacked.is_cuda else 1
     span = triton.cdiv(tiles, max(1, min(tiles, cores * PROGRAMS_PER_CORE // blocks))) * config["BLOCK_N"]
     splits = triton.cdiv(columns, span)
-    fields = 10 if pair else 4
+    fields = statistics.PAIR_FIELDS if pair else statistics.SOFTMAX_FIELDS
     parts = torch.empty(splits, fields, count, device=stacked.device, dtype=torch.float32)
     scale = source.transform.logit_scale / source.transform.temperature
     _sweep_kernel[(blocks * splits,)](
@@ -213,10 +224,10 @@ def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) 
 
 
 def sweep(source: LinearHead, rows: slice, targets: Tensor) -> Tensor:
-    """Statistics of one view of a block of rows over all columns, `[4, rows]`."""
+    """See `FusedSweep`."""
     return _sweep(source, rows, targets, pair=False)
 
 
 def sweep_pair(source: LinearHead, rows: slice, targets: Tensor | None) -> Tensor:
-    """Statistics of both views of a block of rows over all columns, `[10, rows]`."""
+    """See `FusedSweep`."""
     return _sweep(source, rows, targets, pair=True)

@@ -20,6 +20,11 @@ from vppo_kernels.backends.protocols import LOG_RATIO_LIMIT, SUMS, LossInputs, L
 from vppo_kernels.backends.triton_launch import BLOCK, ROWS, WARPS, grid_of, launch
 from vppo_kernels.backends.triton_math import phi
 
+# The rows of the sums, in the order of `SUMS`.
+TOKENS, KEPT, ACTIVE, ENTROPY, RATIO, APPROX_KL, CLIP_LOW, CLIP_HIGH, CLIP_DUAL, REF_KL, DEPENDENCY, LOSS = (
+    tl.constexpr(i) for i in range(len(SUMS))
+)
+
 
 @triton.jit
 def _within(x, low, high):
@@ -34,15 +39,15 @@ def _value(pointer, token, mask):
 
 @triton.jit
 def _surrogate(log_ratio, advantage, low, high, dual, limit, DUAL: tl.constexpr):
-    """Ratio, clipped surrogate, and where gradient passes the clips."""
+    """The clip rule: the ratio, the clipped surrogate, and where gradient passes the clips."""
     ratio = tl.exp(_within(log_ratio, -limit, limit))
     free, clipped = -ratio * advantage, -_within(ratio, low, high) * advantage
     policy = tl.where(free > clipped, free, clipped)
     passes = (clipped <= free) & (tl.abs(log_ratio) <= limit)
     if DUAL:
-        most = -dual * advantage
-        over = (advantage < 0) & (policy > most)
-        policy = tl.where(over, most, policy)
+        bound = -dual * advantage
+        over = (advantage < 0) & (policy > bound)
+        policy = tl.where(over, bound, policy)
         passes = passes & (over == 0)
     return ratio, policy, passes
 
@@ -72,29 +77,29 @@ def _loss_kernel(
     active = valid & (advantage != 0)
     falling, rising = active & (advantage < 0), active & (advantage > 0)
     sums_ptr += row * blocks + tl.program_id(1)
-    _put(sums_ptr, 0, stride, there, valid.to(tl.float32))
-    _put(sums_ptr, 1, stride, there, keep.to(tl.float32))
-    _put(sums_ptr, 2, stride, there, active.to(tl.float32))
-    _put(sums_ptr, 4, stride, there, tl.where(active, ratio, 0.0))
-    _put(sums_ptr, 5, stride, there, tl.where(active, phi(_within(log_ratio, -limit, limit)), 0.0))
-    _put(sums_ptr, 6, stride, there, ((ratio < low) & falling).to(tl.float32))
-    _put(sums_ptr, 7, stride, there, ((ratio > high) & rising).to(tl.float32))
-    _put(sums_ptr, 8, stride, there, ((ratio > dual) & falling).to(tl.float32))
+    _put(sums_ptr, TOKENS, stride, there, valid.to(tl.float32))
+    _put(sums_ptr, KEPT, stride, there, keep.to(tl.float32))
+    _put(sums_ptr, ACTIVE, stride, there, active.to(tl.float32))
+    _put(sums_ptr, RATIO, stride, there, tl.where(active, ratio, 0.0))
+    _put(sums_ptr, APPROX_KL, stride, there, tl.where(active, phi(_within(log_ratio, -limit, limit)), 0.0))
+    _put(sums_ptr, CLIP_LOW, stride, there, ((ratio < low) & falling).to(tl.float32))
+    _put(sums_ptr, CLIP_HIGH, stride, there, ((ratio > high) & rising).to(tl.float32))
+    _put(sums_ptr, CLIP_DUAL, stride, there, ((ratio > dual) & falling).to(tl.float32))
     if weights_ptr is not None:
         value *= _value(weights_ptr, token, valid)
     value -= tl.where(nll_coef != 0, nll_coef * logprob, 0.0)
     if entropy_ptr is not None:
         entropy = _value(entropy_ptr, token, valid)
         value -= tl.where(entropy_coef != 0, entropy_coef * entropy, 0.0)
-        _put(sums_ptr, 3, stride, there, entropy)
+        _put(sums_ptr, ENTROPY, stride, there, entropy)
     if ref_ptr is not None:
         k3 = phi(_within(_value(ref_ptr, token, valid) - logprob, -limit, limit))
         value += tl.where(kl_coef != 0, kl_coef * k3, 0.0)
-        _put(sums_ptr, 9, stride, there, tl.where(valid if REF_OF_ALL else active, k3, 0.0))
+        _put(sums_ptr, REF_KL, stride, there, tl.where(valid if REF_OF_ALL else active, k3, 0.0))
     if dependency_ptr is not None:
-        _put(sums_ptr, 10, stride, there, _value(dependency_ptr, token, valid))
+        _put(sums_ptr, DEPENDENCY, stride, there, _value(dependency_ptr, token, valid))
     value = tl.where(valid, value, 0.0)
-    _put(sums_ptr, 11, stride, there, value)
+    _put(sums_ptr, LOSS, stride, there, value)
     if PER_TOKEN:
         tl.store(values_ptr + token, value, mask=inside)
 

@@ -1,8 +1,8 @@
 """The statistics of `vppo_kernels.statistics` inside a kernel: folding a block of logits, merging two parts.
 
 `z` is a `[rows, columns]` block of logits, -inf outside as where a word is masked; statistics are `[rows]` vectors.
-Formulas and their reasons are those of `statistics.py` and `backends/torch.py`; only what hardware exponentials lack is
-added here.
+Formulas and their reasons are those of `statistics.py` and `backends/torch.py`. Only what hardware
+exponentials lack is added: `phi`, `expm1` and `log_share` that keep their digits near 0.
 """
 
 from __future__ import annotations
@@ -10,11 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vppo_kernels import statistics
+
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 APART: tl.constexpr = tl.constexpr(4.0)
 FLOOR: tl.constexpr = tl.constexpr(-1.0e30)  # -EXP_FLOOR
 TRACE: tl.constexpr = tl.constexpr(1.0e-20)  # a weight too small to count, but not in a word that one view alone masks
 NEAR: tl.constexpr = tl.constexpr(20.0)  # a maximum that lies this far above the known one costs an entropy no digits
+
+# The fields of packed statistics; see `statistics.py`.
+MAX, SUM, WEIGHTED_SUM, TARGET = (tl.constexpr(i) for i in range(4))
+LOG_SUM, ENTROPY = tl.constexpr(statistics.LOG_SUM), tl.constexpr(statistics.ENTROPY)
+P, Q, SOFTMAX_FIELDS = tl.constexpr(statistics.P), tl.constexpr(statistics.Q), tl.constexpr(statistics.SOFTMAX_FIELDS)
+MEAN_DIFF, EXCESS, KL = (tl.constexpr(i) for i in (statistics.MEAN_DIFF, statistics.EXCESS, statistics.KL))
+PAIR_FIELDS = tl.constexpr(statistics.PAIR_FIELDS)
+JSD_P, JSD_Q = tl.constexpr(statistics.JSD_P), tl.constexpr(statistics.JSD_Q)
+GRAD_LOGPROB, GRAD_ENTROPY = (tl.constexpr(i) for i in range(2))
+GRAD_DIVERGENCE, GRAD_ENTROPY_P, GRAD_ENTROPY_Q, GRAD_LOGPROB_P, GRAD_LOGPROB_Q = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
@@ -46,13 +58,13 @@ def log_share(d):
 
 @triton.jit
 def finite(z):
-    """A logit, or of a masked word one so low that it has no weight."""
+    """A logit; of a masked word one so low that it has no weight."""
     return tl.where(z < FLOOR, FLOOR, z)
 
 
 @triton.jit
 def base_of(top):
-    """What distances are measured from: the largest logit; where all words are masked, a number far above these."""
+    """What distances are measured from: the largest logit, or where all words are masked a number far above theirs."""
     return tl.where(top < 0.1 * FLOOR, 0.1 * FLOOR, top)
 
 
@@ -80,7 +92,7 @@ def fold_block_pair(z_p, z_q):
     max_p, sum_p, weighted_sum_p, weights, _ = fold_block(z_p)
     max_q, sum_q, weighted_sum_q, _, shifted_q = fold_block(z_q)
     x = gap_of(z_p, z_q, base_of(max_p)[:, None], base_of(max_q)[:, None])
-    hidden = (z_q == FLOOR) & (z_p != FLOOR)  # by the second view alone
+    hidden = (z_q == FLOOR) & (z_p != FLOOR)  # words that the second view alone masks
     gaps = tl.where(hidden, float("inf"), weights * x)
     mean_diff = tl.where(sum_p > 0, tl.sum(gaps, 1) / sum_p, 0.0)
     d = mean_diff[:, None] - x
@@ -182,7 +194,7 @@ def merge(max_a, sum_a, weighted_sum_a, max_b, sum_b, weighted_sum_b):
 
 @triton.jit
 def move_excess(excess, weight, d, down, both):
-    """A part's excess about a mean gap higher by `d` and a maximum higher by `-down`; `both` is `down + d`."""
+    """A part's excess about a mean gap that is higher by `d` and a maximum higher by `-down`; `both` is `down + d`."""
     near = tl.exp(down) * phi(tl.minimum(d, 1.0))
     far = tl.exp(both) - tl.exp(down) * (1 + d)
     return tl.exp(both) * excess + tl.where(d < 1.0, near, far) * weight
@@ -190,12 +202,12 @@ def move_excess(excess, weight, d, down, both):
 
 @triton.jit
 def merge_pair(
-    max_p_a, sum_p_a, moment_p_a, max_q_a, sum_q_a, moment_q_a, mean_diff_a, excess_a,
-    max_p_b, sum_p_b, moment_p_b, max_q_b, sum_q_b, moment_q_b, mean_diff_b, excess_b,
+    max_p_a, sum_p_a, weighted_sum_p_a, max_q_a, sum_q_a, weighted_sum_q_a, mean_diff_a, excess_a,
+    max_p_b, sum_p_b, weighted_sum_p_b, max_q_b, sum_q_b, weighted_sum_q_b, mean_diff_b, excess_b,
 ):  # fmt: skip
     """Statistics of the union of two disjoint parts, two views."""
-    max_p, sum_p, weighted_sum_p = merge(max_p_a, sum_p_a, moment_p_a, max_p_b, sum_p_b, moment_p_b)
-    max_q, sum_q, weighted_sum_q = merge(max_q_a, sum_q_a, moment_q_a, max_q_b, sum_q_b, moment_q_b)
+    max_p, sum_p, weighted_sum_p = merge(max_p_a, sum_p_a, weighted_sum_p_a, max_p_b, sum_p_b, weighted_sum_p_b)
+    max_q, sum_q, weighted_sum_q = merge(max_q_a, sum_q_a, weighted_sum_q_a, max_q_b, sum_q_b, weighted_sum_q_b)
     down_a, down_b = distance(max_p_a, max_p), distance(max_p_b, max_p)
     lower_a, lower_b = distance(max_q_a, max_q), distance(max_q_b, max_q)
     mean_a, mean_b = mean_diff_a + (down_a - lower_a), mean_diff_b + (down_b - lower_b)
@@ -214,32 +226,35 @@ def merge_pair(
 
 
 @triton.jit
-def load_view(packed, stride, there):
+def load_stats(packed, stride, there):
     """(max, sum, weighted_sum) of one view from packed statistics, whose fields lie `stride` apart."""
-    max_, sum_ = tl.load(packed, mask=there, other=0.0), tl.load(packed + stride, mask=there, other=0.0)
-    return max_, sum_, tl.load(packed + 2 * stride, mask=there, other=0.0)
+    max_ = tl.load(packed + MAX * stride, mask=there, other=0.0)
+    sum_ = tl.load(packed + SUM * stride, mask=there, other=0.0)
+    return max_, sum_, tl.load(packed + WEIGHTED_SUM * stride, mask=there, other=0.0)
 
 
 @triton.jit
-def load_pair(packed, stride, there):
+def load_pair_stats(packed, stride, there):
     """What `merge_pair` takes of one part."""
-    max_p, sum_p, weighted_sum_p = load_view(packed, stride, there)
-    max_q, sum_q, weighted_sum_q = load_view(packed + 4 * stride, stride, there)
-    mean_diff = tl.load(packed + 8 * stride, mask=there, other=0.0)
-    excess = tl.load(packed + 9 * stride, mask=there, other=0.0)
+    max_p, sum_p, weighted_sum_p = load_stats(packed + P * stride, stride, there)
+    max_q, sum_q, weighted_sum_q = load_stats(packed + Q * stride, stride, there)
+    mean_diff = tl.load(packed + MEAN_DIFF * stride, mask=there, other=0.0)
+    excess = tl.load(packed + EXCESS * stride, mask=there, other=0.0)
     return max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
 
 
 @triton.jit
-def store_view(packed, stride, there, max_, sum_, weighted_sum):
-    tl.store(packed, max_, mask=there)
-    tl.store(packed + stride, sum_, mask=there)
-    tl.store(packed + 2 * stride, weighted_sum, mask=there)
+def store_stats(packed, stride, there, max_, sum_, weighted_sum):
+    tl.store(packed + MAX * stride, max_, mask=there)
+    tl.store(packed + SUM * stride, sum_, mask=there)
+    tl.store(packed + WEIGHTED_SUM * stride, weighted_sum, mask=there)
 
 
 @triton.jit
-def store_pair(packed, stride, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess):
-    store_view(packed, stride, there, max_p, sum_p, weighted_sum_p)
-    store_view(packed + 4 * stride, stride, there, max_q, sum_q, weighted_sum_q)
-    tl.store(packed + 8 * stride, mean_diff, mask=there)
-    tl.store(packed + 9 * stride, excess, mask=there)
+def store_pair_stats(
+    packed, stride, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
+):  # fmt: skip
+    store_stats(packed + P * stride, stride, there, max_p, sum_p, weighted_sum_p)
+    store_stats(packed + Q * stride, stride, there, max_q, sum_q, weighted_sum_q)
+    tl.store(packed + MEAN_DIFF * stride, mean_diff, mask=there)
+    tl.store(packed + EXCESS * stride, excess, mask=there)

@@ -22,7 +22,7 @@ from vppo_kernels.layout import Layout, Packed
 
 __all__ = ["clipped_loss", "row_means", "shape", "topk", "topk_", "trajectory_scale"]
 
-KEYS = 16384 if triton.knobs.runtime.interpret else 2048  # scores that a selecting program looks at together
+KEYS = 16384 if triton.knobs.runtime.interpret else 2048  # scores that a selecting program reads at a time
 
 
 # --- selection
@@ -45,7 +45,7 @@ def _block_of_keys(scores_ptr, mask_ptr, start, length, KEYS: tl.constexpr):
 def _topk_kernel(
     scores_ptr, mask_ptr, offsets_ptr, keep_ptr, ratio_bits, columns, total, PACKED: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """Radix select: the lowest kept key, eight bits at a time, from histograms of keys that begin so; then the mask."""
+    """Radix select: histograms give the lowest kept key, eight bits at a time, and a last pass writes the mask."""
     row = tl.program_id(0).to(tl.int64)
     if PACKED:
         first = tl.minimum(tl.maximum(tl.load(offsets_ptr + row).to(tl.int64), 0), total)
@@ -62,16 +62,16 @@ def _topk_kernel(
     lowest = tl.full((), 0, tl.uint32)  # of the kept keys, as far as its digits are known
     known = tl.full((), 0, tl.uint32)  # ones at those digits
     shift = tl.full((), 32, tl.uint32)  # of the digit sought
-    wanted = tl.full((), 0, tl.int32)  # how many to keep of those that begin with these digits
+    wanted = tl.full((), 0, tl.int32)  # how many to keep of the keys that begin with these digits
     for step in range(4):
         shift -= 8
         counts = tl.zeros([256], tl.int32)
         for start in range(0, length, KEYS):
             index, valid, key = _block_of_keys(scores_ptr, mask_ptr, start, length, KEYS)
-            alike = valid & ((key & known) == lowest)
-            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=alike)
+            begins_so = valid & ((key & known) == lowest)
+            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=begins_so)
         if step == 0:
-            # as `keep_counts` of selection.py, whose roundings these are
+            # rounded as in `keep_counts` of torch_tokens.py
             ratio = ratio_bits.to(tl.float64, bitcast=True)
             share = tl.sum(counts, 0).to(tl.float64) * ratio * tl.full((), 0.9999999999990905, tl.float64)
             wanted = tl.ceil(share).to(tl.int32)

@@ -1,4 +1,4 @@
-// Exponentials and logarithms of vectors. Tests hold them to float64 over all floats.
+// Exponentials and logarithms of vectors. Tests compare them with float64 over the whole range of floats.
 #pragma once
 
 #include "vector.h"
@@ -6,9 +6,9 @@
 namespace vppo {
 namespace {
 
-constexpr float kLeast = -104.0f;  // its exponential, and that of all below, is 0
+constexpr float kLeast = -104.0f;  // the exponential of this, and of everything below, is 0
 
-// `x = n ln 2 + r` and `exp(r)`, |r| <= 0.35; n stands in the lowest bits of `shifted`.
+// Splits `x = n ln 2 + r` with |r| <= 0.35 and returns `exp(r)`; n is in the lowest bits of `shifted`.
 inline Vec exp_of_rest(Vec x, Vec& shifted) {
   shifted = x * 1.44269504088896341f + 12582912.0f;
   const Vec n = shifted - 12582912.0f;
@@ -27,7 +27,7 @@ inline Vec power_of_two(Int n) { return reinterpret_cast<Vec>((n + 127) << 23); 
 inline Vec exp_down(Vec x) {
   Vec shifted;
   const Vec p = exp_of_rest(x, shifted);
-  // 2^(n + 64), then 2^-64: only the result may be smaller than normal numbers are
+  // times 2^(n + 64), then 2^-64, so that nothing but the result can be subnormal
   return p * power_of_two(reinterpret_cast<Int>(shifted) + 64) * 0x1p-64f;
 }
 
@@ -39,7 +39,7 @@ inline Vec exp(Vec x) {
   return p * power_of_two(half) * power_of_two(n - half);
 }
 
-// `exp(x) - 1 - x` for |x| <= 0.5, where the difference would lose its digits.
+// `exp(x) - 1 - x` for |x| <= 0.5, where subtracting would lose digits.
 inline Vec phi_near(Vec x) {
   Vec p = x * 1.99448744416e-4f + 1.39821860463e-3f;
   p = p * x + 8.33323613352e-3f;
@@ -48,12 +48,6 @@ inline Vec phi_near(Vec x) {
   p = p * x + 5.00000012161e-1f;
   return x * x * p;
 }
-
-// `exp(x) - 1 - x`
-inline Vec phi(Vec x) { return abs(x) < 0.5f ? phi_near(x) : exp(x) - 1.0f - x; }
-
-// `exp(x) - 1`
-inline Vec expm1(Vec x) { return abs(x) < 0.5f ? x + phi_near(x) : exp(x) - 1.0f; }
 
 // `log(1 + u)` for 0 <= u <= 1: twice the inverse hyperbolic tangent of u / (2 + u).
 inline Vec log1p(Vec u) {
@@ -83,8 +77,7 @@ inline bool evaluate(const char* function, const float* x, float* out, int64_t c
   };
   if (is("exp_down")) return apply([](Vec v) { return exp_down(max(all(kLeast), v)); });
   if (is("exp")) return apply([](Vec v) { return exp(v); });
-  if (is("expm1")) return apply([](Vec v) { return expm1(v); });
-  if (is("phi")) return apply([](Vec v) { return phi(v); });
+  if (is("phi_near")) return apply([](Vec v) { return phi_near(v); });
   if (is("log1p")) return apply([](Vec v) { return log1p(v); });
   return false;
 }

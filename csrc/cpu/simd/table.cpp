@@ -1,5 +1,4 @@
-// All operations for one instruction set.
-#include "loss.h"
+// The table of operations for one instruction set; compiled once for each.
 #include "tiles.h"
 
 #define VPPO_JOIN_(a, b) a##b
@@ -10,8 +9,7 @@
 namespace vppo {
 
 extern const Operations VPPO_JOIN(operations_, VPPO_INSTRUCTIONS) = {
-    VPPO_TEXT(VPPO_INSTRUCTIONS), fold,         fold_pair,             fold_jsd, gradient,
-    gradient_pair,                clipped_loss, clipped_loss_gradient, evaluate,
+    VPPO_TEXT(VPPO_INSTRUCTIONS), fold, fold_pair, fold_jsd, gradient, gradient_pair, evaluate,
 };
 
 }  // namespace vppo

@@ -1,8 +1,9 @@
 // Vectors of floats as wide as the instruction set has them, by the vector extension of GCC and Clang.
 //
-// This folder is compiled once per instruction set, with VPPO_INSTRUCTIONS its name. Nothing in it has external linkage but
-// the table of operations: of an inline function the linker keeps one copy for all, and an old processor must not be
-// given the one with AVX-512 in it. Hence the namespaces without names, and no standard library beyond C's.
+// This folder is compiled once per instruction set, with VPPO_INSTRUCTIONS its name. Only the table of operations has
+// external linkage. Of an inline function with external linkage the linker would keep a single copy, and an old
+// processor might be given the one with AVX-512 in it. Hence the unnamed namespaces, and no standard library beyond
+// C's.
 #pragma once
 
 #include <cfloat>
@@ -24,7 +25,6 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef std::int32_t Int __attribute__((vector_size(4 * kWidth)));  // also of conditions: -1 where true
-typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
 
 inline Vec all(float value) { return Vec{} + value; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
@@ -43,7 +43,7 @@ inline float largest(Vec value) {
   return top;
 }
 
-// `count` entries are there, fewer than kWidth at the end of a row only; `rest` stands for the others.
+// Reads `count` entries, fewer than kWidth at the end of a row only, and fills the others with `rest`.
 inline Vec load(const float* from, int count, float rest) {
   Vec value = all(rest);
   __builtin_memcpy(&value, from, sizeof(float) * count);
@@ -51,13 +51,6 @@ inline Vec load(const float* from, int count, float rest) {
 }
 
 inline void store(float* to, Vec value, int count) { __builtin_memcpy(to, &value, sizeof(float) * count); }
-
-// Where a mask is not 0.
-inline Int load(const bool* from, int count) {
-  Bytes bytes{};
-  __builtin_memcpy(&bytes, from, count);
-  return __builtin_convertvector(bytes != 0, Int);
-}
 
 // Calls `body(column, count)` for the vectors of a row one after the other.
 template <typename Body>
