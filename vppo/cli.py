@@ -12,6 +12,7 @@ import typer
 
 from vppo.command_errors import clear_errors
 from vppo.errors import InputError
+from vppo.eval_cli import evaluation
 
 main = typer.Typer(
     name="vppo",
@@ -88,13 +89,20 @@ def demo(
 def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A training config; see examples/.")],
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Read data, processor and rewards, draw one view, plan the memory, and stop."),
+    ] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a dry run; see vppo plan.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each.")] = 80.0,
+    accelerate: Annotated[Path | None, typer.Option(help="The file for accelerate launch --config_file.")] = None,
 ) -> None:
     """Train a model as a YAML config says. `--key value` after it overrides a key; `--key` alone means true.
 
     Keys are the fields of VPPOConfig (which are TRL's GRPOConfig's too), of TRL's ModelConfig (LoRA, dtype, attention),
     and: model, dataset, dataset_split, eval_dataset, eval_dataset_split, problem_key, answer_key, image_key,
     image_dir, trust_image_paths, image_pixel_limit, bad_rows, system_prompt, instruction, min_pixels, max_pixels,
-    reward, resume.
+    eval_benchmarks (and its _steps, _limit, _samples, _mirror), reward, resume.
 
     On several GPUs: accelerate launch -m vppo train CONFIG.yaml
     """
@@ -102,7 +110,61 @@ def train(
         from vppo.train import load_config
         from vppo.train import train as run
 
+        if dry_run:
+            from vppo.plan.dry_run import dry_run as look
+
+            fits = look(load_config(config, context.args), gpus=gpus, gpu_memory=gpu_memory, accelerate=accelerate)
+            raise typer.Exit(0 if fits else 1)
         run(load_config(config, context.args))
+
+
+@main.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A training config, or a script of overrides for verl (.sh).")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that train; several shard the model by FSDP2.")],
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each.")],
+    accelerate: Annotated[
+        Path | None, typer.Option(help="The file for accelerate launch --config_file; else every layer is sharded.")
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the longest prompt beside its images; 512 if not given.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=0, help="Images of a prompt; 1 if not given.")] = None,
+    image_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an image; those of max_pixels if not given.")
+    ] = None,
+    reserve: Annotated[
+        float, typer.Option(help="Share of a GPU that is kept free, for CUDA, NCCL and fragmentation.")
+    ] = 0.08,
+    tflops: Annotated[float, typer.Option(help="10^12 operations a second of a GPU; an H100's if not given.")] = 989.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for plan.png and plan.json.")] = None,
+) -> None:
+    """Say whether a run fits its GPUs, before they are rented: its step is simulated, from the model's config alone.
+
+    Ends with code 1 where it does not fit. `--key value` overrides a key of the config, as for vppo train.
+    """
+    with clear_errors():
+        from vppo.plan.run import plan as run
+        from vppo.progress import quieten
+
+        quieten()
+        fits = run(
+            config,
+            context.args,
+            gpus=gpus,
+            gpu_memory=gpu_memory,
+            accelerate=accelerate,
+            reserve=reserve,
+            tflops=tflops,
+            out=out,
+            text_tokens=text_tokens,
+            images=images,
+            image_tokens=image_tokens,
+        )
+        raise typer.Exit(0 if fits else 1)
 
 
 @main.command()
@@ -219,6 +281,9 @@ def compare(
         from vppo.analysis.comparison import compare as run
 
         print(run(folders, out))
+
+
+main.add_typer(evaluation, name="eval")
 
 
 @main.command(

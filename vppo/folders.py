@@ -13,6 +13,9 @@ ELSEWHERE = "choose another --out, or remove that folder"
 # what only a folder of this kind has, the first match counts
 _KINDS = (
     ("a comparison of analyses", ("comparison.json",)),
+    ("a comparison of evaluations", ("eval_comparison.json",)),
+    ("an evaluation", ("questions.parquet", "answers.parquet")),
+    ("the beginning of an evaluation", ("answers",)),
     ("an analysis", ("trajectories.parquet",)),
     ("a run of `vppo demo`", ("held_out.parquet",)),
     ("a run of `vppo demo`", ("warmup",)),

@@ -59,6 +59,12 @@ class ScriptArguments(RowOptions):
         eval_dataset: What the model is evaluated on while it trains; None for no evaluation. Without `eval_strategy`,
             see `vppo.monitoring.evaluation_options.evaluation_defaults`.
         dataset_split, eval_dataset_split: Which rows of them, see `vppo.data.DataOptions`.
+        eval_benchmarks: Sets that `vppo eval` knows, or files of problems, of which a subset is answered while the
+            model trains; see `vppo.evaluation.callback.BenchmarkCallback`.
+        eval_benchmarks_steps: Steps between two such evaluations.
+        eval_benchmarks_limit: Questions of each set.
+        eval_benchmarks_samples: Answers to each question.
+        eval_benchmarks_mirror: A folder with copies of the sets' repositories, instead of the hub.
         bad_rows: "error" refuses data with rows that cannot be used; "skip" goes on without them and lists them in
             `skipped_rows.jsonl`.
         min_pixels: Smaller images are enlarged to this many pixels; None keeps the processor's own limit.
@@ -77,6 +83,11 @@ class ScriptArguments(RowOptions):
     dataset_split: str = "train"
     eval_dataset: str | None = None
     eval_dataset_split: str = "test"
+    eval_benchmarks: list[str] | None = None
+    eval_benchmarks_steps: int = 50
+    eval_benchmarks_limit: int = 64
+    eval_benchmarks_samples: int = 1
+    eval_benchmarks_mirror: str | None = None
     bad_rows: typing.Literal["error", "skip"] = "error"
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -317,7 +328,21 @@ def _train(config: Config, script: ScriptArguments, model_args: ModelConfig, arg
     rows = on_first(lambda: digest_rows(dataset))
     if record is not None:
         check_rows(output_dir, script.dataset, record, rows)
+    benchmarks = _benchmarks(script)
     trainer = _make_trainer(script, model_args, args, rewards, dataset, eval_dataset, processor)
+    if benchmarks:
+        from vppo.evaluation.callback import BenchmarkCallback
+
+        trainer.add_callback(
+            BenchmarkCallback(
+                trainer,
+                benchmarks,
+                steps=script.eval_benchmarks_steps,
+                limit=script.eval_benchmarks_limit,
+                samples=script.eval_benchmarks_samples,
+                memory=args.scoring_memory,
+            )
+        )
     if trainer.is_world_process_zero():
         write_record(output_dir, config, args.world_size, rows, model_files)
         write_atomic(output_dir / "config.yaml", _resolved(config, script, args))
@@ -436,6 +461,18 @@ def _check_length(rows: int, args: VPPOConfig) -> None:
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise InputError(f"num_train_epochs: got {args.num_train_epochs}, takes a number above 0")
+
+
+def _benchmarks(script: ScriptArguments) -> list[Any]:
+    """What `eval_benchmarks` names."""
+    if not script.eval_benchmarks:
+        return []
+    from vppo.evaluation.benchmarks import PUBLISHED_SETS, load_benchmarks
+
+    names = [name for name in script.eval_benchmarks if name in PUBLISHED_SETS]
+    data = [name for name in script.eval_benchmarks if name not in PUBLISHED_SETS]
+    options = replace(script.data, split=script.eval_dataset_split)
+    return load_benchmarks(names, data, options, script.eval_benchmarks_mirror)
 
 
 def _make_trainer(

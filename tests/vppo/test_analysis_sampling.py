@@ -14,6 +14,7 @@ from support.runs import FAMILY, plain_views, rows
 
 from vppo.analysis.sampling import (
     Sampling,
+    _nucleus,
     _SeededDraw,
     _up_to_end,
     end_tokens,
@@ -126,12 +127,23 @@ def test_what_vllm_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     class SamplingParams:
-        def __init__(self, *, temperature: float, max_tokens: int, seed: int, logit_bias: dict[int, float]) -> None:
+        def __init__(
+            self,
+            *,
+            temperature: float,
+            top_p: float,
+            top_k: int,
+            max_tokens: int,
+            seed: int,
+            logit_bias: dict[int, float],
+        ) -> None:
             self.__dict__.update(vars())
 
     class LLM:
-        def __init__(self, model: str, *, mm_processor_kwargs: Any, dtype: str, revision: str) -> None:
-            seen["engine"] = (model, mm_processor_kwargs, dtype, revision)
+        def __init__(
+            self, model: str, *, mm_processor_kwargs: Any, dtype: str, revision: str, tensor_parallel_size: int = 1
+        ) -> None:
+            seen["engine"] = (model, mm_processor_kwargs, dtype, revision, tensor_parallel_size)
 
         def generate(self, prompts: list[Any], sampling_params: list[Any], *, use_tqdm: bool) -> list[Any]:
             seen["requests"] = list(zip(prompts, sampling_params, strict=True))
@@ -146,7 +158,7 @@ def test_what_vllm_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     with with_vllm("some/model", processor, {"max_pixels": 9}, dtype="auto", revision="main") as sample:
         found = sample(prompts, [0, 1, 1], [(0, 0), (1, 0), (1, 1)], settings(model))
     assert found == [[20, 21, EOS]] * 3
-    assert seen["engine"] == ("some/model", {"max_pixels": 9}, "auto", "main")
+    assert seen["engine"] == ("some/model", {"max_pixels": 9}, "auto", "main", 1)
     for (request, params), row in zip(seen["requests"], (0, 1, 1), strict=True):
         assert request["prompt"].count("<|image_pad|>") == len(prompts.problems[row].images)
         assert request["prompt"].endswith(f"How much {row}?a:")
@@ -154,6 +166,38 @@ def test_what_vllm_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
             np.array_equal(a, b)
             for a, b in zip(request["multi_modal_data"]["image"], prompts.problems[row].images, strict=True)
         )
-        assert (params.temperature, params.max_tokens) == (1.0, 5)
+        assert (params.temperature, params.max_tokens, params.top_p, params.top_k) == (1.0, 5, 1.0, -1)
         assert params.logit_bias == dict.fromkeys(placeholder_tokens(model.config), -100.0)
     assert len({params.seed for _, params in seen["requests"]}) == 3
+    text = Prompts(processor, [Problem([{"role": "user", "content": "1+1?"}], [], None)])
+    nucleus = settings(model, top_p=0.9, top_k=50)
+    with with_vllm("some/model", processor, {}, dtype="auto", revision="main", tensor_parallel_size=4) as sample:
+        sample(text, [0], [(0, 0)], nucleus)
+    assert seen["engine"][-1] == 4
+    ((request, params),) = seen["requests"]
+    assert set(request) == {"prompt"}  # vLLM takes no empty list of images
+    assert (params.top_p, params.top_k) == (0.9, 50)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [(1.0, 0, 5), (1.0, 5, 5), (1.0, 2, 2), (0.6, 0, 2), (0.61, 0, 3), (0.05, 0, 1), (0.7, 3, 2), (0.99, 0, 5)],
+)
+def test_nucleus(top_p: float, top_k: int, kept: int) -> None:
+    """Of 0.4, 0.2, 0.2, 0.15 and 0.05 in some order: top-k first, then the fewest that reach top-p of what is left."""
+    probabilities = torch.tensor([[0.2, 0.4, 0.05, 0.2, 0.15], [0.05, 0.15, 0.2, 0.4, 0.2]], dtype=torch.float64)
+    found = _nucleus(probabilities, top_p, top_k)
+    order = probabilities.sort(dim=-1, descending=True, stable=True).indices
+    expected = torch.zeros_like(probabilities)
+    kept = 3 if top_k == 2 else kept  # of two tokens that share the second place neither is left out
+    expected.scatter_(1, order[:, :kept], probabilities.gather(1, order[:, :kept]))
+    assert torch.equal(found, expected)
+
+
+def test_the_draw_stays_within_the_nucleus() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    draw = _SeededDraw(
+        [(i, 0) for i in range(2000)], settings(families.build(FAMILY)[0], top_p=0.65), torch.device("cpu")
+    )
+    share = torch.bincount(draw(torch.zeros(2000, 1), logits.expand(2000, -1)).argmax(1), minlength=4) / 2000
+    assert share[2:].eq(0).all() and abs(share[0] - 4 / 7) < 5 * (4 / 7 * 3 / 7 / 2000) ** 0.5

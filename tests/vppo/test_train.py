@@ -52,7 +52,7 @@ def test_the_7b_example_has_the_papers_batches() -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {path.stem for path in EXAMPLES} == {"qwen2_5_vl_7b", "qwen2_5_vl_3b_lora_one_gpu"}
+    assert {path.stem for path in EXAMPLES} == {"qwen2_5_vl_7b", "qwen2_5_vl_32b", "qwen2_5_vl_3b_lora_one_gpu"}
 
 
 def test_yaml_reads_scientific_notation(config_file: Callable[..., Path]) -> None:

@@ -1,13 +1,8 @@
-"""Training a model that FSDP2 shards over processes: what one process does with the whole batch; saved and resumed.
-
-accelerate shards only over what it takes for accelerators, so here it is told that the CPUs are some. Nothing else is
-pretended: its own plugin, set by the variables that `accelerate launch` sets, wraps the model.
-"""
+"""Training a model that FSDP2 shards over processes: what one process does with the whole batch; saved and resumed."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 from pathlib import Path
@@ -18,10 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
-from accelerate.state import DistributedType, PartialState
 from peft import LoraConfig
 from support import families, flash
 from support.runs import FAMILY, fix_rollouts, rows, trainer
+from support.shards import shard_over_cpus
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -32,14 +27,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen2_5_vl_7b.yaml"
 ROWS, GROUP = 12, 4  # of a generation: a group lies across two processes
 LENGTHS = (6, 3, 5, 1, 4, 6, 2, 5, 3, 3, 1, 6)
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "init_lora_weights": False}
-LAUNCHED = {  # by `accelerate launch --use_fsdp --fsdp_version 2`
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "ACCELERATE_TORCH_DEVICE": "cpu",
-}
 CASES: dict[str, dict[str, Any]] = {
     "whole model": {},
     "tied head": {"family": "qwen2_vl"},
@@ -52,14 +39,6 @@ CASES: dict[str, dict[str, Any]] = {
     "flash-attention": {"by_flash": True},
     "16 bits": {"bf16": True, "num_iterations": 2, "max_steps": 2},
 }
-
-
-def shard_over_cpus(rank: int, world: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(LAUNCHED, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo")
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
 
 
 def run_of(

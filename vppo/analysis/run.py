@@ -47,7 +47,7 @@ from vppo.analysis.token_scores import Scoring, TokenScores, score_tokens
 from vppo.contents import digest, digest_file, digest_problems
 from vppo.data import Problem, Problems
 from vppo.data.checks import placeholder_in, placeholders
-from vppo.data.prompts import Prompts
+from vppo.data.prompts import Prompts, prompts_of
 from vppo.errors import InputError
 from vppo.files import write_atomic
 from vppo.folders import ELSEWHERE, enter, read_object
@@ -389,17 +389,8 @@ class _Run:
                 problems[sample] = problem
             except InputError as error:
                 skipped.append(Skipped(sample, str(error)))
-        try:
-            prompts = Prompts(self.subject.processor, list(problems.values()))
-        except Exception:  # of one of them; templates and processors raise many kinds
-            for sample, problem in list(problems.items()):
-                try:
-                    Prompts(self.subject.processor, [problem])
-                except Exception as error:
-                    skipped.append(Skipped(sample, f"the model's processor does not take it: {error}"))
-                    del problems[sample]
-            prompts = Prompts(self.subject.processor, list(problems.values()))
-        return prompts, {sample: place for place, sample in enumerate(problems)}, skipped
+        prompts, places, reasons = prompts_of(self.subject.processor, problems)
+        return prompts, places, skipped + [Skipped(sample, reason) for sample, reason in reasons.items()]
 
     def _part(self, name: str, suffix: str = ".json") -> Path:
         return self.out / "parts" / f"{name}{suffix}"

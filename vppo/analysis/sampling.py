@@ -31,6 +31,8 @@ class Sampling:
         memory: Bytes for caches and activations; a single response may exceed it.
         forbidden: Tokens that are never sampled, see `vppo.processors.placeholder_tokens`.
         ends: Tokens that end a response.
+        top_p: Only the most probable tokens that together reach this probability are drawn from, in (0, 1].
+        top_k: Only so many of the most probable tokens are drawn from; 0 for all. It comes before `top_p`.
     """
 
     max_tokens: int
@@ -39,6 +41,8 @@ class Sampling:
     memory: int
     forbidden: Sequence[int]
     ends: Sequence[int]
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 Sampler = Callable[[Prompts, Sequence[int], Sequence[Key], Sampling], list[list[int]]]
@@ -89,14 +93,28 @@ class _SeededDraw(LogitsProcessor):
 
     def __init__(self, keys: Sequence[Key], sampling: Sampling, device: torch.device) -> None:
         draws = [torch.rand(sampling.max_tokens, generator=seeded(sampling.seed, *key, 1)) for key in keys]
-        self._uniform, self._temperature, self._step = torch.stack(draws).double().to(device), sampling.temperature, 0
+        self._uniform, self._sampling, self._step = torch.stack(draws).double().to(device), sampling, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulated = (scores.double() / self._temperature).softmax(-1).cumsum(-1)
+        probabilities = (scores.double() / self._sampling.temperature).softmax(-1)
+        cumulated = _nucleus(probabilities, self._sampling.top_p, self._sampling.top_k).cumsum(-1)
         wanted = self._uniform[:, self._step, None] * cumulated[:, -1:]
         self._step += 1
         chosen = torch.searchsorted(cumulated, wanted, right=True)  # the first beyond: never one of probability 0
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def _nucleus(probabilities: Tensor, top_p: float, top_k: int) -> Tensor:
+    """`[B, V]` probabilities with those of all tokens outside of the chosen ones at 0; they need not sum to 1."""
+    if 0 < top_k < probabilities.shape[-1]:
+        least = probabilities.topk(top_k, dim=-1).values[:, -1:]
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # what the more probable tokens reach together
+        outside = before >= top_p * ordered.sum(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(outside.scatter(1, order, outside), 0.0)
+    return probabilities
 
 
 def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -112,7 +130,8 @@ def with_vllm(model: str, processor: Any, pixels: dict[str, int], **options: Any
         model: A model on the hub, or a folder.
         processor: Of the model, for its chat template.
         pixels: "min_pixels" and "max_pixels" where they were set.
-        **options: "dtype", "revision" and "trust_remote_code", as `vppo.loading.load_model` takes them.
+        **options: "dtype", "revision" and "trust_remote_code", as `vppo.loading.load_model` takes them; and whatever
+            else vLLM's `LLM` takes, such as "tensor_parallel_size".
     """
     from vllm import LLM, SamplingParams
 
@@ -121,12 +140,17 @@ def with_vllm(model: str, processor: Any, pixels: dict[str, int], **options: Any
     def sample(prompts: Prompts, rows: Sequence[int], keys: Sequence[Key], sampling: Sampling) -> list[list[int]]:
         problems = [prompts.problems[row] for row in rows]
         requests = [
-            {"prompt": chat_text(processor, problem), "multi_modal_data": {"image": problem.images}}
+            {
+                "prompt": chat_text(processor, problem),
+                **({"multi_modal_data": {"image": problem.images}} if problem.images else {}),
+            }
             for problem in problems
         ]
         params = [
             SamplingParams(
                 temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k or -1,
                 max_tokens=sampling.max_tokens,
                 seed=int(np.random.SeedSequence((sampling.seed, *key, 1)).generate_state(1)[0]),
                 logit_bias={token: -100.0 for token in sampling.forbidden} or None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -105,17 +107,7 @@ class Problems:
             BadRowError: It has no question, or an image that cannot be read; the message names file, row and column.
             IndexError: There is no such row.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        number = next(number for number, end in enumerate(self._ends) if index < end)
-        part = self._parts[number]
-        inside = index - self._ends[number] + len(part.rows)
-        where = Where(part.name, inside + 1)
-        row = part.rows[inside]
-        if isinstance(row, BadRowError):
-            raise row
-        if not isinstance(row, dict):
-            row = row.to_pylist()[0]
+        part, row, where = self._row(index)
         prompt, answer, stored = part.reader.read(row, where)
         images = []
         for item in stored:
@@ -126,6 +118,60 @@ class Problems:
         given = value_at(row, part.reader.columns.problem)
         return Problem(given if _of_plain_texts(given) else prompt, images, answer)
 
+    def _row(self, index: int) -> tuple[_Part, dict[str, Any], Where]:
+        """One row as it is stored, and where that is."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = next(number for number, end in enumerate(self._ends) if index < end)
+        part = self._parts[number]
+        inside = index - self._ends[number] + len(part.rows)
+        row = part.rows[inside]
+        if isinstance(row, BadRowError):
+            raise row
+        return part, row if isinstance(row, dict) else row.to_pylist()[0], Where(part.name, inside + 1)
+
+    def without_images(self, index: int) -> Problem:
+        """One row as `[index]` reads it, its pictures left out and undecoded."""
+        part, row, where = self._row(index)
+        prompt, answer, _ = part.reader.read(row, where)
+        return Problem(prompt, [], answer)
+
+    def check_answered(self) -> str:
+        """Reads every row, though no picture is decoded.
+
+        Returns:
+            A fingerprint of all questions and answers, and of the pictures as they are stored (of a path, its text).
+
+        Raises:
+            BadRowError: A row cannot be used or has no answer; the message names file, row and column.
+        """
+        found = hashlib.sha256()
+        for index in range(len(self)):
+            part, row, where = self._row(index)
+            prompt, answer, stored = part.reader.read(row, where)
+            if answer is None:
+                raise where.bad(part.reader.columns.need_answer(part.names, part.name), "it is empty")
+            pictures = [item if isinstance(item, dict) else {"bytes": item.tobytes(), "path": None} for item in stored]
+            for picture in pictures:
+                if picture["path"] is not None and not os.path.isfile(picture["path"]):
+                    raise where.bad(part.reader.columns.images, f"{picture['path']}: no such file")
+            for content in (repr(prompt), answer, *(picture["bytes"] or picture["path"] for picture in pictures)):
+                data = content if isinstance(content, bytes) else content.encode(errors="surrogatepass")
+                found.update(b"%d " % len(data) + data)
+        return found.hexdigest()[:16]
+
+    def column(self, name: str) -> list[Any] | None:
+        """What each row has in a column; None where a part of the data has no such column."""
+        found: list[Any] = []
+        for part in self._parts:
+            if name not in part.names.columns:
+                return None
+            if isinstance(part.rows, Sequence):
+                found += [row.get(name) if isinstance(row, dict) else None for row in part.rows]
+            else:
+                found += part.rows.select_columns(name)[:][name].to_pylist()
+        return found
+
     @cached_property
     def ids(self) -> dict[str, int] | None:
         """The row of each value of the column `id`, as text; None where the data has no such column.
@@ -133,14 +179,10 @@ class Problems:
         Raises:
             InputError: Two rows have the same.
         """
-        found: list[str] = []
-        for part in self._parts:
-            if "id" not in part.names.columns:
-                return None
-            if isinstance(part.rows, Sequence):
-                found += [str(row.get("id") if isinstance(row, dict) else None) for row in part.rows]
-            else:
-                found += map(str, part.rows.select_columns("id")[:]["id"].to_pylist())
+        column = self.column("id")
+        if column is None:
+            return None
+        found = list(map(str, column))
         rows = {value: row for row, value in reversed(list(enumerate(found)))}
         if len(rows) < len(found):
             twice = next(value for row, value in enumerate(found) if rows[value] != row)

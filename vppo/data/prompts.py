@@ -22,6 +22,30 @@ def chat_text(processor: Any, problem: Problem) -> str:
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
+def prompts_of(processor: Any, problems: dict[int, Problem]) -> tuple[Prompts, dict[int, int], dict[int, str]]:
+    """The problems that a processor takes, whatever is wrong with the others.
+
+    Args:
+        processor: Of the model.
+        problems: By a number of the caller's.
+
+    Returns:
+        The prompts, the place of each number among them, and why the other numbers have none.
+    """
+    reasons = {}
+    try:
+        prompts = Prompts(processor, list(problems.values()))
+    except Exception:  # of one of them; templates and processors raise many kinds
+        for number, problem in list(problems.items()):
+            try:
+                Prompts(processor, [problem])
+            except Exception as error:
+                reasons[number] = f"the model's processor does not take it: {error}"
+        problems = {number: problem for number, problem in problems.items() if number not in reasons}
+        prompts = Prompts(processor, list(problems.values()))
+    return prompts, {number: place for place, number in enumerate(problems)}, reasons
+
+
 class Prompts:
     """Any number of problems with their images, on the CPU.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -10,15 +11,25 @@ import sys
 
 from vppo.grading.verdicts import DIFFERENT, EQUAL, READY, TOO_LARGE
 
+# who compares: the module whose `equal` is asked, and the package that is slow to import
+GRADERS = {
+    "math-verify": ("vppo.grading.equality", "math_verify"),
+    "mathruler": ("vppo.grading.mathruler", "mathruler.grader"),
+}
+
 
 def serve() -> None:
-    """Answer until the input ends; arguments of the process: search path, seconds per answer, bytes of memory."""
-    seconds, memory = float(sys.argv[2]), int(sys.argv[3])
+    """Answer until the input ends.
+
+    Arguments of the process: search path, seconds that an answer may take by the clock and of work, bytes of memory,
+    and who compares.
+    """
+    seconds, work, memory, grader = float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints is no answer
-    import math_verify  # noqa: F401 - the slow import, before the parent starts its clock
-
-    from vppo.grading.equality import equal
+    own, package = GRADERS[grader]
+    importlib.import_module(package)  # before the parent starts its clock
+    equal = importlib.import_module(own).equal
 
     logging.disable(logging.WARNING)
     _limit_memory(memory)
@@ -27,12 +38,14 @@ def serve() -> None:
     for line in sys.stdin.buffer:
         # The parent ends a slow process itself; this is for when the parent is gone. One second more, so that it wins.
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+        signal.setitimer(signal.ITIMER_PROF, work)  # ends this process, also within a C call
         reference, predicted = json.loads(line)
         try:
             verdict = EQUAL if equal(reference, predicted) else DIFFERENT
         except MemoryError:
             verdict = TOO_LARGE
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(answers, verdict)
 
 

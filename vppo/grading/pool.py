@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -33,9 +34,15 @@ class VerifierPool:
 
     May be used from several threads at once (each gets children of its own) and after a fork (the forked process
     starts its own). The children end with `close`, at exit, and by themselves when this process is gone.
+
+    Args:
+        grader: One of `vppo.grading.child.GRADERS`.
+        patience: All times by the clock are so many times as long. On a busy machine an answer then still has its five
+            seconds of work, and no more than these on any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grader: str = "math-verify", patience: float = 1.0) -> None:
+        self.grader, self._patience = grader, patience
         self.size = max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
@@ -54,15 +61,16 @@ class VerifierPool:
             pairs: Reference and predicted answer; none longer than `LONGEST_ANSWER`.
 
         Raises:
-            RuntimeError: A child does not start: math-verify cannot be imported.
+            RuntimeError: A child does not start: the grader's package cannot be imported.
         """
         verdicts: list[bool | None] = [None] * len(pairs)
         # Plain answers first: they must not wait for towers of powers.
         waiting = deque(sorted(range(len(pairs)), key=lambda i: _effort(*pairs[i])))
         tried_again: set[int] = set()
         children: list[_Child] = []
-        left = 2 * SECONDS_PER_ANSWER + SECONDS_PER_ORDINARY_ANSWER * len(pairs)  # seconds, of the whole call
-        left_without_verdict = 2 * SECONDS_PER_ANSWER
+        each = SECONDS_PER_ANSWER * self._patience
+        left = 2 * each + SECONDS_PER_ORDINARY_ANSWER * self._patience * len(pairs)  # seconds, of the whole call
+        left_without_verdict = 2 * each
         try:
             with selectors.DefaultSelector() as selector:
                 while waiting or any(child.pair is not None for child in children):
@@ -83,13 +91,15 @@ class VerifierPool:
                         child = key.data
                         pair, verdict = child.receive()
                         if verdict in (EQUAL, DIFFERENT):
-                            verdicts[pair], left_without_verdict = verdict == EQUAL, 2 * SECONDS_PER_ANSWER
+                            verdicts[pair], left_without_verdict = verdict == EQUAL, 2 * each
                         elif verdict == b"":  # it was ended: by a lack of memory, by somebody, or by its own alarm
                             self._end(child, children, selector)
                             if pair is None and not child.ready:
                                 raise RuntimeError(
-                                    f"math-verify did not start in {sys.executable}: see its error above"
+                                    f"{self.grader} did not start in {sys.executable}: see its error above"
                                 )
+                            if child.worked_too_long():
+                                continue
                             self.close()  # whoever ended it may have ended those that wait, too
                             if pair is not None and pair not in tried_again:
                                 tried_again.add(pair)
@@ -99,7 +109,8 @@ class VerifierPool:
                         break
                     for child in [c for c in children if now >= c.deadline]:
                         if not child.ready:
-                            raise RuntimeError(f"math-verify did not start within {SECONDS_TO_START:.0f} s")
+                            seconds = SECONDS_TO_START * self._patience
+                            raise RuntimeError(f"{self.grader} did not start within {seconds:.0f} s")
                         self._end(child, children, selector)
             return verdicts
         finally:  # after an interrupt, too: a child that still owes an answer must never be asked again
@@ -115,7 +126,7 @@ class VerifierPool:
 
     def _take(self) -> _Child:
         with self._lock:
-            child = self._idle.pop() if self._idle else _Child()
+            child = self._idle.pop() if self._idle else _Child(self.grader, self._patience)
             self._all.add(child)
         return child
 
@@ -157,8 +168,9 @@ serve()
 class _Child:
     """One process. `pair` is the index of the pair that it compares, None while it waits."""
 
-    def __init__(self) -> None:
-        limits = [str(SECONDS_PER_ANSWER), str(MEMORY_PER_PROCESS)]
+    def __init__(self, grader: str = "math-verify", patience: float = 1.0) -> None:
+        self._patience = patience
+        limits = [str(SECONDS_PER_ANSWER * patience), str(SECONDS_PER_ANSWER), str(MEMORY_PER_PROCESS), grader]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _SERVE, json.dumps([_ROOT, *sys.path]), *limits],
             stdin=subprocess.PIPE,
@@ -170,11 +182,11 @@ class _Child:
         self._requests, self.answers = self._process.stdin, self._process.stdout
         self.ready = False
         self.pair: int | None = None
-        self.deadline = time.monotonic() + SECONDS_TO_START
+        self.deadline = time.monotonic() + SECONDS_TO_START * patience
 
     def send(self, index: int, pairs: Sequence[tuple[str, str]]) -> None:
         self.pair = index
-        self.deadline = time.monotonic() + SECONDS_PER_ANSWER
+        self.deadline = time.monotonic() + SECONDS_PER_ANSWER * self._patience
         # A process that was ended while it waited breaks the pipe; `receive` sees that and the pair is sent again.
         with contextlib.suppress(BrokenPipeError):
             self._requests.write(json.dumps(pairs[index]).encode() + b"\n")
@@ -189,6 +201,10 @@ class _Child:
 
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def worked_too_long(self) -> bool:
+        """Whether it has ended because its five seconds of work were over."""
+        return self._process.poll() == -signal.SIGPROF
 
     def end(self) -> None:
         self._process.kill()

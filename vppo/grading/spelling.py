@@ -88,12 +88,12 @@ _SPELLINGS = [
         (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
         (r"\^\s*([+-]?\d+(?:\.\d+)?)", r"^{\1}"),
         (r"(\d)\s*[xX]\s*(?=10\s*\^)", r"\1\\times "),
-        (r"(?<![\d/.^{_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     ]
 ]  # fmt: skip
+_MIXED = re.compile(r"(?<![\d/.^{_])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\.?\d)")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE = re.compile(rf"(?<=\d)\s*(?:\\text\{{\s*)?({'|'.join(_SCALES)})s?(?![A-Za-z])\s*\}}?", re.IGNORECASE)
-_SCIENTIFIC = re.compile(r"(?<![A-Za-z\d.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\d.A-Za-z])")
+_SCIENTIFIC = re.compile(r"(?<![A-Za-z\d.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\.?\d|[A-Za-z])")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 _THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:,|\{,\}|\\,|\\ |[ \u00a0\u2009\u202f']|\\!,|,\\!)\d{3})+)(?![\d])")
 _ANSWER_IS = re.compile(r"(?i)^(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\s*:?|:|=)\s*(?=\S)")
@@ -120,8 +120,8 @@ def clean(text: str, *, scientific: bool = True, thousands: bool = True) -> str:
     text = _REPEATING.sub(_repeating_decimal, text)
     while True:
         bare = _strip(text)
-        if bare == text:
-            return re.sub(r"\s+", " ", text)
+        if bare == text:  # only now: `\mathrm{1 1/2}` is a mixed number, too
+            return re.sub(r"\s+", " ", _MIXED.sub(r"\1\\frac{\2}{\3}", text))
         text = bare
 
 

@@ -1,0 +1,1 @@
+"""Whether a run fits, before its first step: its passes simulated on tensors that have shapes and no values."""
