@@ -74,6 +74,7 @@ def run(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Time for the timed rounds of a case; 6 on cuda, 30 on cpu.")
     ] = None,
+    time_wrong: Annotated[bool, typer.Option("--time-wrong", help="Time what fails its gate, and mark it.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the PNG.")] = RESULTS,
 ) -> None:
     """Measure a suite, print a table per case, and store the result with its picture."""
@@ -82,6 +83,7 @@ def run(
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         import torch
 
+        from benchmarks import prediction
         from benchmarks.contest import Setting
         from benchmarks.harness import run_case
         from benchmarks.machine import machine, versions
@@ -129,7 +131,9 @@ def run(
 
                 report("preparing", 0.0)
                 case = loaded.case(setting, chosen)
-                result.cases.append(CaseResult(case.labels, run_case(case, where, budget, report)))
+                records = run_case(case, where, budget, report, time_wrong)
+                predicted = prediction.of(suite, case.labels) if device == "cuda" else None
+                result.cases.append(CaseResult(case.labels, records, predicted))
                 console.print(case_view(result.cases[-1]))
                 result.save(path)  # what is measured is kept, whatever happens next
         write_atomic(path.with_suffix(".png"), png(result))
@@ -151,6 +155,23 @@ def compare(
         console.print(compare_view(first, second))
         if first.machine != second.machine:
             console.print("The machines differ: only the multiples of the floor can be compared.", style="yellow")
+
+
+@app.command()
+def predict(
+    gpu: Annotated[str, typer.Option(help="Which: a100, h100, h200, b200.")] = "h100",
+    preset: Annotated[list[str] | None, typer.Option(help="Head of a model, see list. 7b and 32b by default.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of each view.")] = None,
+) -> None:
+    """Say by a model, right to some 15 % at best, how long our sweeps take on a GPU that is not here."""
+    with clear_errors():
+        from benchmarks.inputs import PRESETS
+        from benchmarks.prediction import GPUS, view
+
+        known = [name for name in GPUS if name != "here"]
+        _known("--gpu", [gpu], known)
+        _known("--preset", preset or [], list(PRESETS))
+        Console().print(view(gpu, preset or ["7b", "32b"], rows or [1024, 4096, 16_384, 32_768]))
 
 
 @app.command()

@@ -38,12 +38,14 @@ class Contestant:
         role: "floor" is what no one can beat and everyone is set against; its result is not judged.
         prepare: Returns the call that is timed; may compile and allocate. Raising means: skipped, for that reason.
         note: What the reader has to know to compare it.
+        cut: Whether its logits are sums that tensor cores cut off, which have a bound of their own.
     """
 
     name: str
     role: Role
     prepare: Callable[[], Call]
     note: str = ""
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Record:
     """What became of a contestant in a case; a line of the table.
 
     Attributes:
-        status: "timed", "wrong" (result outside the gate, not timed) or "skipped" (it raised).
+        status: "timed", "wrong" (result outside the gate, timed only if asked for) or "skipped" (it raised).
         seconds: Every repetition, in order; round k of all contestants ran before round k + 1 of any.
         cpu_seconds: Of each of them the time that its processes had on all cores.
         workspace: Bytes beyond inputs and outputs; None where it did not run, or not in this process.

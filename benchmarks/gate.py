@@ -14,31 +14,35 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest import Role
-from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
+from vppo_kernels.reference import LOGPROB_BOUND, LOGPROB_BOUND_CUT, divergence_bound
 
 PEER_ROWS = 1e-2  # nats: the gate of the peers looks at rows above it
 PEER_SHARE = 0.25  # of the sum over those rows, and of a gradient's norm; KL of bfloat16 logits took 0.013 and 0.028
 
 
-def logprob_bound(size: Tensor) -> Tensor:
-    """How far a log-probability in float32 may lie from float64; its error grows with the row's largest logit."""
-    return LOGPROB_BOUND + 4 * torch.finfo(torch.float32).eps * size
+def logprob_bound(size: Tensor, cut: bool = False) -> Tensor:
+    """How far a log-probability in float32 may lie from float64; its error grows with the row's largest logit.
+
+    With `cut` logits are sums of 16-bit products on tensor cores, which cut off what they add.
+    """
+    return (LOGPROB_BOUND_CUT if cut else LOGPROB_BOUND) + 4 * torch.finfo(torch.float32).eps * size
 
 
-def judge_divergence(role: Role, value: Tensor, truth: Tensor) -> tuple[float, str]:
+def judge_divergence(role: Role, value: Tensor, truth: Tensor, cut: bool = False) -> tuple[float, str]:
     """Largest error as a multiple of the bound, and what is wrong ("" if nothing is).
 
     Args:
         role: Whose gate.
         value: `[rows]` or scalar result.
         truth: The same in float64, not negative.
+        cut: As in `divergence_bound`.
     """
-    multiple, wrong = _judge(role, value, truth, divergence_bound(truth), "divergences")
+    multiple, wrong = _judge(role, value, truth, divergence_bound(truth, cut), "divergences")
     negative = role == "ours" and bool((value < 0).any())
     return multiple, "a negative divergence" if negative else wrong
 
 
-def judge_logprob(role: Role, value: Tensor, truth: Tensor, size: Tensor) -> tuple[float, str]:
+def judge_logprob(role: Role, value: Tensor, truth: Tensor, size: Tensor, cut: bool = False) -> tuple[float, str]:
     """The same for log-probabilities.
 
     Args:
@@ -46,8 +50,9 @@ def judge_logprob(role: Role, value: Tensor, truth: Tensor, size: Tensor) -> tup
         value: `[rows]` result.
         truth: The same in float64.
         size: `[rows]` largest logits.
+        cut: As in `divergence_bound`.
     """
-    return _judge(role, -value, -truth, logprob_bound(size), "log-probabilities")
+    return _judge(role, -value, -truth, logprob_bound(size, cut), "log-probabilities")
 
 
 def judge_gradient(role: Role, error: float, plain_error: float) -> tuple[float, str]:

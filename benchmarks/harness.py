@@ -16,7 +16,11 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 100
 
 
 def run_case(
-    case: Case, device: torch.device, seconds: float, report: Callable[[str, float], None] = lambda what, share: None
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    report: Callable[[str, float], None] = lambda what, share: None,
+    time_wrong: bool = False,
 ) -> list[Record]:
     """One record per contestant, in their order.
 
@@ -25,22 +29,25 @@ def run_case(
         device: Where.
         seconds: Time for the timed rounds; at least `MIN_ROUNDS` are run, whatever they take.
         report: Told what happens now and which share of the case is done.
+        time_wrong: Time what is wrong as well.
     """
     records, calls = [], []
     for index, contestant in enumerate(case.contestants):
         report(f"checking {contestant.name}", 0.5 * index / len(case.contestants))
-        record, call = _enter(contestant, case, device)
+        record, call = _enter(contestant, case, device, time_wrong)
         records.append(record)
         if call is not None:
             calls.append((record, call))
     _time(calls, Stopwatch(device), seconds, report)
     for record in records:
-        if record.status != "timed":
+        if record.status == "skipped":
             record.seconds, record.cpu_seconds = [], []
     return records
 
 
-def _enter(contestant: Contestant, case: Case, device: torch.device) -> tuple[Record, Call | None]:
+def _enter(
+    contestant: Contestant, case: Case, device: torch.device, time_wrong: bool
+) -> tuple[Record, Call | None]:  # fmt: skip
     """Judge and weigh a contestant, which warms it up; its call, if it may be timed."""
     record = Record(contestant.name, contestant.role, contestant.note)
     call: Call | None = None
@@ -50,8 +57,9 @@ def _enter(contestant: Contestant, case: Case, device: torch.device) -> tuple[Re
         verdict = case.judge(contestant, call)
         record.error, record.gradient_error = verdict.error, verdict.gradient_error
         if not verdict.right:
-            record.status, record.reason, call = "wrong", verdict.reason, None
-        else:
+            record.status, record.reason = "wrong", verdict.reason
+            call = call if time_wrong else None
+        if call is not None:
             record.workspace = None if isinstance(call, Elsewhere) else scale.workspace(call)
     except Exception as error:  # out of memory, a missing package, an unsupported device: all of them its own affair
         call = None

@@ -25,6 +25,7 @@ class CaseResult:
 
     labels: dict[str, Any]
     records: list[Record]
+    predicted: float | None = None  # seconds, by the model of this GPU; see `benchmarks.prediction`
 
     @property
     def title(self) -> str:
@@ -101,6 +102,7 @@ class Result:
                 CaseResult(
                     case["labels"],
                     [Record(**{key: line[key] for key in known if key in line}) for line in case["records"]],
+                    case.get("predicted"),
                 )
                 for case in content.pop("cases")
             ]
@@ -119,7 +121,7 @@ def case_view(case: CaseResult) -> Group:
         timed = record.status == "timed"
         table.add_row(
             record.name,
-            duration(record.median) if record.seconds else record.status,
+            (duration(record.median) + ("" if timed else ", wrong")) if record.seconds else record.status,
             duration(min(record.seconds)) if record.seconds else "",
             duration(min(record.cpu_seconds)) if record.cpu_seconds else "",
             _number(case.over_floor(record), ".2f"),
@@ -132,6 +134,8 @@ def case_view(case: CaseResult) -> Group:
             notes.append(f"  {record.name}: {record.note}\n")
         if not timed:
             notes.append(f"  {record.name}: {record.status}, {record.reason}\n", style="yellow")
+    if case.predicted is not None:
+        notes.append(f"  predicted for ours: {duration(case.predicted)}\n")
     return Group(Text(case.title, style="bold"), Text(case.sizes, style="dim"), table, notes)
 
 

@@ -41,7 +41,10 @@ class _Function:
             return self.original.apply(*args)
         weight, device = given["weight"], given["hidden"].device.type
         if weight.is_cuda and torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-            _warn("float32 weights under autocast, which it rounds to 16 bits tile by tile")
+            _warn(
+                "float32 weights under autocast, which it rounds to 16 bits tile by tile; load the model in bfloat16 "
+                "(dtype=bfloat16)"
+            )
             return self.original.apply(*args)
 
         softcap = given["final_logit_softcapping"]

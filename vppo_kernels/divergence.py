@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo_kernels import arguments, tiling, verify, vocab_parallel
+from vppo_kernels import arguments, tensor_cores, tiling, verify, vocab_parallel
 from vppo_kernels.logits import LogitTransform
 from vppo_kernels.statistics import DivergenceOutput
 from vppo_kernels.sweep import sweep, wants_gradient
@@ -35,6 +35,7 @@ def linear_divergence(
     softcap: float | None = None,
     vocab_size: int | None = None,
     process_group: Any = None,
+    precision: str = "default",
     backend: str = "auto",
     check: bool = False,
 ) -> DivergenceOutput:
@@ -65,6 +66,10 @@ def linear_divergence(
             parallel): `weight` and `bias` are this rank's, everything else, upstream gradients too, is the same on all
             ranks. Results and gradients of hidden states are of the whole vocabulary. None for a whole weight; a
             weight that is a DTensor sharded on dimension 0 brings its own group.
+        precision: "default" or "exact", which differ where tensor cores multiply: on a GPU, if hidden states and weight
+            are both bfloat16 or both float16. Those cut off what they add, so that a divergence is off by up to
+            `1e-5 KL + 2e-5 sqrt(KL) + 1e-8` nats, a log-probability or entropy by up to 2e-4. "exact" sums the inner
+            dimension in slabs, takes longer, and keeps float32's bounds: `1e-5 KL + 3e-6 sqrt(KL) + 1e-8` and 2e-5.
         backend: "auto", "torch", "native", "triton", or "triton_fused" (no logits in memory; see its module).
         check: Raise on NaN and inf in the inputs (-inf is allowed in the bias), and compare up to 16 rows with the
             float64 definition. Code that `torch.compile` traces has no values to check: there only types and
@@ -81,6 +86,7 @@ def linear_divergence(
         RuntimeError: With `check`, a row disagrees with the definition.
     """
     arguments.one_of("kind", kind, KINDS)
+    exact = tensor_cores.check_precision(precision)
     transform = LogitTransform(temperature, logit_scale, softcap)
     weight, bias, process_group = vocab_parallel.localize(weight, bias, process_group)
     hidden = vocab_parallel.local_hidden("hidden", hidden)
@@ -90,7 +96,7 @@ def linear_divergence(
     arguments.shape("hidden_perturbed", hidden_perturbed, tuple(hidden.shape), "that of hidden")
     views = [hidden.reshape(-1, hidden.shape[-1]), hidden_perturbed.reshape(-1, hidden.shape[-1])]
     same = transform.arguments() | dict(
-        targets=targets, kind=kind, backend=backend, workspace_limit=tiling.current_workspace()
+        targets=targets, kind=kind, precision=precision, backend=backend, workspace_limit=tiling.current_workspace()
     )
     shard = vocab_parallel.shard_of(process_group, views, len(weight), vocab_size, "weight", same)
     leading = hidden.shape[:-1]
@@ -98,8 +104,8 @@ def linear_divergence(
         arguments.indices("targets", targets, leading, shard.total, weight.device, check)
         targets = targets.reshape(-1).long().contiguous()
     values, _ = sweep(
-        views, weight, bias, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
-        tiling.current_workspace(), wants_gradient(*views, weight, bias),
+        views, weight, bias, targets, None, transform.fields(), list(shard[:4]), shard.group, kind, backend,
+        tiling.current_workspace(), exact, wants_gradient(*views, weight, bias),
     )  # fmt: skip
     if arguments.wanted(check, weight):
         with torch.no_grad():
@@ -111,7 +117,8 @@ def linear_divergence(
                 sampled = [(h[rows], weight, bias, transform, shard) for h in views]
                 z_p, z_q = (verify.exact_logits(*each) for each in sampled)
                 terms = torch.maximum(*(verify.magnitude(*each) for each in sampled))
-                verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind, terms)
+                cut = not exact and tensor_cores.multiply(*views, weight)
+                verify.check_pair(_output(values, values.shape[1:]), z_p, z_q, targets, rows, kind, terms, cut=cut)
     return _output(values, leading)
 
 
@@ -170,8 +177,8 @@ def divergence(
         arguments.logits("logits", views[0][:, : shard.columns])
         arguments.logits("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
-        views, None, None, targets, transform.fields(), list(shard[:4]), shard.group, kind, backend,
-        tiling.current_workspace(), wants_gradient(*views),
+        views, None, None, targets, None, transform.fields(), list(shard[:4]), shard.group, kind, backend,
+        tiling.current_workspace(), False, wants_gradient(*views),
     )  # fmt: skip
     if check_values and len(views[0]):
         with torch.no_grad():

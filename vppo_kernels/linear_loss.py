@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vppo_kernels import arguments, backends, tiling, vocab_parallel
+from vppo_kernels import arguments, backends, tensor_cores, tiling, vocab_parallel
 from vppo_kernels.backends.protocols import LossInputs, LossOptions
 from vppo_kernels.layout import layout_of
 from vppo_kernels.logits import LinearHead, LogitTransform, full_precision, logit_dtype
@@ -42,7 +42,7 @@ def _float16_scale(grads: Tensor, source: LinearHead) -> Tensor:
     """
     # per row an upper bound on the sum of the absolute gradients of its logits
     rows = 2 * grads[0].abs() + 4 * math.log(source.max_columns + 1) * grads[1].abs()
-    factors = torch.stack([*torch.aminmax(source.hidden[0]), *torch.aminmax(source.weight)]).abs().max().float()
+    factors = torch.stack([*source.hidden_range(), *torch.aminmax(source.weight)]).abs().max().float()
     largest = rows.sum() * max_ranks(factors, source.group).clamp_min(1)
     slope = abs(source.transform.logit_scale) / source.transform.temperature
     return torch.exp2((FLOAT16_TOP / (largest * slope)).log2().floor()).clamp(2.0**-24, 2.0**24)
@@ -58,18 +58,20 @@ class LinearLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        active: Tensor | None,
         loss_of: LossOfRows,
         transform: LogitTransform,
         shard: Shard,
         backend: str,
         workspace: int,
+        exact: bool,
     ) -> Tensor:
         wants = ctx.needs_input_grad
         chosen = backends.resolve(backend, weight.device, logit_dtype(hidden, weight))
         want_head = (wants[0],), wants[1], wants[2]
-        source = LinearHead([hidden], weight, bias, transform, shard, None, want_head, chosen.product)
+        source = LinearHead([hidden], weight, bias, transform, shard, active, want_head, chosen.product, exact)
         found: list[Tensor] = []  # the loss, and the factor that the backward divides out
-        half = len(hidden) > 0 and torch.float16 in (hidden.dtype, weight.dtype)
+        half = source.rows > 0 and torch.float16 in (hidden.dtype, weight.dtype)
 
         def derivative(view: Tensor) -> Tensor:
             softmax = unpack_softmax(view)
@@ -95,7 +97,7 @@ class LinearLoss(torch.autograd.Function):
         grads = [ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias]
         del ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias
         factor = upstream / ctx.scale  # multiplied in place: a copy of the weight's gradient would be large
-        return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 6
+        return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 8
 
 
 def linear_vppo_loss(
@@ -130,6 +132,7 @@ def linear_vppo_loss(
     vocab_size: int | None = None,
     process_group: Any = None,
     stats_group: Any = None,
+    precision: str = "default",
     backend: str = "auto",
     check: bool | None = None,
 ) -> tuple[Tensor, Metrics]:
@@ -151,7 +154,7 @@ def linear_vppo_loss(
         targets: `[B, T]` or `[total]` response tokens; any value where `mask` is 0.
         old_logprobs, advantages, mask, dependency, cu_seqlens: As in `vppo_loss`.
         bias: `[V]` or None.
-        temperature, logit_scale, softcap, vocab_size, process_group, backend: As in `linear_divergence`.
+        temperature, logit_scale, softcap, vocab_size, process_group, precision, backend: As in `linear_divergence`.
         stats_group: Statistics over all ranks of this group, as in `vppo_advantages`. Ranks that share a vocabulary
             (`process_group`) hold the same trajectories, so they belong to different groups of this kind.
         check: As in `topk_mask`; True also compares a sample of rows with the definition.
@@ -167,6 +170,7 @@ def linear_vppo_loss(
     options = LossOptions(clip_low, clip_high, clip_dual, nll_coef, entropy_coef, kl_coef)
     reduction = Reduction(loss_agg, denominator)
     arguments.fraction("keep_ratio", keep_ratio)
+    exact = tensor_cores.check_precision(precision)
     transform = LogitTransform(temperature, logit_scale, softcap)
     weight, bias, process_group = vocab_parallel.localize(weight, bias, process_group)
     hidden = vocab_parallel.local_hidden("hidden", hidden)
@@ -199,10 +203,19 @@ def linear_vppo_loss(
     needed = valid if options.every_token else valid & (shaped.advantages != 0)
     tracing = torch.compiler.is_compiling()
     rows = None if tracing else needed.nonzero(as_tuple=True)
-    chosen = hidden.flatten(0, -2) if rows is None else hidden[rows]
+    active = None
+    if rows is None or len(rows[0]) == needed.numel():
+        chosen = hidden.flatten(0, -2)
+    elif hidden.is_contiguous():  # a copy of these rows would grow with their number
+        chosen, active = hidden.flatten(0, -2), needed.flatten().nonzero().squeeze(1)
+    else:
+        chosen = hidden[rows]
     targets = torch.where(valid, targets, 0)
-    same = transform.arguments() | dict(targets=targets, backend=backend, workspace_limit=tiling.current_workspace())
-    shard = vocab_parallel.shard_of(process_group, [chosen], len(weight), vocab_size, "weight", same)
+    same = transform.arguments() | dict(
+        targets=targets, precision=precision, backend=backend, workspace_limit=tiling.current_workspace()
+    )
+    of_ranks = [chosen if active is None or process_group is None else chosen[active]]
+    shard = vocab_parallel.shard_of(process_group, of_ranks, len(weight), vocab_size, "weight", same)
     arguments.indices("targets", targets, leading, shard.total, weight.device, check_values)
     chosen_targets = targets.flatten() if rows is None else targets[rows]
     if check_values:
@@ -225,17 +238,21 @@ def linear_vppo_loss(
 
     if tracing or check or loss_agg == "none" or not wants_gradient(hidden, weight, bias):
         return loss_of(
-            *logprobs_of_rows(chosen, weight, bias, chosen_targets, transform, shard, backend, bool(check))
+            *logprobs_of_rows(
+                chosen, weight, bias, chosen_targets, active, transform, shard, exact, backend, bool(check)
+            )
         ), metrics
     loss = LinearLoss.apply(
         chosen,
         weight,
         bias,
         chosen_targets.long(),
+        active,
         loss_of,
         transform,
         shard,
         backend,
         tiling.current_workspace(),
+        exact,
     )
     return loss, metrics

@@ -14,10 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vppo_kernels import arguments
+from vppo_kernels import arguments, tensor_cores
 from vppo_kernels.precision import exact_float32
+from vppo_kernels.tile_shape import Footprint
 from vppo_kernels.vocab_parallel import Shard, sum_ranks
 
+RANGE_ROWS = 1024  # looked at together
 MOST_SCALE = 1e30  # the largest factor on logits that leaves them, and their gradient, within float32
 
 
@@ -80,6 +82,8 @@ class Source(Protocol):
         hidden_size: Inner dimension of the matrix products, 0 if there are none.
         dtype: Of the logits: float32, or float64 for float64 inputs.
         transform: What follows the projection.
+        footprint: What it holds beside a tile.
+        shares_columns: Whether a gradient is summed over all rows of a column tile.
     """
 
     views: int
@@ -92,16 +96,32 @@ class Source(Protocol):
     device: torch.device
     dtype: torch.dtype
     transform: LogitTransform
+    shares_columns: bool
+
+    @property
+    def footprint(self) -> Footprint: ...
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """Fill `out`, `[views, rows, columns]`, with transformed logits."""
         ...
 
-    def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
-        """Take the gradient of a tile of raw logits, which may be overwritten.
+    def open(self, rows: slice) -> None:
+        """Begin to sum gradients of these rows over the vocabulary."""
+        ...
 
-        Each tile comes once, and all tiles of the same columns follow each other.
+    def accumulate(self, rows: slice, columns: slice, grad: Tensor, of_columns: bool = True) -> None:
+        """Take, and overwrite, the gradient of raw logits.
+
+        Args:
+            rows, columns: Of the tile. What is open of the rows is summed.
+            grad: `[views, rows, columns]`.
+            of_columns: Whether to collect gradients of these columns too: once in every tile, the row tiles of a column
+                tile one after another.
         """
+        ...
+
+    def close(self) -> None:
+        """Round the sums of the open rows to the gradients' dtype."""
         ...
 
 
@@ -125,7 +145,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """`a @ b` accumulated and returned in `dtype`."""
-    return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b) if a.dtype == dtype else tensor_cores.product(a, b)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -133,7 +153,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        tensor_cores.add_product_(total, a, b)
 
 
 def _difference_(hidden: Tensor, perturbed: Tensor) -> Tensor:
@@ -155,12 +175,6 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
-def _scatter(packed: Tensor, active: Tensor | None, like: Tensor) -> Tensor:
-    """Gradients of the active rows, in their places and in the dtype of `like`."""
-    packed = packed.to(like.dtype)
-    return packed if active is None else torch.zeros_like(like).index_copy_(0, active, packed)
-
-
 class LinearHead:
     """Logits of one or two sets of hidden states under one head.
 
@@ -174,6 +188,7 @@ class LinearHead:
         active: Indices of the rows that take part; None for all.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
         product: A backend's product of bfloat16 operands on a CPU, if it has one; gradients are multiplied in float32.
+        exact: Sum in slabs where tensor cores make the logits.
     """
 
     def __init__(
@@ -186,7 +201,9 @@ class LinearHead:
         active: Tensor | None = None,
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
         product: NarrowProduct | None = None,
+        exact: bool = False,
     ) -> None:
+        tensor_cores.warn_of_slow_product(hidden[0], weight)
         # kernels read memory as it is: of a tensor that torch negates lazily they would see the wrong sign
         self.hidden, self.weight = [h.resolve_neg() for h in hidden], weight.resolve_neg()
         self.bias, self.transform, self.active = bias, transform, active
@@ -197,32 +214,76 @@ class LinearHead:
             weight.shape[1],
         )
         self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
-        # only CUDA multiplies two operands of the same 16 bits with sums in float32; other operands are converted
-        narrow = weight.is_cuda and all(h.dtype == weight.dtype for h in hidden)
-        self.product_dtype = weight.dtype if narrow else self.dtype
+        narrow = tensor_cores.multiply(*hidden, weight)
+        self.product_dtype, self.exact = weight.dtype if narrow else self.dtype, exact and narrow
         fits = weight.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
         self._narrow_product = product if fits else None
         self._stack: tuple[slice, Tensor, Tensor | None] | None = None
-        if wants is not None:
-            want_hidden, want_weight, want_bias = wants
-            self._grad_hidden = [
-                h.new_zeros(self.rows, self.hidden_size, dtype=self.dtype) if want else None
-                for h, want in zip(hidden, want_hidden, strict=True)
-            ]
-            self.grad_weight = torch.zeros_like(weight) if want_weight else None
-            self._grad_bias = torch.zeros_like(weight[:, 0], dtype=self.dtype) if want_bias else None
-            self._tile_sum: tuple[slice, Tensor] | None = None
+        want_hidden, want_weight, want_bias = wants or ((False,) * self.views, False, False)
+        self.shares_columns = want_weight
+        self._grad_hidden = [
+            torch.zeros_like(h) if want else None for h, want in zip(self.hidden, want_hidden, strict=True)
+        ]
+        self.grad_weight = torch.zeros_like(weight) if want_weight else None
+        self._grad_bias = torch.zeros_like(weight[:, 0], dtype=self.dtype) if want_bias else None
+        self._open = slice(0, 0)
+        self._sums: list[Tensor | None] = [None] * self.views
+        self._tile_sum: Tensor | None = None
+
+    @property
+    def footprint(self) -> Footprint:
+        """Every buffer below, counted."""
+        product, own, summed = self.product_dtype.itemsize, self.hidden[0].dtype.itemsize, self.dtype.itemsize
+        narrow, picks = product < summed, self.active is not None
+        beside = summed if narrow and not tensor_cores.adds_in_place(self.weight) else 0  # a product, to be added
+        row = self.views * product
+        if picks and (own != product or self._narrow_product is not None):
+            row += self.views * own
+        if self.views == 2 and not narrow:
+            row += summed  # their difference
+        wanted = [grad for grad in self._grad_hidden if grad is not None]
+        in_place = not picks and own == summed
+        row_sum = 0 if in_place or not wanted else len(wanted) * summed + own + beside
+        column = 0 if self.weight.dtype == self.product_dtype else summed
+        rounded = self.grad_weight is not None and self.grad_weight.dtype != self.dtype
+        column_sum = summed + beside if rounded else 0
+        if rounded and not narrow:
+            column, column_sum = column + column_sum, 0
+        width = self.hidden_size
+        return Footprint(row * width, row_sum * width, column * width, column_sum * width)
 
     def _picked(self, rows: slice) -> list[Tensor]:
         return [h[rows] if self.active is None else h[self.active[rows]] for h in self.hidden]
 
+    def hidden_range(self) -> tuple[Tensor, Tensor]:
+        """Least and largest number in the rows that take part, of which there is at least one."""
+        starts = range(0, self.rows, RANGE_ROWS)
+        found = [torch.aminmax(h) for start in starts for h in self._picked(slice(start, start + RANGE_ROWS))]
+        least, largest = (torch.stack(each) for each in zip(*found, strict=True))
+        return least.amin(), largest.amax()
+
     def stacked(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """The rows of both views below each other, so that one product reads the weight once; see `_difference_`."""
         if self._stack is None or self._stack[0] != rows:
-            stacked = torch.cat([h.to(self.product_dtype) for h in self._picked(rows)])
+            self._stack = None  # its memory is what the next one takes
+            stacked = self._gather(rows)
             exact = self.views == 2 and self.product_dtype == self.dtype
             self._stack = rows, stacked, _difference_(*stacked.chunk(2)) if exact else None
         return self._stack[1:]
+
+    def _gather(self, rows: slice) -> Tensor:
+        if self.views == 1 and self.active is None and self.hidden[0].dtype == self.product_dtype:
+            return self.hidden[0][rows]
+        count = rows.stop - rows.start
+        stacked = self.weight.new_empty(self.views * count, self.hidden_size, dtype=self.product_dtype)
+        for hidden, place in zip(self.hidden, stacked.split(count), strict=True):
+            if self.active is None:
+                place.copy_(hidden[rows])
+            elif hidden.dtype == place.dtype:
+                torch.index_select(hidden, 0, self.active[rows], out=place)
+            else:
+                place.copy_(hidden[self.active[rows]])
+        return stacked
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         flat = out.view(-1, out.shape[-1])
@@ -239,7 +300,7 @@ class LinearHead:
         if stacked.dtype == out.dtype:
             torch.mm(stacked, weight, out=out)
         else:
-            torch.ops.aten.mm.dtype_out(stacked, weight, out.dtype, out=out)
+            tensor_cores.product_(out, stacked, weight, self.exact)
         if shares_rounding is not None:
             first, second = out.chunk(2)
             second.addcmul_(first, shares_rounding)
@@ -253,49 +314,72 @@ class LinearHead:
             shares_rounding = first.new_zeros(len(first))
         self._narrow_product(first, second, shares_rounding.flatten().bool(), weight, out)
 
-    def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
+    def open(self, rows: slice) -> None:
+        self._open = rows
+        for view, grad in enumerate(self._grad_hidden):
+            if grad is not None and grad.dtype == self.dtype and self.active is None:
+                self._sums[view] = grad[rows]
+            elif grad is not None:
+                self._sums[view] = grad.new_zeros(rows.stop - rows.start, self.hidden_size, dtype=self.dtype)
+
+    def close(self) -> None:
+        for view, (grad, total) in enumerate(zip(self._grad_hidden, self._sums, strict=True)):
+            if grad is None or total is None:
+                continue
+            sum_ranks(total, self.group)
+            if self.active is not None:
+                grad.index_copy_(0, self.active[self._open], total.to(grad.dtype))
+            elif grad.dtype != total.dtype:
+                grad[self._open] = total
+            self._sums[view] = None
+        self._open = slice(0, 0)
+
+    def accumulate(self, rows: slice, columns: slice, grad: Tensor, of_columns: bool = True) -> None:
         weight = self.weight[columns].to(self.product_dtype)
         narrow = grad.to(weight.dtype)
-        for view, total in enumerate(self._grad_hidden):
-            if total is not None:
-                _add_product_(total[rows], narrow[view], weight)
-        if self._grad_bias is not None:
+        for view, total in enumerate(self._sums):
+            if total is not None and rows.stop <= self._open.stop:
+                first = self._open.start
+                _add_product_(total[rows.start - first : rows.stop - first], narrow[view], weight)
+        if self._grad_bias is not None and of_columns:
             self._grad_bias[columns] += grad.sum((0, 1))
-        if self.grad_weight is not None:
+        if self.grad_weight is not None and of_columns:
             stacked, shares_rounding = self.stacked(rows)
             if shares_rounding is not None:  # there the second view's rows are the first's plus those of the stack
                 narrow[0].addcmul_(narrow[1], shares_rounding)
-            self._accumulate_weight(columns, narrow.view(-1, narrow.shape[-1]).T, stacked)
+            self._accumulate_weight(rows, columns, narrow.view(-1, narrow.shape[-1]).T, stacked)
 
-    def _accumulate_weight(self, columns: slice, grad: Tensor, stacked: Tensor) -> None:
-        """Add to the weight's gradient. Row blocks of one column tile follow each other: their sum is rounded once."""
+    def _accumulate_weight(self, rows: slice, columns: slice, grad: Tensor, stacked: Tensor) -> None:
+        """Row tiles of one column tile follow each other, so their gradient is summed in float32 and rounded once."""
         assert self.grad_weight is not None
-        if self.grad_weight.dtype == self.dtype:
-            _add_product_(self.grad_weight[columns], grad, stacked)
-            return
-        if self._tile_sum is not None and self._tile_sum[0] == columns:
-            _add_product_(self._tile_sum[1], grad, stacked)
+        into, last = self.grad_weight[columns], rows.stop == self.rows
+        if into.dtype == self.dtype:
+            _add_product_(into, grad, stacked)
+        elif rows.start == 0 and last and into.dtype == grad.dtype and into.is_contiguous():
+            torch.mm(grad, stacked, out=into)
         else:
-            self._tile_sum = columns, _product(grad, stacked, self.dtype)
-        self.grad_weight[columns] = self._tile_sum[1].to(self.grad_weight.dtype)
+            if rows.start == 0:
+                self._tile_sum = _product(grad, stacked, self.dtype)
+            else:
+                assert self._tile_sum is not None
+                _add_product_(self._tile_sum, grad, stacked)
+            if last:
+                into.copy_(self._tile_sum)
+                self._tile_sum = None
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]:
         """What `accumulate` has collected: the gradients of each view's hidden states, of the weight and of the bias.
 
         Those of weight and bias are of this rank's part, those of hidden states of the whole vocabulary.
         """
-        hidden = tuple(
-            None if total is None else _scatter(sum_ranks(total, self.group), self.active, h)
-            for total, h in zip(self._grad_hidden, self.hidden, strict=True)
-        )
         bias = None if self._grad_bias is None or self.bias is None else self._grad_bias.to(self.bias.dtype)
-        return hidden, self.grad_weight, bias
+        return tuple(self._grad_hidden), self.grad_weight, bias
 
 
 class GivenLogits:
     """Logits that the caller holds: one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
 
-    hidden_size = 0
+    hidden_size, footprint, shares_columns = 0, Footprint(0, 0, 0, 0), False
 
     def __init__(
         self,
@@ -318,7 +402,13 @@ class GivenLogits:
         self.transform.apply_(out)
         return out
 
-    def accumulate(self, rows: slice, columns: slice, grad: Tensor) -> None:
+    def open(self, rows: slice) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def accumulate(self, rows: slice, columns: slice, grad: Tensor, of_columns: bool = True) -> None:
         for view, into in enumerate(self.grad_raw):
             if into is None:
                 continue

@@ -52,12 +52,14 @@ def run_sweep(
     weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor | None,
+    active: Tensor | None,
     transform: list[float],
     shard: list[int],
     group: str,
     kind: str,
     backend: str,
     workspace: int,
+    exact: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """All rows against the whole vocabulary.
@@ -66,11 +68,13 @@ def run_sweep(
         views: One or two `[rows, D]` hidden states, or without a weight `[rows, V]` logits.
         weight, bias: `[V, D]` and `[V]`.
         targets: `[rows]` int64.
+        active: Indices of the hidden states that are rows here; None for all.
         transform: Fields of a `LogitTransform`, the last left out if there is no cap.
         shard, group: Fields of a `Shard`.
         kind: "logprob" for one view; "kl", "reverse_kl" or "jsd" for two.
         backend: Its name.
         workspace: Bound on working memory in bytes, 0 for the one in force.
+        exact: As `LinearHead` takes it.
         gradient: Whether a backward may follow. It recomputes tiles, and the gradient of a small divergence is right
             only if they are rounded as in the forward: then nothing is fused.
 
@@ -85,7 +89,7 @@ def run_sweep(
     if weight is None:
         source = GivenLogits(views, options, part)
     else:
-        source = LinearHead(views, weight, bias, options, part, product=chosen.product)
+        source = LinearHead(views, weight, bias, options, part, active, product=chosen.product, exact=exact)
     fused = None if gradient else chosen.fused
     with full_precision(source.device):
         if kind == "logprob":
@@ -109,12 +113,14 @@ def run_sweep_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor | None,
+    active: Tensor | None,
     transform: list[float],
     shard: list[int],
     group: str,
     kind: str,
     backend: str,
     workspace: int,
+    exact: bool,
     wants: list[bool],
 ) -> list[Tensor]:
     """Gradients of the views, then of weight and bias if there are any; of shape `[0]` where `wants` says no.
@@ -122,10 +128,10 @@ def run_sweep_backward(
     `grad` is that of `values`. Rows where all of it is exactly zero are left out of every product.
     """
     rows = (grad != 0).any(0).nonzero().flatten()
-    active = None if len(rows) == grad.shape[1] else rows
-    if active is not None:
-        grad, saved = grad[:, active], saved[:, active]
-        targets = None if targets is None else targets[active]
+    if len(rows) < grad.shape[1]:
+        grad, saved = grad[:, rows], saved[:, rows]
+        targets = None if targets is None else targets[rows]
+        active = rows if active is None else active[rows]
     if kind == "reverse_kl":
         grad = grad[list(SWAPPED[: len(grad)])]
     grad, saved = grad.resolve_neg().contiguous(), saved.contiguous()  # kernels take fields without gaps
@@ -138,7 +144,7 @@ def run_sweep_backward(
         source = GivenLogits(swapped, options, part, active, want_views)
     else:
         want_head = want_views, wants[len(views)], bias is not None and wants[-1]
-        source = LinearHead(swapped, weight, bias, options, part, active, want_head, chosen.product)
+        source = LinearHead(swapped, weight, bias, options, part, active, want_head, chosen.product, exact)
     with full_precision(source.device):
         if kind == "logprob":
             assert targets is not None
@@ -162,15 +168,15 @@ sweep_backward = torch.library.custom_op("vppo_kernels::sweep_backward", run_swe
 
 
 @sweep.register_fake
-def _(views, weight, bias, targets, transform, shard, group, kind, backend, workspace, gradient):  # type: ignore[no-untyped-def]
-    dtype, rows = logit_dtype(*_inputs(views, weight, None)), views[0].shape[0]
+def _(views, weight, bias, targets, active, transform, shard, group, kind, backend, workspace, exact, gradient):  # type: ignore[no-untyped-def]
+    dtype, rows = logit_dtype(*_inputs(views, weight, None)), (views[0] if active is None else active).shape[0]
     empty = views[0].new_empty
     return empty(_outputs(kind, targets), rows, dtype=dtype), empty(FIELDS[kind], rows, dtype=dtype)
 
 
 @sweep_backward.register_fake
-def _(grad, saved, views, weight, bias, targets, transform, shard, group, kind, backend, workspace, wants):  # type: ignore[no-untyped-def]
-    inputs = _inputs(views, weight, bias)
+def _(grad, saved, views, weight, bias, *rest):  # type: ignore[no-untyped-def]
+    inputs, wants = _inputs(views, weight, bias), rest[-1]
     return [torch.empty_like(x) if want else grad.new_empty(0) for x, want in zip(inputs, wants, strict=True)]
 
 
@@ -185,21 +191,21 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    views, weight, bias, targets, *ctx.options, _ = inputs
+    views, weight, bias, targets, active, *ctx.options, _ = inputs
     ctx.views = len(views)
-    ctx.save_for_backward(*views, weight, bias, targets, output[1])
+    ctx.save_for_backward(*views, weight, bias, targets, active, output[1])
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *views, weight, bias, targets, saved = ctx.saved_tensors
+    *views, weight, bias, targets, active, saved = ctx.saved_tensors
     want_views, want_weight, want_bias = ctx.needs_input_grad[:3]
     wants = list(want_views)
     if weight is not None:
         wants += [want_weight] if bias is None else [want_weight, want_bias]
-    grads = sweep_backward(grad, saved, views, weight, bias, targets, *ctx.options, wants)
+    grads = sweep_backward(grad, saved, views, weight, bias, targets, active, *ctx.options, wants)
     given = [g if want else None for g, want in zip(grads, wants, strict=True)] + [None, None]
     count = ctx.views
-    return given[:count], given[count], given[count + 1], *(None,) * 8
+    return given[:count], given[count], given[count + 1], *(None,) * 10
 
 
 sweep.register_autograd(_gradients, setup_context=_save)

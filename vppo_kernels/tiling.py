@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +35,11 @@ from vppo_kernels.statistics import (
     unpack_pair_stats,
     unpack_stats,
 )
+from vppo_kernels.tile_shape import MIB, Tiling, choose_tiling
 from vppo_kernels.vocab_parallel import merge_ranks, sum_ranks
 
-MIB = 1 << 20
 DEFAULT_WORKSPACE = 256 * MIB
-COLUMN_MULTIPLE = 128  # tiles have a multiple of so many columns, as matrix products are fastest then
-CPU_ROWS, GPU_ROWS = 512, 4096
+SUMS = 4  # of the workspace, a quarter may be sums of rows that wait for the last column
 
 _workspace: ContextVar[int] = ContextVar("vppo_kernels_workspace", default=DEFAULT_WORKSPACE)
 
@@ -51,8 +50,9 @@ def workspace_limit(nbytes: int) -> Iterator[None]:
 
     Args:
         nbytes: Bytes beyond inputs, outputs and gradients, at least 1 MiB; 256 MiB unless set. Gradients of 16-bit
-            hidden states are summed in float32 and count as such. The bound gives way only where a single row of the
-            vocabulary exceeds it.
+            hidden states are summed in float32: where the sums of all rows do not fit beside the tiles and the weight
+            has a gradient too, the tiles of the rows that are left are made once more, and a larger bound saves time.
+            The bound gives way only where a single row of the vocabulary exceeds it.
 
     Raises:
         ValueError: Less than 1 MiB.
@@ -69,67 +69,6 @@ def workspace_limit(nbytes: int) -> Iterator[None]:
 def current_workspace() -> int:
     """The bound in force here, in bytes; 0 while tracing, for the one in force where the trace is run."""
     return 0 if torch.compiler.is_compiling() else _workspace.get()
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Rows and vocabulary columns of a tile."""
-
-    rows: int
-    columns: int
-
-    def row_tiles(self, total: int) -> Iterator[slice]:
-        return _slices(total, self.rows)
-
-    def column_tiles(self, total: int) -> Iterator[slice]:
-        return _slices(total, self.columns)
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-
-
-def choose_tiling(source: Source, ops: TileOps, workspace: int, keep_tiles: bool = False) -> Tiling:
-    """Tile shape for a source: as many rows as keep a product busy, then as many columns as the cache holds.
-
-    Args:
-        source: What the tiles are cut from.
-        ops: Its `SCRATCH` and `PEAK` say how many tiles of one view it holds at a time.
-        workspace: Bound in bytes; 0 for the one in force.
-        keep_tiles: All column tiles of a row block stay in memory until the block is done.
-    """
-    size = source.dtype.itemsize
-    workspace = workspace or current_workspace()
-    budget = workspace // (4 if keep_tiles else 2)
-    # of a row: the stacked views, and their difference or a gradient to be added
-    per_row = (source.views + 1) * source.hidden_size * size
-    # of a column: the converted weights, their gradient, the sum of those over row blocks, and that sum rounded
-    per_column = 4 * source.hidden_size * size
-    per_entry = ops.PEAK * size
-
-    rows = min(max(source.rows, 1), CPU_ROWS if source.device.type == "cpu" else GPU_ROWS)
-    rows = min(rows, budget // 2 // max(per_row, COLUMN_MULTIPLE * per_entry))
-    if keep_tiles:
-        rows = min(rows, workspace // 2 // max(source.max_columns * source.views * size, 1))
-    rows = max(rows, 1)
-    columns = min(_cached_columns(source, ops, rows), budget // (rows * per_entry + per_column))
-    if columns > COLUMN_MULTIPLE:
-        columns = columns // COLUMN_MULTIPLE * COLUMN_MULTIPLE
-    return Tiling(rows, max(1, min(columns, source.max_columns)))
-
-
-def _cached_columns(source: Source, ops: TileOps, rows: int) -> int:
-    """Columns of a tile that is still in the cache when the fold reads what the product wrote."""
-    per_column = rows * (source.views + ops.SCRATCH) * source.dtype.itemsize
-    if source.device.type == "cpu":
-        return 16 * MIB // per_column  # half of a 32 MiB last-level cache: 2,048 columns beat 16,384 by a quarter
-    chip = torch.cuda.get_device_properties(source.device)
-    columns = 2 * chip.L2_cache_size // 3 // per_column
-    # A product runs in rounds of one 128 x 256 block per multiprocessor: a tile of whole rounds leaves none idle.
-    blocks_down = -(-source.views * rows // 128)
-    rounds = blocks_down * (columns // 256) // chip.multi_processor_count
-    return max(rounds * chip.multi_processor_count // blocks_down * 256, 256) if rounds else columns
 
 
 def _buffer(source: Source, tiling: Tiling, tiles: int) -> Tensor:
@@ -161,7 +100,7 @@ def _head_to_fuse(source: Source, fused: FusedSweep | None) -> LinearHead | None
     capped = source.transform.softcap is not None
     if fused is None or capped or not isinstance(source, LinearHead) or not source.rows or not source.columns:
         return None
-    return source
+    return None if source.exact else source  # its sums have no slabs
 
 
 def _fold_tiles(
@@ -193,7 +132,7 @@ def forward(source: Source, ops: TileOps, targets: Tensor, workspace: int, fused
 
     `fused` sweeps instead of the tile operations where it takes the source.
     """
-    tiling = choose_tiling(source, ops, workspace)
+    tiling = choose_tiling(source, ops, workspace or current_workspace())
     head = _head_to_fuse(source, fused)
     buffers = [] if head else [_buffer(source, tiling, 1)]
     scratch = _buffer(source, tiling, ops.SCRATCH)
@@ -220,7 +159,7 @@ def forward_pair(
     With `jsd` also the two terms of that divergence, `[2, rows]`. It needs both normalisers first, so a second fold
     follows over the tiles of the row block, which are kept: no product is done twice, and nothing is fused.
     """
-    tiling = choose_tiling(source, ops, workspace, keep_tiles=jsd)
+    tiling = choose_tiling(source, ops, workspace or current_workspace(), keep_tiles=jsd)
     head = None if jsd else _head_to_fuse(source, fused)
     column_tiles = list(tiling.column_tiles(source.columns))
     buffers = [] if head else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
@@ -265,14 +204,48 @@ def _of_pair(pair: Tensor, grads: Tensor, jsd: bool) -> Tensor:
     return torch.cat([divergence, entropies, logprobs])
 
 
-def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Recomputed tiles: all row tiles of a column tile, then those of the next; none where there are no rows."""
-    tiling = choose_tiling(source, ops, workspace)
-    buffer = _buffer(source, tiling, source.views)
-    for columns in tiling.column_tiles(source.columns):
-        for rows in tiling.row_tiles(source.rows):
-            tile = _tile(buffer, source.views, rows.stop - rows.start, columns)
-            yield rows, columns, source.logits(rows, columns, tile)
+class _GradientTile(NamedTuple):
+    """A recomputed tile, `[views, rows, columns]`, whose gradient is to be accumulated."""
+
+    rows: slice
+    columns: slice
+    logits: Tensor
+    of_columns: bool
+
+
+def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[_GradientTile]:
+    """Recomputed tiles in an order in which all sums fit; none where there are no rows.
+
+    Gradients of rows are sums over the vocabulary, those of columns over the rows. Column by column, the sums of all
+    rows wait for the last column. Those that fit do; the other rows are walked once more, row by row.
+    """
+    workspace = workspace or current_workspace()
+    row_sum, together = source.footprint.row_sum, 0
+    by_rows = by_columns = choose_tiling(source, ops, workspace, sum_rows=True)
+    if source.shares_columns or not row_sum:
+        together = min(source.rows, workspace // SUMS // row_sum) if row_sum else source.rows
+        by_columns = choose_tiling(source, ops, workspace - together * row_sum)
+        if together < source.rows:
+            together = together // by_columns.rows * by_columns.rows
+    walks = [by_columns] if together == source.rows else [by_columns, by_rows]
+    buffer = _buffer(source, max(walks, key=lambda tiling: tiling.rows * tiling.columns), source.views)
+
+    def made(rows: slice, columns: slice, of_columns: bool) -> _GradientTile:
+        tile = _tile(buffer, source.views, rows.stop - rows.start, columns)
+        return _GradientTile(rows, columns, source.logits(rows, columns, tile), of_columns)
+
+    if together or source.shares_columns:
+        source.open(slice(0, together))
+        for columns in by_columns.column_tiles(source.columns):
+            for rows in by_columns.row_tiles(source.rows):
+                yield made(rows, columns, True)
+        source.close()
+    for start in range(together, source.rows, by_rows.rows):
+        rows = slice(start, min(start + by_rows.rows, source.rows))
+        source.open(rows)
+        for columns in by_rows.column_tiles(source.columns):
+            yield made(rows, columns, not source.shares_columns)
+        source.close()
 
 
 def backward(source: Source, ops: TileOps, softmax: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
@@ -286,10 +259,10 @@ def backward(source: Source, ops: TileOps, softmax: Tensor, targets: Tensor, gra
         ops, workspace: As in the forward.
     """
     grads = _of_view(softmax, grads)
-    for rows, columns, tile in _backward_tiles(source, ops, workspace):
+    for rows, columns, tile, of_columns in _backward_tiles(source, ops, workspace):
         first = source.first + columns.start
         ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transform)
-        source.accumulate(rows, columns, tile)
+        source.accumulate(rows, columns, tile, of_columns)
 
 
 def forward_backward(
@@ -307,10 +280,11 @@ def forward_backward(
         derivative: From a packed `Softmax`, `[4, rows]`, to what `backward` takes as `grads`.
         ops, workspace: As in the forward.
     """
-    tiling = choose_tiling(source, ops, workspace)
+    tiling = choose_tiling(source, ops, workspace or current_workspace())
     column_tiles, row_blocks = list(tiling.column_tiles(source.columns)), list(tiling.row_tiles(source.rows))
-    size = source.rows * source.columns * source.dtype.itemsize
-    if source.rows == 0 or size > (workspace or current_workspace()) // 2:
+    size, sums = source.rows * source.columns * source.dtype.itemsize, source.rows * source.footprint.row_sum
+    bound = workspace or current_workspace()
+    if source.rows == 0 or size > bound // 2 or sums > bound // SUMS:
         softmax = forward(source, ops, targets, workspace)
         backward(source, ops, softmax, targets, derivative(softmax), workspace)
         return
@@ -323,11 +297,13 @@ def forward_backward(
         kept.append(tiles)
     softmax = torch.cat(blocks, dim=1)
     grads = _of_view(softmax, derivative(softmax))
+    source.open(slice(0, source.rows))
     for index, columns in enumerate(column_tiles):
         for rows, tiles in zip(row_blocks, kept, strict=True):
             tile, first = tiles[index], source.first + columns.start
             ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transform)
             source.accumulate(rows, columns, tile)
+    source.close()
 
 
 def backward_pair(
@@ -341,7 +317,7 @@ def backward_pair(
 ) -> None:
     """As `backward`, for two views; `grads` are upstream of divergence, both entropies and both log-probabilities."""
     grads = _of_pair(pair, grads, jsd_terms is not None)
-    for rows, columns, tile in _backward_tiles(source, ops, workspace):
+    for rows, columns, tile, of_columns in _backward_tiles(source, ops, workspace):
         ops.gradient_pair_(
             tile,
             pair[:, rows],
@@ -351,4 +327,4 @@ def backward_pair(
             grads[:, rows],
             source.transform,
         )
-        source.accumulate(rows, columns, tile)
+        source.accumulate(rows, columns, tile, of_columns)

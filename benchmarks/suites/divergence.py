@@ -15,7 +15,7 @@ from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict
 from benchmarks.floor import head_products
 from benchmarks.pair import Pair, Truth, differentiated, make_pair
 from benchmarks.peers import peers, plain
-from vppo_kernels import backends, linear_divergence
+from vppo_kernels import backends, linear_divergence, tensor_cores
 from vppo_kernels.backends import resolve
 
 
@@ -57,16 +57,22 @@ def contestants(pair: Pair, names: list[str]) -> list[Contestant]:
     def peer(module: ModuleType) -> Call:
         return differentiated(pair, module.divergence(pair))
 
-    known = peers("divergence")
+    known, available = peers("divergence"), backend_names(pair.hidden.device)
+    cut = tensor_cores.multiply(*pair.leaves)
+    exact = [name for name in available if cut and name == "triton"]
     return [
         Contestant("floor", "floor", floor, "matrix products alone"),
         *(Contestant(name, "peer", partial(peer, known[name]), known[name].NOTES["divergence"]) for name in names),
-        *(Contestant(f"ours: {name}", "ours", partial(ours, pair, name)) for name in backend_names(pair.hidden.device)),
+        *(Contestant(f"ours: {name}", "ours", partial(ours, pair, name), cut=cut) for name in available),
+        *(Contestant(f"ours: {name}, exact", "ours", partial(ours, pair, name, "exact")) for name in exact),
     ]
 
 
-def ours(pair: Pair, backend: str) -> Call:
-    return differentiated(pair, lambda: linear_divergence(*pair.leaves, backend=backend).divergence)
+def ours(pair: Pair, backend: str, precision: str = "default") -> Call:
+    def forward() -> Tensor:
+        return linear_divergence(*pair.leaves, precision=precision, backend=backend).divergence
+
+    return differentiated(pair, forward)
 
 
 def with_bfloat16(case: Case, pair: Pair, names: list[str]) -> Case:
@@ -114,7 +120,7 @@ class Judge:
             return Verdict(right=True)
         value: Tensor = result.value
         got, truth = (value[self.truth.rows], self.truth.kl) if value.dim() else (value, self.truth.kl.mean())
-        error, reason = gate.judge_divergence(contestant.role, got, truth)
+        error, reason = gate.judge_divergence(contestant.role, got, truth, contestant.cut)
         gradient_error = None
         if result.gradients:
             relative = self.truth.gradient_error(result.gradients)

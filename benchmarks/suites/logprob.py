@@ -16,7 +16,7 @@ from benchmarks.gradient_truth import GradientJudge
 from benchmarks.pair import differentiated
 from benchmarks.peers import peers
 from benchmarks.rollout import Rollouts, make_rollouts
-from vppo_kernels import backends, linear_logprob
+from vppo_kernels import backends, linear_logprob, tensor_cores
 
 
 class Logprob(Suite):
@@ -45,16 +45,23 @@ def contestants(rollouts: Rollouts, names: list[str]) -> list[Contestant]:
     def peer(module: ModuleType) -> Call:
         return differentiated(rollouts, module.logprob(rollouts))
 
-    def ours(backend: str) -> Call:
+    def ours(backend: str, precision: str = "default") -> Call:
         inputs = (rollouts.hidden, rollouts.weight, rollouts.targets)
-        return differentiated(rollouts, lambda: linear_logprob(*inputs, backend=backend).logprobs)
+
+        def forward() -> Tensor:
+            return linear_logprob(*inputs, precision=precision, backend=backend).logprobs
+
+        return differentiated(rollouts, forward)
 
     known = peers("logprob")
     available = backends.available(rollouts.weight.device, rollouts.weight.dtype)
+    cut = tensor_cores.multiply(rollouts.hidden, rollouts.weight)
+    exact = [name for name in available if cut and name == "triton"]
     return [
         Contestant("floor", "floor", floor, "matrix products alone; the gradient's over the active rows"),
         *(Contestant(name, "peer", partial(peer, known[name]), known[name].NOTES["logprob"]) for name in names),
-        *(Contestant(f"ours: {name}", "ours", partial(ours, name)) for name in available),
+        *(Contestant(f"ours: {name}", "ours", partial(ours, name), cut=cut) for name in available),
+        *(Contestant(f"ours: {name}, exact", "ours", partial(ours, name, "exact")) for name in exact),
     ]
 
 
@@ -73,7 +80,7 @@ class Judge:
         if contestant.role == "floor":
             return Verdict(right=True)
         exact, size = self.rollouts.exact, self.rollouts.size
-        error, reason = gate.judge_logprob(contestant.role, result.value, exact, size)
+        error, reason = gate.judge_logprob(contestant.role, result.value, exact, size, contestant.cut)
         gradient_error = None
         if self.gradients is not None:
             gradient_error, gradient_reason = self.gradients(contestant.role, result.gradients)

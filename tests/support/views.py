@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vppo_kernels import reference, sweep, tiling
-from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
+from vppo_kernels.reference import LOGPROB_BOUND, LOGPROB_BOUND_CUT, divergence_bound
 from vppo_kernels.statistics import DivergenceOutput
 
 
@@ -82,12 +82,13 @@ def make_views(
     return Views(hidden, hidden + size * direction, weight, 0.5 * normal(vocab), targets).to(dtype)
 
 
-def worst(got: DivergenceOutput, truth: DivergenceOutput) -> float:
-    """Largest error of any output, as a multiple of its bound; NaN counts as infinite."""
+def worst(got: DivergenceOutput, truth: DivergenceOutput, cut: bool = False) -> float:
+    """Largest error of any output, as a multiple of its bound; NaN counts as infinite. `cut` as `divergence_bound`."""
     errors = []
     for name, value, exact in zip(got._fields, got, truth, strict=True):
         if value is not None and exact is not None and value.numel():
-            bound = divergence_bound(exact) if name == "divergence" else LOGPROB_BOUND
+            absolute = LOGPROB_BOUND_CUT if cut else LOGPROB_BOUND
+            bound = divergence_bound(exact, cut) if name == "divergence" else absolute
             errors.append(float(((value.detach().double() - exact.detach()).abs() / bound).max()))
     return max(math.inf if math.isnan(error) else error for error in errors)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -42,7 +43,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], dict[str, Any]]]:
     """(name, kernel, constants, types of arguments that are not fp32 pointers or integers, options)."""
-    shape, options = dict(ROWS=1, BLOCK=tiles.BLOCK), dict(num_warps=tiles.WARPS)
+    shape, options = dict(ROWS=1, BLOCK=tiles.BLOCK), tiles.OPTIONS
     for with_targets in (True, False):
         constants = dict(HAS_TARGETS=with_targets, **shape) | ({} if with_targets else {"targets_ptr": None})
         yield f"fold targets={with_targets}", tiles._fold_kernel, constants, {}, options
@@ -63,7 +64,7 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
     capability = divmod(arch, 10) if isinstance(arch, int) else (0, 0)
     for pair in (True, False):
         constants = dict(PAIR=pair, BLOCK=128)
-        yield f"merge_parts pair={pair}", fused._merge_parts_kernel, constants, {}, dict(num_warps=4)
+        yield f"merge_parts pair={pair}", fused._merge_parts_kernel, constants, {}, tiles.OPTIONS
         for dtype, full in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
             exact = dtype == torch.float32 and pair
             absent = ({} if full else {"bias_ptr": None}) | ({} if exact else {"shares_rounding_ptr": None})
@@ -135,6 +136,8 @@ def main(target: str) -> None:
         line = {"kernel": name, "target": target, "shared": compiled.metadata.shared}
         if "cubin" in compiled.asm:
             line |= resources(compiled.asm["cubin"])
+            if name.startswith("fold"):
+                line["loops"] = [(loop.size, loop.counts["BAR"]) for loop in machine_code.loops(compiled.asm["cubin"])]
             line["wgmma"] = "wgmma" in compiled.asm["ptx"]
             line["tcgen05"] = "tcgen05.mma" in compiled.asm["ptx"]
         else:

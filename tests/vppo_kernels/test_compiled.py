@@ -14,6 +14,9 @@ pytest.importorskip("triton")
 
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes of a program
 
+BUDGETS = {"fold_pair": 40, "fold targets": 12}  # instructions of the loop for each pair of logits, for each logit
+EACH = 1024 // (4 * 32)  # that a thread takes at a time
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED)
@@ -32,6 +35,10 @@ def test_every_kernel_fits_the_chip(target: str) -> None:
             assert kernel["code"] > 0
             continue
         assert kernel["stack"] == kernel["local"] == 0, f"spills: {kernel}"
+        budget = next((most for name, most in BUDGETS.items() if kernel["kernel"].startswith(name)), None)
+        if budget is not None:
+            (size, barriers), *_ = sorted(kernel["loops"])  # the other folds again where one pass is not enough
+            assert size <= budget * EACH and barriers == 0, kernel
         if kernel["kernel"].startswith("sweep") and "fp32" not in kernel["kernel"]:
             assert kernel["wgmma"] == (target == "sm_90"), kernel
             assert kernel["tcgen05"] == (target == "sm_100"), kernel

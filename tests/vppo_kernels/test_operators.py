@@ -28,12 +28,14 @@ def arguments(kind: str, backend: str, linear: bool, with_targets: bool = True) 
         inputs[: 1 if kind == "logprob" else 2],
         *head,
         targets,
+        None,
         [0.8, 1.1, 9.0],
         shard,
         "",
         kind,
         backend,
         MIB,
+        False,
         True,
     )
 

@@ -207,3 +207,35 @@ def test_kernels_of_tokens_start_on_the_device_of_the_tensors(monkeypatch: pytes
     loss, _ = vppo_loss(logprobs, logprobs.detach(), torch.ones(B), mask, dependency, backend="triton")
     loss.backward()
     assert len({id(kernel) for kernel in ran}) == len(kernels) == 6
+
+
+def test_fused_sums_are_asked_for_whatever_the_default_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accuracy was proven with products and sums fused; a version of Triton may leave them apart."""
+    pytest.importorskip("triton")
+    import vppo_kernels.backends.triton as tiles
+    import vppo_kernels.backends.triton_fused as fused
+    import vppo_kernels.backends.triton_loss as loss
+    import vppo_kernels.backends.triton_tokens as tokens
+
+    seen: dict[str, set[Any]] = {}
+
+    class Noting:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*arguments: Any, **options: Any) -> None:
+                seen.setdefault(self.name, set()).add(options.get("enable_fp_fusion"))
+                self.kernel[grid](*arguments, **options)
+
+            return launch
+
+    for module in (tiles, fused, loss, tokens):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
+    for backend in ("triton", "triton_fused"):
+        everything(backend, torch.float32, inputs())
+    views = make_views(rows=4, vocab=600, hidden_size=8)
+    linear_logprob(views.hidden, views.weight, views.targets, backend="triton_fused")
+    linear_divergence(views.hidden, views.perturbed, views.weight, backend="triton")
+    assert len(seen) >= 11 and all(found == {True} for found in seen.values()), seen

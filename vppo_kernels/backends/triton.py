@@ -13,6 +13,7 @@ from torch import Tensor
 from vppo_kernels.backends.triton_math import (
     APART,
     ENTROPY,
+    FLOOR,
     GRAD_DIVERGENCE,
     GRAD_ENTROPY,
     GRAD_ENTROPY_P,
@@ -26,14 +27,21 @@ from vppo_kernels.backends.triton_math import (
     LOG_SUM,
     MAX,
     MEAN_DIFF,
+    NEAR,
     TARGET,
     P,
     Q,
+    add_block,
+    add_block_pair,
+    base_of,
     expm1,
     finite,
     fold_block,
     fold_block_pair,
     gap_of,
+    joined,
+    joined_pair,
+    load_logits,
     load_pair_stats,
     load_stats,
     log_share,
@@ -45,10 +53,23 @@ from vppo_kernels.backends.triton_math import (
 from vppo_kernels.logits import LogitTransform
 
 SCRATCH = 0  # nothing but the tile itself
-PEAK = 4  # tiles of one view alive at a time: two of logits, and their gradient in 16 bits
+PEAK = 3  # tiles of one view alive at a time: two of logits, and the gradients of both in 16 bits
 WARPS = 4
+OPTIONS = dict(num_warps=WARPS, enable_fp_fusion=True)  # what the accuracy was proven with; Triton's default may change
 # Rows of a program and columns that it takes at a time. The interpreter pays by the operation, not by the element.
 ROWS, BLOCK = (64, 1024) if triton.knobs.runtime.interpret else (1, 1024)
+
+
+@triton.jit
+def _fold_exactly(z_ptr, rows, columns, there, top, total, weighted_sum, first, BLOCK: tl.constexpr):
+    """Statistics with the columns from `first` on, each block about its own maximum."""
+    for start in range(first, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        inside = there[:, None] & (column < columns)
+        z = tl.load(z_ptr[:, None] + column, mask=inside, other=float("-inf"))
+        part_top, part_total, part_moment, _, _ = fold_block(finite(z))
+        top, total, weighted_sum = merge(top, total, weighted_sum, part_top, part_total, part_moment)
+    return top, total, weighted_sum
 
 
 @triton.jit
@@ -60,17 +81,56 @@ def _fold_kernel(
     there = row < rows
     stats, z_ptr = stats_ptr + row, z_ptr + row * columns
     top, total, weighted_sum = load_stats(stats, rows, there)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        inside = there[:, None] & (column < columns)
-        z = tl.load(z_ptr[:, None] + column, mask=inside, other=float("-inf"))
-        part_top, part_total, part_weighted_sum, _, _ = fold_block(finite(z))
-        top, total, weighted_sum = merge(top, total, weighted_sum, part_top, part_total, part_weighted_sum)
-    store_stats(stats, rows, there, top, total, weighted_sum)
+    begin = 0
+    if tl.max(tl.where(top == float("-inf"), 1, 0), 0) > 0:
+        begin = BLOCK
+        top, total, weighted_sum = _fold_exactly(
+            z_ptr, rows, tl.minimum(columns, BLOCK), there, top, total, weighted_sum, 0, BLOCK
+        )
+    about = base_of(top)
+    tops = tl.full((ROWS, BLOCK), FLOOR, tl.float32)
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    moments = sums
+    whole = begin + tl.maximum(columns - begin, 0) // BLOCK * BLOCK
+    column = tl.arange(0, BLOCK)[None, :]
+    for start in range(begin, whole, BLOCK):
+        z = load_logits(z_ptr[:, None] + start + column, there[:, None], ROWS > 1)
+        tops, sums, moments = add_block(z, about, tops, sums, moments)
+    if whole < columns:
+        z = load_logits(z_ptr[:, None] + whole + column, there[:, None] & (whole + column < columns), True)
+        tops, sums, moments = add_block(z, about, tops, sums, moments)
+    found, new_total, new_moment = joined(top, about, total, weighted_sum, tops, sums, moments)
+    near = (found - about <= NEAR) & (about > 0.1 * FLOOR) & (new_total == new_total)
+    if tl.min(tl.where(near | ~there, 1, 0), 0) == 0:
+        a, b, c = _fold_exactly(z_ptr, rows, columns, there, top, total, weighted_sum, begin, BLOCK)
+        found, new_total, new_moment = (
+            tl.where(near, found, a),
+            tl.where(near, new_total, b),
+            tl.where(near, new_moment, c),
+        )
+    store_stats(stats, rows, there, found, new_total, new_moment)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)
         tl.store(stats + TARGET * rows, tl.load(z_ptr + target, mask=hit, other=0.0), mask=hit)
+
+
+@triton.jit
+def _fold_pair_exactly(
+    p_ptr, q_ptr, columns, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, first,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same for two views, each block about its own maxima and mean gap."""
+    for start in range(first, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        inside = there[:, None] & (column < columns)
+        z_p = tl.load(p_ptr[:, None] + column, mask=inside, other=float("-inf"))
+        z_q = tl.load(q_ptr[:, None] + column, mask=inside, other=float("-inf"))
+        a, b, c, d, e, f, g, h = fold_block_pair(z_p, z_q)
+        max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = merge_pair(
+            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, a, b, c, d, e, f, g, h
+        )
+    return max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
 
 
 @triton.jit
@@ -82,16 +142,52 @@ def _fold_pair_kernel(
     there = row < rows
     stats, p_ptr, q_ptr = stats_ptr + row, z_ptr + row * columns, z_ptr + (rows + row) * columns
     max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = load_pair_stats(stats, rows, there)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        inside = there[:, None] & (column < columns)
-        z_p = tl.load(p_ptr[:, None] + column, mask=inside, other=float("-inf"))
-        z_q = tl.load(q_ptr[:, None] + column, mask=inside, other=float("-inf"))
-        a, b, c, d, e, f, g, h = fold_block_pair(z_p, z_q)
-        max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = merge_pair(
-            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, a, b, c, d, e, f, g, h
-        )
-    store_pair_stats(stats, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess)
+    begin = 0
+    if tl.max(tl.where((max_p == float("-inf")) | (max_q == float("-inf")), 1, 0), 0) > 0:
+        begin = BLOCK  # nothing is known that distances could be measured from
+        max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = _fold_pair_exactly(
+            p_ptr, q_ptr, tl.minimum(columns, BLOCK), there,
+            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, 0, BLOCK,
+        )  # fmt: skip
+    known = (max_p > 0.1 * FLOOR) & (max_q > 0.1 * FLOOR) & (tl.abs(max_p - max_q) <= APART)
+    known &= tl.abs(mean_diff) <= NEAR
+    about_p, about_q = tl.where(known, max_p, 0.0), tl.where(known, max_q, 0.0)
+    # gaps are measured from the rounded sum, so that its rounding is no error but another mean
+    between = (about_p - about_q) + tl.where(known, mean_diff, 0.0)
+    centre = between - (about_p - about_q)
+    growth = tl.exp(centre)
+    tops_p = tl.full((ROWS, BLOCK), FLOOR, tl.float32)
+    zeros = tl.zeros((ROWS, BLOCK), tl.float32)
+    sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis = zeros, zeros, tops_p, zeros, zeros, zeros, zeros
+    whole = begin + tl.maximum(columns - begin, 0) // BLOCK * BLOCK
+    column = tl.arange(0, BLOCK)[None, :]
+    for start in range(begin, whole, BLOCK):
+        z_p = load_logits(p_ptr[:, None] + start + column, there[:, None], ROWS > 1)
+        z_q = load_logits(q_ptr[:, None] + start + column, there[:, None], ROWS > 1)
+        tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis = add_block_pair(
+            z_p, z_q, about_p, about_q, between, growth,
+            tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis,
+        )  # fmt: skip
+    if whole < columns:
+        inside = there[:, None] & (whole + column < columns)
+        z_p = load_logits(p_ptr[:, None] + whole + column, inside, True)
+        z_q = load_logits(q_ptr[:, None] + whole + column, inside, True)
+        tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis = add_block_pair(
+            z_p, z_q, about_p, about_q, between, growth,
+            tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis,
+        )  # fmt: skip
+    a, b, c, d, e, f, g, h, close = joined_pair(
+        max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, known, about_p, about_q, centre,
+        tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis,
+    )  # fmt: skip
+    if tl.min(tl.where(close | ~there, 1, 0), 0) == 0:
+        i, j, k, l, m, n, o, p = _fold_pair_exactly(  # noqa: E741
+            p_ptr, q_ptr, columns, there,
+            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, begin, BLOCK,
+        )  # fmt: skip
+        a, b, c, d = tl.where(close, a, i), tl.where(close, b, j), tl.where(close, c, k), tl.where(close, d, l)
+        e, f, g, h = tl.where(close, e, m), tl.where(close, f, n), tl.where(close, g, o), tl.where(close, h, p)
+    store_pair_stats(stats, rows, there, a, b, c, d, e, f, g, h)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)
@@ -211,7 +307,7 @@ def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratc
     rows, columns = tile.shape
     if tile.numel():
         _fold_kernel[_grid(rows)](
-            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, num_warps=WARPS
+            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, **OPTIONS
         )
     return stats
 
@@ -221,7 +317,7 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, s
     _, rows, columns = tile.shape
     if tile.numel():
         _fold_pair_kernel[_grid(rows)](
-            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, num_warps=WARPS
+            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, **OPTIONS
         )
     return stats
 
@@ -230,9 +326,7 @@ def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
     """See `TileOps`; `jsd_terms` is updated in place."""
     _, rows, columns = tile.shape
     if tile.numel():
-        _fold_jsd_kernel[_grid(rows)](
-            tile, pair, pair.stride(0), jsd_terms, rows, columns, ROWS, BLOCK, num_warps=WARPS
-        )
+        _fold_jsd_kernel[_grid(rows)](tile, pair, pair.stride(0), jsd_terms, rows, columns, ROWS, BLOCK, **OPTIONS)
     return jsd_terms
 
 
@@ -244,7 +338,7 @@ def gradient_(
     if tile.numel():
         _gradient_kernel[_grid(rows, columns)](
             tile, softmax, softmax.stride(0), targets, grads, grads.stride(0), first, rows, columns,
-            *_slope_arguments(transform), ROWS, BLOCK, num_warps=WARPS,
+            *_slope_arguments(transform), ROWS, BLOCK, **OPTIONS,
         )  # fmt: skip
 
 
@@ -264,7 +358,7 @@ def gradient_pair_(
         _gradient_pair_kernel[_grid(rows, columns)](
             tile, pair, pair.stride(0), jsd_terms, 0 if jsd_terms is None else jsd_terms.stride(0), targets,
             grads, grads.stride(0), first, rows, columns, scale, to_cap,
-            targets is not None, jsd_terms is not None, softcap, ROWS, BLOCK, num_warps=WARPS,
+            targets is not None, jsd_terms is not None, softcap, ROWS, BLOCK, **OPTIONS,
         )  # fmt: skip
 
 

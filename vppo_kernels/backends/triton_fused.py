@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vppo_kernels import statistics
+from vppo_kernels.backends.triton import OPTIONS
 from vppo_kernels.backends.triton_math import (
     PAIR_FIELDS,
     SOFTMAX_FIELDS,
@@ -213,12 +214,12 @@ def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) 
         h, w, None if source.bias is None else source.bias.contiguous(), shares_rounding, targets, parts,
         source.first, count, columns, source.hidden_size, source.weight.stride(0), source.weight.stride(1), span,
         splits, scale, pair, source.bias is not None, targets is not None, shares_rounding is not None, descriptors,
-        GROUP=GROUP, **config,
+        GROUP=GROUP, enable_fp_fusion=True, **config,
     )  # fmt: skip
     if splits == 1:
         return parts[0]
     stats = torch.empty_like(parts[0])
-    _merge_parts_kernel[(triton.cdiv(count, 128),)](parts, stats, count, splits, pair, 128, num_warps=4)
+    _merge_parts_kernel[(triton.cdiv(count, 128),)](parts, stats, count, splits, pair, 128, **OPTIONS)
     return stats
 
 

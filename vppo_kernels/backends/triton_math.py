@@ -15,6 +15,8 @@ from vppo_kernels import statistics
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 APART: tl.constexpr = tl.constexpr(4.0)
 FLOOR: tl.constexpr = tl.constexpr(-1.0e30)  # -EXP_FLOOR
+TRACE: tl.constexpr = tl.constexpr(1.0e-20)  # a weight too small to count, but not in a word that one view alone masks
+NEAR: tl.constexpr = tl.constexpr(20.0)  # a maximum that lies this far above the known one costs an entropy no digits
 
 # The fields of packed statistics; see `statistics.py`.
 MAX, SUM, WEIGHTED_SUM, TARGET = (tl.constexpr(i) for i in range(4))
@@ -98,6 +100,79 @@ def fold_block_pair(z_p, z_q):
     far = tl.exp(shifted_q + mean_diff[:, None]) - weights * (1 + d)  # exp(d) alone could overflow
     excess = tl.sum(tl.where(d < 1.0, near, far), 1)
     return max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
+
+
+# In one pass: weights about the maxima known so far, gaps about the mean gap known so far. Each lane keeps sums of its
+# own, and nothing is reduced before the last column. Where a maximum turns out to lie far above the known one, or the
+# mean so far from the known one that the excess about it is lost, the columns are folded again, block by block.
+
+
+@triton.jit
+def load_logits(z_ptr, inside, MASKED: tl.constexpr):
+    """Logits, made finite; a NaN stays one."""
+    z = tl.load(z_ptr, mask=inside, other=float("-inf")) if MASKED else tl.load(z_ptr)
+    return tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def add_block(z, about, tops, sums, moments):
+    """Each lane's maximum, sum of weights and of weighted distances, with one more block."""
+    shifted = z - about[:, None]
+    weights = tl.exp(shifted)
+    return tl.maximum(tops, z), sums + weights, moments + weights * shifted
+
+
+@triton.jit
+def add_block_pair(
+    z_p, z_q, about_p, about_q, between, growth, tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis
+):  # fmt: skip
+    """The same for two views, and `sum w d` and `sum w phi(d)`: `d` is the known mean gap less a word's."""
+    shifted_p, shifted_q = z_p - about_p[:, None], z_q - about_q[:, None]
+    p, q = tl.exp(shifted_p), tl.exp(shifted_q)
+    d = between[:, None] - (z_p - z_q)
+    weighted = p * d
+    series = 1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040 + d * (1 / 40320))))
+    near = weighted * d * (0.5 + d * (1 / 6 + d * series))
+    far = q * growth[:, None] - p - weighted  # p exp(d) is q exp(mean gap)
+    return (
+        tl.maximum(tops_p, z_p), sums_p + p, moments_p + p * shifted_p,
+        tl.maximum(tops_q, z_q), sums_q + q, moments_q + q * shifted_q,
+        gaps + (weighted + TRACE * d), phis + tl.where(tl.abs(d) < 0.5, near, far),
+    )  # fmt: skip
+
+
+@triton.jit
+def joined(top, about, total, weighted_sum, tops, sums, moments):
+    """Statistics of what was known, about its maximum, and of all lanes, about the new one."""
+    found = tl.max(tops, 1)
+    found = tl.maximum(top, tl.where(found == FLOOR, float("-inf"), found))
+    total, weighted_sum = total + tl.sum(sums, 1), weighted_sum + tl.sum(moments, 1)
+    down = distance(about, found)
+    scale = tl.exp(down)
+    return found, scale * total, scale * (weighted_sum + down * total)
+
+
+@triton.jit
+def joined_pair(
+    max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, known, about_p, about_q, centre,
+    tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis,
+):  # fmt: skip
+    """The same for two views, and whether they are as good as those of blocks."""
+    found_p, total_p, moment_p = joined(max_p, about_p, sum_p, weighted_sum_p, tops_p, sums_p, moments_p)
+    found_q, total_q, moment_q = joined(max_q, about_q, sum_q, weighted_sum_q, tops_q, sums_q, moments_q)
+    total, phi_sum = sum_p + tl.sum(sums_p, 1), tl.sum(phis, 1)
+    off = centre - mean_diff  # what is known, about the centre
+    before = excess * tl.exp(off) + phi(off) * sum_p
+    move = (tl.sum(gaps, 1) + off * sum_p) / total  # from the new mean gap to the centre
+    moved = (before + phi_sum - phi(move) * total) * tl.exp(-move)
+    moved = tl.where(moved > 0, moved, 0.0)
+    # what the difference may have lost, some of the last bits of its terms, has to be small beside the bound
+    lost = tl.maximum(phi_sum, phi(move) * total) * tl.exp(-move)
+    close = lost <= 4 * moved + 1.2 * tl.sqrt(moved * total) + 0.004 * total
+    close &= known & (found_p - about_p <= NEAR) & (found_q - about_q <= NEAR) & (tl.abs(move) <= NEAR)
+    down_p, down_q = distance(about_p, found_p), distance(about_q, found_q)
+    mean_diff = (centre - move) + (down_p - down_q)
+    return found_p, total_p, moment_p, found_q, total_q, moment_q, mean_diff, tl.exp(down_p) * moved, close
 
 
 @triton.jit

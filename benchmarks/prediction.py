@@ -1,0 +1,169 @@
+"""Milliseconds on a GPU that is not here: from tiles, rounds, bytes and instructions, before anything is timed on one.
+
+A model, right to some 15 % at best, that judges a change before there is a GPU: which of two shapes is better, and what
+is left above the bare products. Rates are datasheets' less what real kernels reach, not measured here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+from benchmarks.inputs import PRESETS, Shape
+from vppo_kernels.tile_shape import MIB, Chip, Footprint, Tiling, blocks, choose_tiling
+
+WORKSPACE = 256 * MIB
+BLOCK_STEP = 64  # of the inner dimension, in one step of a block's product
+EFFICIENCY = 0.92  # of a block of 128 x 256 results, beside its loads
+START = 5e-6  # seconds from the launch of a product to its full rate, and to its last store
+GAP = 1.5e-6  # seconds between two kernels
+ISSUE = 0.65  # of the cycles in which a scheduler issues an instruction of a fold
+# instructions for each pair of logits or each logit, from the machine code for sm_90; see tests/vppo_kernels
+FOLD_PAIR, FOLD, GRADIENT = 38.7, 11.3, 25.0
+
+
+class Gpu(NamedTuple):
+    """Rates of a GPU: operations per clock and multiprocessor in 16 bits, clock in Hz, bytes per second."""
+
+    chip: Chip
+    operations: int
+    clock: float
+    memory: float
+    cache: float
+
+
+def _here() -> Gpu:
+    from vppo_kernels.tile_shape import chip_of
+
+    chip = chip_of(torch.device("cuda"))
+    return GPUS["h100"]()._replace(chip=chip)
+
+
+GPUS: dict[str, Callable[[], Gpu]] = {
+    "a100": lambda: Gpu(Chip(40 * MIB, 108), 2048, 1.30e9, 1.75e12, 4.0e12),
+    "h100": lambda: Gpu(Chip(50 * MIB, 132), 8192 // 2, 1.65e9, 3.0e12, 5.5e12),
+    "h200": lambda: Gpu(Chip(50 * MIB, 132), 8192 // 2, 1.65e9, 4.3e12, 5.5e12),
+    "b200": lambda: Gpu(Chip(126 * MIB, 148), 8192, 1.75e9, 7.2e12, 10e12),
+    "here": _here,
+}
+
+
+@dataclass
+class _Head:
+    """What `choose_tiling` asks of 16-bit hidden states under a 16-bit head."""
+
+    views: int
+    rows: int
+    columns: int
+    max_columns: int
+    width: int
+    backward: bool
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def footprint(self) -> Footprint:
+        sums = 4 * self.width if self.backward else 0
+        return Footprint(2 * self.views * self.width, self.views * sums, 0, sums)
+
+
+class _InPlace:
+    """Triton's tile operations: kernels that need no memory of their own."""
+
+    SCRATCH, PEAK = 0, 3
+
+
+class Prediction(NamedTuple):
+    """Seconds: of the bare products, of the sum of all kernels, and of its two parts."""
+
+    floor: float
+    total: float
+    products: float
+    rest: float
+
+
+def forward_tiling(gpu: Gpu, views: int, rows: int, shape: Shape, backward: bool = False) -> Tiling:
+    """The tiles that a sweep over so many rows of each view is cut into."""
+    head = _Head(views, rows, shape.vocab, shape.vocab, shape.width, backward, torch.device("cuda"))
+    return choose_tiling(head, _InPlace(), WORKSPACE, chip=gpu.chip)
+
+
+def product(gpu: Gpu, rows: int, columns: int, depth: int, out_bytes: int = 4, adds: bool = False) -> float:
+    """Seconds of a product of 16-bit operands."""
+    rounds = math.ceil(blocks(rows, columns) / gpu.chip.multiprocessors)
+    step = 128 * 256 * BLOCK_STEP * 2 / (gpu.operations * gpu.clock * EFFICIENCY)
+    moved = rows * columns * out_bytes * (2 if adds else 1) + 2 * depth * (rows + columns)
+    return max(rounds * math.ceil(depth / BLOCK_STEP) * step, moved / gpu.memory) + START
+
+
+def elementwise(gpu: Gpu, entries: int, instructions: float, moved: int) -> float:
+    """Seconds of a kernel over so many entries, of which it moves so many bytes."""
+    issue = entries * instructions / 32 / (4 * gpu.chip.multiprocessors * gpu.clock * ISSUE)
+    return max(issue, moved / (gpu.cache if moved < 2 * gpu.chip.cache // 3 else gpu.memory)) + GAP
+
+
+def forward(gpu: Gpu, views: int, rows: int, shape: Shape) -> Prediction:
+    """A sweep without gradient: one product and one fold of every tile."""
+    tiling, made, folded = forward_tiling(gpu, views, rows, shape), 0.0, 0.0
+    for part in tiling.row_tiles(rows):
+        for columns in tiling.column_tiles(shape.vocab):
+            height, width = part.stop - part.start, columns.stop - columns.start
+            made += product(gpu, views * height, width, shape.width)
+            instructions = FOLD_PAIR if views == 2 else FOLD
+            folded += elementwise(gpu, height * width, instructions, 4 * views * height * width) + GAP
+    return Prediction(floor(gpu, views * rows, shape, 1), made + folded, made, folded)
+
+
+def loss(gpu: Gpu, active: int, shape: Shape) -> Prediction:
+    """A sweep of the active rows with its backward: the tiles made once more, and two products of their gradient."""
+    once = forward(gpu, 1, active, shape)
+    tiling, made, rest = forward_tiling(gpu, 1, active, shape, backward=True), once.products, once.rest
+    for columns in tiling.column_tiles(shape.vocab):
+        for part in tiling.row_tiles(active):
+            height, width = part.stop - part.start, columns.stop - columns.start
+            made += product(gpu, height, width, shape.width)
+            made += product(gpu, height, shape.width, width, adds=True)
+            made += product(gpu, width, shape.width, height, adds=tiling.rows < active)
+            rest += elementwise(gpu, height * width, GRADIENT, 8 * height * width)
+            rest += elementwise(gpu, height * width, 4, 6 * height * width) + 3 * GAP
+    return Prediction(floor(gpu, active, shape, 3), made + rest, made, rest)
+
+
+def floor(gpu: Gpu, rows: int, shape: Shape, products: int) -> float:
+    """Seconds of the bare products at the rate of a large one."""
+    rate = gpu.chip.multiprocessors * gpu.operations * gpu.clock * EFFICIENCY
+    return products * 2 * rows * shape.vocab * shape.width / rate
+
+
+def of(suite: str, labels: dict[str, Any]) -> float | None:
+    """Seconds of a case of a suite on the GPU that is here; None for what the model does not know."""
+    shape, gpu = Shape(labels.get("vocab", 0), labels.get("width", 0)), GPUS["here"]
+    if suite in ("divergence", "logprob") and not labels["backward"]:
+        return forward(gpu(), 2 if suite == "divergence" else 1, labels["rows"], shape).total
+    if suite == "loss":
+        return loss(gpu(), labels["active_rows"], shape).total
+    return None
+
+
+def view(name: str, presets: list[str], rows: list[int]) -> Table:
+    """Milliseconds of both sweeps, and as multiples of the bare products."""
+    table = Table(
+        title=f"{name}, predicted: ms, and multiples of the bare products; the loss with 40 % of the rows active"
+    )
+    for heading in ("", "rows", "tile", "KL", "", "loss", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    gpu = GPUS[name]()
+    for preset in presets:
+        shape = PRESETS[preset]
+        for count in rows:
+            tiling = forward_tiling(gpu, 2, count, shape)
+            cells = [preset, f"{count:,}", f"2 x {tiling.rows:,} x {tiling.columns:,}"]
+            for found in (forward(gpu, 2, count, shape), loss(gpu, max(round(0.4 * count), 1), shape)):
+                cells += [f"{1e3 * found.total:.1f}", f"{found.total / found.floor:.2f} x"]
+            table.add_row(*cells)
+    return table

@@ -1,0 +1,93 @@
+"""Shapes of tiles on GPUs that are not here: no round of a product idles, no last tile is a small rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vppo_kernels.tile_shape import BLOCK_COLUMNS, MIB, Footprint, Tiling, blocks, choose_tiling
+
+VOCAB = 152_064
+CHIPS = {"A100": (40, 108), "H100": (50, 132), "H200": (50, 132), "B200": (126, 148)}  # MiB of L2, multiprocessors
+ROWS = [410, 1024, 1638, 4096, 4100, 6554, 13_107, 16_384, 32_768, 1_000_003]
+CUDA = torch.device("cuda")
+OPS: Any = SimpleNamespace(SCRATCH=0, PEAK=3)
+
+
+@dataclass
+class Head:
+    """What `choose_tiling` asks of bfloat16 hidden states under a bfloat16 head."""
+
+    views: int
+    rows: int
+    width: int
+    backward: bool
+    columns: int = VOCAB
+    max_columns: int = VOCAB
+    device: torch.device = CUDA
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def footprint(self) -> Footprint:
+        summed = (4 * self.views + 2) * self.width
+        return Footprint(2 * self.views * self.width, summed, 0, 4 * self.width if self.backward else 0)
+
+
+@pytest.fixture(params=CHIPS)
+def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    cache, count = CHIPS[request.param]
+    properties = SimpleNamespace(L2_cache_size=cache * MIB, multi_processor_count=count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return count
+
+
+def tiles(tiling: Tiling, head: Head) -> list[tuple[int, int]]:
+    """(rows of all views, columns) of every tile."""
+    rows = [head.views * (part.stop - part.start) for part in tiling.row_tiles(head.rows)]
+    columns = [part.stop - part.start for part in tiling.column_tiles(head.columns)]
+    return [(r, c) for r in rows for c in columns]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("width", [2048, 3584, 5120])
+@pytest.mark.parametrize("views", [1, 2])
+def test_rounds_are_whole_and_tiles_alike(multiprocessors: int, views: int, width: int, backward: bool) -> None:
+    for rows in ROWS:
+        head = Head(views, rows, width, backward)
+        tiling = choose_tiling(head, OPS, 256 * MIB, sum_rows=backward and rows > 1000)
+        taken = [blocks(*tile) for tile in tiles(tiling, head)]
+        rounds = sum(-(-count // multiprocessors) for count in taken)
+        assert sum(taken) / (rounds * multiprocessors) >= 0.9, (rows, tiling)
+        *_, last = tiling.row_tiles(rows)
+        assert last.stop - last.start >= tiling.rows / 2, (rows, tiling)
+        assert tiling.columns % BLOCK_COLUMNS == 0, (rows, tiling)
+
+
+@pytest.mark.usefixtures("multiprocessors")
+def test_a_tile_stays_in_the_cache_and_in_the_workspace() -> None:
+    cache = torch.cuda.get_device_properties(torch.device("cuda")).L2_cache_size
+    for rows in ROWS:
+        for limit in (16 * MIB, 256 * MIB):
+            head = Head(2, rows, 5120, True)
+            tiling = choose_tiling(head, OPS, limit)
+            row, _, column, column_sum = head.footprint
+            sums = column_sum if tiling.rows < rows else 0
+            entries = tiling.rows * tiling.columns * OPS.PEAK * 4
+            assert 2 * 4 * tiling.rows * tiling.columns <= cache
+            assert tiling.rows * row + tiling.columns * (column + sums) + entries <= limit
+
+
+@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.parametrize("columns", [1, 100, 300, 5000])
+def test_small_vocabularies_and_small_workspaces(columns: int) -> None:
+    for rows in (1, 3, 5000):
+        for limit in (MIB, 256 * MIB):
+            head = Head(2, rows, 5120, False, columns, columns)
+            tiling = choose_tiling(head, OPS, limit)
+            assert 1 <= tiling.rows <= rows and 1 <= tiling.columns <= columns
+    kept = choose_tiling(Head(2, 5000, 5120, False), OPS, 256 * MIB, keep_tiles=True)
+    assert kept.rows * VOCAB * 2 * 4 <= 128 * MIB
