@@ -33,7 +33,7 @@ class Fake(FakeTensorMode):
     they meet.
     """
 
-    MOST = 1 << 20  # entries of a real tensor
+    MOST = 1 << 22  # entries of a real tensor: the tokens of a generation, and no mask of a long row
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
