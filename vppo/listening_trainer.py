@@ -49,7 +49,7 @@ class ListeningTrainer(SavedTrainer):
         """Keeps the hidden states that predict the responses' tokens, from the first pass within the block.
 
         Args:
-            keep: Takes them out of the last layer's `[B, T, D]`, as a new tensor, so that the prompts' are freed.
+            keep: Takes them out of the last layer's `[B, T, D]`; they are copied, so that the rest is freed.
         """
         recorded = self._recorded
         if recorded is None or recorded or self._has_dropout:
@@ -58,7 +58,11 @@ class ListeningTrainer(SavedTrainer):
 
         model = self.accelerator.unwrap_model(self.model)
         base = getattr(model, "get_base_model", lambda: model)().base_model
-        hook = base.register_forward_hook(lambda module, args, output: recorded.append(keep(output.last_hidden_state)))
+
+        def copy(module: Any, args: Any, output: Any) -> None:
+            recorded.append(keep(output.last_hidden_state).clone())
+
+        hook = base.register_forward_hook(copy)
         try:
             yield
         finally:

@@ -80,7 +80,7 @@ class PackedTrainer(RolloutTrainer):
                 *found, passed = self._packed_training_pass(model, inputs)
                 result: Any = (*found, None)
             elif (result := self._packed_old_pass(model, *tokens, images)) is None:
-                with self._recording(lambda hidden: hidden[:, -(logits_to_keep + 1) : -1].clone()):
+                with self._recording(lambda hidden: hidden[:, -(logits_to_keep + 1) : -1]):
                     result = super().get_per_token_logps_and_entropies(
                         model, *tokens, compute_entropy, compute_aux_loss, **images
                     )

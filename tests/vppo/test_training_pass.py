@@ -132,6 +132,22 @@ def test_the_ratio_to_old_logprobs_is_one(bf16: bool, size: int, tmp_path: Path)
         run._step += 1
 
 
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_what_is_recorded_keeps_nothing_else(sharing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states of a micro-batch's responses, and no storage of the whole batch or of the prompts behind them."""
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    run = trainer(tmp_path, prefix_sharing=sharing, num_iterations=2, **batches)
+    fix_rollouts(run, LENGTHS)
+    run.model.train()
+    run.current_gradient_accumulation_steps = 2
+    kept: list[Tensor] = []
+    take = run._take_recorded
+    monkeypatch.setattr(run, "_take_recorded", lambda output: kept.extend(run._recorded or ()) or take(output))
+    run._prepare_inputs([row for row in rows(2, SIZES) for _ in range(4)])
+    assert [len(hidden) for hidden in kept] == [4, 4]
+    assert all(hidden.untyped_storage().nbytes() == hidden.numel() * hidden.element_size() for hidden in kept)
+
+
 def of_lora(path: Path, **settings: Any) -> VPPOTrainer:
     lora = LoraConfig(r=2, target_modules=["q_proj"], **{"lora_dropout": 0.0, **settings})
     return trainer(path, peft_config=lora, **WHOLE)
