@@ -21,10 +21,12 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 from vppo.monitoring.measured import Measured
 from vppo.verl.engine import ASK, DRAW, LEFT_OUT, NLL
 from vppo.verl.options import VerlOptions
+from vppo.verl.whole_groups import rows_together, whole_groups
 from vppo.verl.worker import VPPOWorker
 from vppo_kernels.shaping import shape_advantages
 
 logger = logging.getLogger(__name__)
+TOGETHER = "force_group_size"  # verl's key for neighbours that stay in one micro-batch
 
 
 class VPPOMixin:
@@ -40,6 +42,7 @@ class VPPOMixin:
 
     mode: str
     config: Any
+    actor_rollout_wg: Any
     global_steps: int
     role_worker_mapping: dict[Any, Any]
 
@@ -58,6 +61,17 @@ class VPPOMixin:
 
     # -- before the pass over old log-probabilities ----------------------------------------------------------------
 
+    def _balance_batch(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """verl gives every rank as many tokens; here it also gets the rollouts of a prompt side by side."""
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)  # type: ignore[misc]
+        if self.vppo.shares_prompts:
+            actor = self.config.actor_rollout_ref.actor
+            ranks = self.actor_rollout_wg.world_size // actor.ulysses_sequence_parallel_size
+            order = whole_groups(batch.keys, _lengths(batch), ranks)
+            if order is not None:
+                batch.reorder(order)
+        return batch
+
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         ask = self.vppo.ask(self.global_steps)
         if ask is not None:
@@ -65,8 +79,13 @@ class VPPOMixin:
                 keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict({DRAW: self._draws(batch)})
             )
             batch.extra_info[ASK] = ask
+            rollout = self.config.actor_rollout_ref.rollout
+            if ask.share and rollout.log_prob_use_dynamic_bsz:
+                most = rollout.log_prob_max_token_len_per_gpu
+                batch.extra_info[TOGETHER] = rows_together(batch.keys, _lengths(batch), most)
         batch = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
-        batch.extra_info.pop(ASK, None)
+        for name in (ASK, TOGETHER):
+            batch.extra_info.pop(name, None)
         return batch
 
     def _draws(self, batch: Any) -> Tensor:
@@ -142,6 +161,10 @@ class VPPOMixin:
             active, total = self._tokens
             metrics["vppo/clip_ratio_kept"] = clipped * total / max(active, 1.0)
         return batch
+
+
+def _lengths(batch: Any) -> list[int]:
+    return [tag["seq_len"] for tag in batch.tags]
 
 
 def _measured(dependency: Tensor, mask: Tensor, keep: Tensor, scored: Tensor) -> Measured:
