@@ -101,7 +101,8 @@ class VPPOEngine(FSDPEngineWithLMHead):
     tokens of all other rows. All ranks join that forward if one of them has such a row.
 
     Raises:
-        InputError: The model is of a family whose images are not known to be perturbed rightly.
+        InputError: The model is of a family whose images are not known to be perturbed rightly, or its head is not a
+            linear layer, as with LoRA on it.
     """
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
@@ -111,6 +112,15 @@ class VPPOEngine(FSDPEngineWithLMHead):
                 f"actor_rollout_ref.model.path: got a model of type {family!r}, takes one of {list(MODELS)} with verl"
             )
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    def _build_lora_module(self, module: Any) -> Any:
+        module = super()._build_lora_module(module)
+        head = module.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear):
+            raise InputError(
+                f"actor_rollout_ref.model.target_modules: got a head of type {type(head).__name__}, takes modules "
+                "other than the head with vppo, which reads its weight"
+            )
 
     # -- verl's step ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +192,9 @@ class VPPOEngine(FSDPEngineWithLMHead):
         if not self._anywhere(bool(scored)):
             return dependency
         with ExitStack() as stack:
-            groups = self._groups(micro_batch, scored, draws, images) if ask.share else []
+            groups = [[row] for row in scored]
+            if ask.share and not self.use_ulysses_sp:
+                groups = self._groups(micro_batch, scored, draws, images)
             if len(groups) < len(scored):
                 passed = scored
                 shown = [self._perturbed(images[group[0]], draws[group[0]], ask) for group in groups]
@@ -226,14 +238,12 @@ class VPPOEngine(FSDPEngineWithLMHead):
         self, micro_batch: Any, rows: list[int], draws: list[int], images: Sequence[dict[str, Any]]
     ) -> list[list[int]]:
         """Rows in groups whose prompt and perturbed images are the same; each by itself where nothing can be shared."""
-        alone, image = [[row] for row in rows], self.model_config.hf_config.image_token_id
-        if self.use_ulysses_sp:
-            return alone
+        image = self.model_config.hf_config.image_token_id
         counts = micro_batch["responses"].offsets().diff().tolist()
         prompts = []
         for tokens, count in zip(micro_batch["input_ids"].unbind(), counts, strict=True):
             if (tokens[-count - 1 :] == image).any():  # a tool has shown another one
-                return alone
+                return [[row] for row in rows]
             prompts.append(tokens[:-count])
         return groups_alike(rows, draws, prompts, images)
 

@@ -11,6 +11,7 @@ TRAINER = "verl.trainer.ppo.v1.trainer_base"
 TENSORDICT = "verl.utils.tensordict_utils"
 SEAMS = {
     f"{FSDP}:FSDPEngineWithLMHead.__init__": ("model_config", "engine_config", "optimizer_config", "checkpoint_config"),
+    f"{FSDP}:FSDPEngineWithLMHead._build_lora_module": ("module",),
     f"{FSDP}:FSDPEngineWithLMHead.forward_step": ("micro_batch", "loss_function", "forward_only"),
     f"{FSDP}:FSDPEngineWithLMHead.prepare_model_inputs": ("micro_batch",),
     f"{FSDP}:FSDPEngineWithLMHead.prepare_model_outputs": (
@@ -28,6 +29,7 @@ SEAMS = {
     f"{TRAINER}:PPOTrainer._compute_advantage": ("batch", "metrics"),
     f"{TRAINER}:PPOTrainer._update_actor": ("batch", "metrics"),
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync": ("config",),
+    "verl.trainer.ppo.v1.trainer_colocate_async:PPOTrainerColocateAsync": ("config",),
     "verl.workers.utils.padding:response_from_nested": ("tensor", "response_mask"),
     "verl.workers.utils.padding:response_to_nested": ("tensor", "response_mask"),
     "verl.workers.utils.padding:no_padding_2_padding": ("tensor", "data"),

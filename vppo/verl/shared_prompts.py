@@ -88,7 +88,9 @@ class SharedPrompts:
         with ExitStack() as stack:
             for kind, own in OWN_ATTENTION.items():
                 stack.enter_context(mock.patch.object(kind, "forward", own))
-            if self._config._attn_implementation not in MASKS:
-                stack.enter_context(mock.patch.object(self._config, "_attn_implementation", "sdpa"))
+            own = self._config._attn_implementation
+            if own not in MASKS:
+                stack.callback(setattr, self._config, "_attn_implementation", own)
+                self._config._attn_implementation = "sdpa"
             stack.enter_context(self._packing.masked(self._config))
             yield

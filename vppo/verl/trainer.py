@@ -13,6 +13,7 @@ import torch
 import transfer_queue as tq
 from torch import Tensor
 from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -177,3 +178,13 @@ class VPPOTrainerSync(VPPOMixin, PPOTrainerSync):
     """`trainer.v1.trainer_mode=vppo`: verl's synchronous trainer with VPPO."""
 
     mode = "sync"
+
+
+@register_trainer("vppo_colocate_async")
+class VPPOTrainerColocateAsync(VPPOMixin, PPOTrainerColocateAsync):
+    """`trainer.v1.trainer_mode=vppo_colocate_async`: the one whose rollouts go on from step to step.
+
+    The dependency is that of the policy that is trained, as verl's old log-probabilities are.
+    """
+
+    mode = "colocate_async"
