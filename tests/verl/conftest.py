@@ -106,13 +106,15 @@ def engine() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def train(tiny: Path) -> Callable[..., STEPS]:
-    """Runs verl's trainer and returns each step's metrics; `out` gets its log and what it saves."""
+    """Runs verl's trainer and returns each step's metrics; `out` gets its log, `folder` is of the model."""
 
-    def run(out: Path, *overrides: str, nodes: int = 1, workers: int = 1, **variables: str) -> STEPS:
+    def run(
+        out: Path, *overrides: str, nodes: int = 1, workers: int = 1, folder: Path = tiny, **variables: str
+    ) -> STEPS:
         out.mkdir(parents=True, exist_ok=True)
         metrics = out / "metrics.jsonl"
         variables = {"VERL_FILE_LOGGER_PATH": str(metrics), **variables}
-        run_bench("bench_run.py", nodes, workers, tiny, *overrides, log=out / "log", **variables)
+        run_bench("bench_run.py", nodes, workers, folder, *overrides, log=out / "log", **variables)
         return [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
 
     return run

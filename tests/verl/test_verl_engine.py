@@ -103,6 +103,7 @@ def found(folder_of: Callable[[str, int], Path]) -> Callable[..., Any]:
         return {
             "norm": parts[0]["norm"],
             "patches": sum(one["patches"] for one in parts),
+            "reached": sum(one["reached"] for one in parts),
             **{
                 when: {name: [row for one in parts for row in one[when][name]] for name in parts[0][when]}
                 for when in ("before", "after")
@@ -206,6 +207,12 @@ def test_scores_and_update_are_those_of_stock_verl(kind: str, found: Any, rows: 
     stock, ours = found("", 1, f"stock-{kind}-shown"), found("", 1, f"{kind}-shown")
     assert ours["norm"] == pytest.approx(stock["norm"], rel=1e-5)
     close(stock, ours, shown, before=2e-6)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "padded"), (1, "checkpointed"), (2, "packed")])
+def test_tokens_that_are_filtered_send_no_gradient_to_the_head(ranks: int, layout: str, found: Any, rows: Any) -> None:
+    trained = sum(int((row["advantages"] != 0).sum()) for row in rows)
+    assert 0 < found("", ranks, layout)["reached"] <= trained < sum(row["response"] for row in rows)
 
 
 def test_bf16_is_rounded_as_much_as_stock_verl(found: Any, rows: Any, exact_of: Any) -> None:

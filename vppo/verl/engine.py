@@ -121,6 +121,7 @@ class VPPOEngine(FSDPEngineWithLMHead):
                 f"actor_rollout_ref.model.target_modules: got a head of type {type(head).__name__}, takes modules "
                 "other than the head with vppo, which reads its weight"
             )
+        return module
 
     # -- verl's step ---------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ def problems(items: list[Strip]) -> pd.DataFrame:
 
 
 def main(out: Path, steps: int, prompts: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     processor = build_processor()
     model = build_model(processor, seed=0)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.update(VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_MODULES="bench_platform", HF_HUB_OFFLINE="1")
 
@@ -27,9 +28,11 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
+import vppo.verl.engine
 from vppo.errors import InputError
 from vppo.perturbations import Perturbation
 from vppo.verl.engine import ASK, DRAW, VENDOR, Ask
+from vppo_kernels import linear_logprob
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 LAYOUTS = {
@@ -142,10 +145,23 @@ def run(engine: Any, actor: Any, rows: list[dict[str, Any]], asked: dict[str, As
     counted = tower.register_forward_pre_hook(lambda module, args: patches.append(len(args[0])))
     before = columns(**asked)
     counted.remove()
-    with engine.train_mode():
+    reached: list[int] = []  # response tokens whose gradient comes to the head
+
+    def watched(*args: Any, **options: Any) -> Any:
+        found = linear_logprob(*args, **options)
+        found.logprobs.register_hook(lambda gradient: reached.append(int((gradient != 0).sum())))
+        return found
+
+    with engine.train_mode(), mock.patch.object(vppo.verl.engine, "linear_logprob", watched):
         trained = engine.train_batch(make(), partial(ppo_loss, config=actor))
     norm = trained["metrics"].get("grad_norm")  # None of a rank whose sequences another one returns
-    return {"before": before, "after": columns(), "norm": norm and float(norm), "patches": sum(patches)}
+    return {
+        "before": before,
+        "after": columns(),
+        "norm": norm and float(norm),
+        "patches": sum(patches),
+        "reached": sum(reached),
+    }
 
 
 def main(folder: str, out: str, *layouts: str) -> None:
