@@ -65,10 +65,8 @@ class VPPOMixin:
     def _balance_batch(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """verl gives every rank as many tokens; here it also gets the rollouts of a prompt side by side."""
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)  # type: ignore[misc]
-        if self.vppo.shares_prompts:
-            actor = self.config.actor_rollout_ref.actor
-            ranks = self.actor_rollout_wg.world_size // actor.ulysses_sequence_parallel_size
-            order = whole_groups(batch.keys, _lengths(batch), ranks)
+        if self._shares_prompts:
+            order = whole_groups(batch.keys, _lengths(batch), self.actor_rollout_wg.world_size)
             if order is not None:
                 batch.reorder(order)
         return batch
@@ -81,13 +79,17 @@ class VPPOMixin:
             )
             batch.extra_info[ASK] = ask
             rollout = self.config.actor_rollout_ref.rollout
-            if ask.share and rollout.log_prob_use_dynamic_bsz:
+            if self._shares_prompts and rollout.log_prob_use_dynamic_bsz:
                 most = rollout.log_prob_max_token_len_per_gpu
                 batch.extra_info[TOGETHER] = rows_together(batch.keys, _lengths(batch), most)
         batch = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
         for name in (ASK, TOGETHER):
             batch.extra_info.pop(name, None)
         return batch
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return self.vppo.shares_prompts and self.config.actor_rollout_ref.actor.ulysses_sequence_parallel_size == 1
 
     def _draws(self, batch: Any) -> Tensor:
         """`[rows]` what beside seed and step a row's perturbed view is drawn by; `LEFT_OUT` where none is needed.

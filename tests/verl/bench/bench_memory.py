@@ -34,14 +34,15 @@ def main(folder: str, layout: str, out: str) -> None:
     text = "<|vision_start|><|image_pad|><|vision_end|>colour?"
     rows = []
     for number in range(ROWS):
+        tokens = TOKENS + number  # verl's rows differ in length
         encoded = processor(text=[text], images=[picture(number, "red")], return_tensors="pt")
         rows.append(
             {
-                "input_ids": torch.cat([encoded["input_ids"][0], torch.randint(250, (TOKENS,))]),
-                "response": TOKENS,
+                "input_ids": torch.cat([encoded["input_ids"][0], torch.randint(250, (tokens,))]),
+                "response": tokens,
                 "images": {name: encoded[name] for name in ("pixel_values", "image_grid_thw")},
-                "advantages": torch.randn(TOKENS),
-                "old_log_probs": -4 + torch.rand(TOKENS),
+                "advantages": torch.randn(tokens),
+                "old_log_probs": -4 + torch.rand(tokens),
                 "draw": number,
             }
         )

@@ -16,6 +16,7 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     HF_HUB_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # what is tested here is all that runs
     OMP_NUM_THREADS="1",
 )
 nodes, workers, folder, *overrides = sys.argv[1:]
