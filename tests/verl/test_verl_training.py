@@ -114,6 +114,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_worker: Run, train: 
 def test_switched_off_it_is_stock_verl(train: Any, tiny: Path, folder: Path) -> None:
     shown = (f"data.train_files={tiny / 'shown.parquet'}", "data.train_batch_size=3", f"{ACTOR}.ppo_mini_batch_size=3")
     off = [f"+trainer.v1.vppo.{name}=1" for name in ("keep_ratio", "scale_min", "scale_max")]
+    off.append("+trainer.v1.vppo.perturbation_scope=rollout")
     stock, ours = train(folder / "stock", *shown), train(folder / "off", MODE, *off, *shown)
     assert len(stock) == len(ours) == 2
     for one, other in zip(stock, ours, strict=True):
@@ -127,7 +128,7 @@ def test_the_asynchronous_trainer_shapes_whole_batches_too(train: Any, folder: P
     mode = "trainer.v1.trainer_mode=vppo_colocate_async"
     dynamic = (
         f"{ACTOR}.use_dynamic_bsz=True", f"{ROLLOUT}.log_prob_use_dynamic_bsz=True",
-        f"{ROLLOUT}.log_prob_max_token_len_per_gpu=160", "+trainer.v1.vppo.perturbation_scope=prompt",
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu=160",
         "+trainer.v1.vppo.nll_coef=0.06", *PACKED,
     )  # fmt: skip
     metrics, batches = probed(train, folder / "async", *dynamic, mode=mode)
