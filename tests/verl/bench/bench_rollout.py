@@ -16,8 +16,6 @@ from transformers import LogitsProcessor
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
-from vppo.demo.batches import forbidden_tokens
-
 
 @dataclass
 class Request:
@@ -54,7 +52,8 @@ class Server:
         self.processor = AutoProcessor.from_pretrained(path)
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         self.config, self.step, self.asked = config, 0, Counter()
-        self.banned = forbidden_tokens(self.processor)
+        tokens = self.processor.tokenizer
+        self.banned = sorted({*tokens.all_special_ids, *tokens.get_added_vocab().values()} - {tokens.eos_token_id})
         self.waiting: list[Request] = []
         self.answering: asyncio.Task | None = None
 
