@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention
 from verl.utils.model import extract_multi_modal_inputs
 
-from vppo.packing import MASKS, Packing, cheapest_packs
+from vppo.packing import DENSE, MASKS, Packing, cheapest_packs
 
 # verl replaces these for packed sequences by one that takes no mask; this module is imported before it does
 OWN_ATTENTION = {kind: kind.forward for kind in (Qwen2VLAttention, Qwen2_5_VLAttention)}
@@ -58,13 +58,16 @@ class SharedPrompts:
         self, model: Any, micro_batch: Any, groups: Sequence[Sequence[int]], shown: Sequence[dict[str, Any]]
     ) -> None:
         self._config = model.config.get_text_config()
+        own = self._config._attn_implementation
+        self._attention = own if own in MASKS else "sdpa"
         ids, positions = micro_batch["input_ids"], micro_batch["position_ids"]
         responses = micro_batch["responses"].offsets().diff()
         prompts = (ids.offsets().diff() - responses).tolist()
         self._lengths: list[int] = responses.tolist()
         packs, pictures = list[list[int]](), list[dict[str, Any]]()
         for group, images in zip(groups, shown, strict=True):
-            chosen = cheapest_packs(group, prompts[group[0]], self._lengths, self._config)
+            dense = self._attention in DENSE
+            chosen = cheapest_packs(group, prompts[group[0]], self._lengths, self._config, dense=dense)
             packs += chosen
             pictures += [images] * len(chosen)
         self._packing = Packing(packs, prompts, self._lengths, ids.device)
@@ -88,9 +91,7 @@ class SharedPrompts:
         with ExitStack() as stack:
             for kind, own in OWN_ATTENTION.items():
                 stack.enter_context(mock.patch.object(kind, "forward", own))
-            own = self._config._attn_implementation
-            if own not in MASKS:
-                stack.callback(setattr, self._config, "_attn_implementation", own)
-                self._config._attn_implementation = "sdpa"
+            stack.callback(setattr, self._config, "_attn_implementation", self._config._attn_implementation)
+            self._config._attn_implementation = self._attention
             stack.enter_context(self._packing.masked(self._config))
             yield
