@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Qwen2.5-VL-7B with VPPO on verl: one node of 8 GPUs. Values that are the paper's say so. Further overrides: "$@".
-# Problems are parquet files as verl reads them: prompt, images, reward_model.ground_truth, extra_info.index.
+# Problems are parquet files as verl reads them: prompt, images, reward_model.ground_truth, extra_info.index. Answers are
+# scored by what verl has for their data_source, or by the compute_score of reward.custom_reward_function.path=FILE.
 set -euo pipefail
 
 options=(
@@ -18,7 +19,7 @@ options=(
 	data.max_prompt_length=2048                                      # tokens, pictures included
 	data.max_response_length=2048                                    # tokens, the paper's at 7B
 	data.return_raw_chat=True                                        # rollouts apply the chat template
-	actor_rollout_ref.model.path="${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}"
+	actor_rollout_ref.model.path="${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}"  # a folder, or a name on the hub
 	actor_rollout_ref.model.use_remove_padding=True                  # packed rows
 	actor_rollout_ref.model.enable_gradient_checkpointing=True       # activations are computed again
 	actor_rollout_ref.actor.strategy=fsdp2                           # shards weights, gradients and optimizer
@@ -42,6 +43,6 @@ options=(
 	trainer.total_epochs=2                                           # the paper's
 	trainer.save_freq=20                                             # steps between checkpoints
 	trainer.test_freq=-1                                             # no evaluation on the way
-	trainer.logger='["console","tensorboard"]'
+	trainer.logger='["console","tensorboard"]'                       # or wandb, mlflow, swanlab, file
 )
 exec python -m verl.trainer.main_ppo "${options[@]}" "$@"

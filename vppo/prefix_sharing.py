@@ -1,7 +1,7 @@
 """Response tokens through a model: what rows have in common passes once.
 
 The rollouts of a prompt share its image and its question. They pass as one row in which no response sees another
-(`vppo.packed_rows`). Where layers know their past by a state and not by a mask, one pass over the prompt fills the
+(`vppo.packing`). Where layers know their past by a state and not by a mask, one pass over the prompt fills the
 model's cache, the cache is repeated for each rollout, and only responses pass rollout by rollout
 (`vppo.cached_prompts`). Where neither can be, rows pass whole. The result is the same.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from torch import Tensor
 from vppo.batch import Batch, View
 from vppo.cached_prompts import CachedPrompts
 from vppo.heads import head_forward
-from vppo.packed_rows import DENSE, PackedRows, refusal
+from vppo.packed_rows import PackedRows, refusal
+from vppo.packing import DENSE, cheapest_packs
 
 logger = logging.getLogger(__name__)
 SHARING = ("auto", "on", "off")
@@ -41,13 +41,11 @@ class Footprint:
         cached: Bytes of its keys and values in all layers, and once more in the layer at work.
         passing: Bytes of its activations.
         pair: Bytes of the mask that says whether it sees another token: while it is made, and as attention takes it.
-        work: How many tokens it must attend to until that costs as much as its products with the weights.
     """
 
     cached: int
     passing: int
     pair: int
-    work: int
 
     @classmethod
     def of(cls, model: Any) -> Footprint:
@@ -63,7 +61,6 @@ class Footprint:
             cached=2 * item * depth * (config.num_hidden_layers * pairs + at_work),
             passing=item * (8 * width + 3 * inner),
             pair=4 + item,
-            work=2 * width + 3 * inner // 2,
         )
 
 
@@ -139,7 +136,7 @@ class ResponsePasses:
         return self._way(batch, groups, view) == self._pass_packed
 
     def packs(self, batch: Batch, rows: Sequence[int], view: View) -> list[list[int]]:
-        """Rows in packs (see `vppo.packed_rows`), for a forward of the caller's own."""
+        """Rows in packs (see `vppo.packing`), for a forward of the caller's own."""
         return self._packs(batch, _groups(batch, rows, view), math.inf)
 
     # -- the three ways ----------------------------------------------------------------------------------------------
@@ -181,23 +178,20 @@ class ResponsePasses:
         return [(part, True) for part in parts] + [(parts[-1], False)] * unwanted
 
     def _packs(self, batch: Batch, groups: list[list[int]], memory: float | None = None) -> list[list[int]]:
-        """Groups in packs: as many for each as make its pass the least work, or more where one would not fit.
-
-        Attention with a dense mask pays for what is masked too, so that with long responses smaller packs are better.
-        """
+        """Groups in the packs that are the least work, see `cheapest_packs`."""
         memory = self.memory if memory is None else memory
+        config = self.model.config.get_text_config()
         packs: list[list[int]] = []
         for group in groups:
-            ways = [_cut(group, count) for count in range(1, len(group) + 1)]
-            fits = [way for way in ways if max(self._pack_cost(batch, pack) for pack in way) <= memory]
-            packs += min(fits or ways[-1:], key=lambda way: sum(self._pack_work(batch, pack) for pack in way))
+            packs += cheapest_packs(
+                group,
+                batch.prompt_lengths[group[0]],
+                batch.response_lengths,
+                config,
+                dense=self._dense,
+                fits=lambda pack: self._pack_cost(batch, pack) <= memory,
+            )
         return packs
-
-    def _pack_work(self, batch: Batch, pack: list[int]) -> int:
-        """In products of one token with another; the vision tower is taken to need as much as the language model."""
-        prompt, length = batch.prompt_lengths[pack[0]], self._pack_length(batch, pack)
-        attended = length if self._dense else 0
-        return length * (self._footprint.work + attended) + prompt * self._footprint.work
 
     def _pack_cost(self, batch: Batch, pack: list[int]) -> int:
         """Bytes of one pack, its mask among them."""
@@ -302,12 +296,6 @@ def _groups(batch: Batch, rows: Sequence[int], view: View) -> list[list[int]]:
     for row in rows:
         groups.setdefault((view.keys[row], batch.prompt_bytes[row]), []).append(row)
     return list(groups.values())
-
-
-def _cut(group: list[int], count: int) -> list[list[int]]:
-    """A group in so many packs of neighbours, alike in size."""
-    ends = [len(group) * number // count for number in range(count + 1)]
-    return [group[a:b] for a, b in pairwise(ends)]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,6 +24,7 @@ except PackageNotFoundError:
     collect_ignore_glob = ["test_*.py"]
 else:
     sys.path.insert(0, str(BENCH))
+    os.environ.update(VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_MODULES="bench_platform")  # where a test imports verl
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,18 +50,33 @@ def run_bench(script: str, *arguments: object, log: Path | None = None, **variab
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a model, its processor and `problems.parquet`."""
-    folder = tmp_path_factory.mktemp("tiny")
-    run_bench("bench_tiny.py", folder)
-    return folder
+def bench() -> Callable[..., None]:
+    return run_bench
 
 
 @pytest.fixture(scope="session")
-def engine(tiny: Path) -> Callable[..., None]:
+def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a model of a kind, its processor and `problems.parquet`; see `bench_tiny.py`."""
+
+    @cache
+    def make(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("tiny")
+        run_bench("bench_tiny.py", folder, kind)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_of: Callable[[str], Path]) -> Path:
+    return tiny_of("")
+
+
+@pytest.fixture(scope="session")
+def engine() -> Callable[..., None]:
     """Runs layouts of verl's engine on so many ranks; see `bench_engine.py`."""
 
-    def run(out: Path, ranks: int, *layouts: str) -> None:
+    def run(tiny: Path, out: Path, ranks: int, *layouts: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -89,13 +106,15 @@ def engine(tiny: Path) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def train(tiny: Path) -> Callable[..., STEPS]:
-    """Runs verl's trainer and returns each step's metrics; `out` gets its log and what it saves."""
+    """Runs verl's trainer and returns each step's metrics; `out` gets its log, `folder` is of the model."""
 
-    def run(out: Path, *overrides: str, nodes: int = 1, workers: int = 1, **variables: str) -> STEPS:
+    def run(
+        out: Path, *overrides: str, nodes: int = 1, workers: int = 1, folder: Path = tiny, **variables: str
+    ) -> STEPS:
         out.mkdir(parents=True, exist_ok=True)
         metrics = out / "metrics.jsonl"
         variables = {"VERL_FILE_LOGGER_PATH": str(metrics), **variables}
-        run_bench("bench_run.py", nodes, workers, tiny, *overrides, log=out / "log", **variables)
+        run_bench("bench_run.py", nodes, workers, folder, *overrides, log=out / "log", **variables)
         return [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from bench_engine_settings import SEED, STEP, TEMPERATURE
 from bench_tiny import picture
 from torch import Tensor
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
 from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
@@ -23,51 +24,86 @@ UNSCORED, LEFT_OUT = -1.0, -1  # of vppo.verl.engine, which needs the bench's ow
 # which no row is scored.
 ROWS = [(0, 7, 1), (0, 4, 1), (1, 5, 0), (2, 9, 1), (3, 6, 0), (3, 3, 0)]
 ROWS += [(None, 5, 1), (None, 8, 1), (4, 1, 1), (None, 4, 1), (None, 6, 1), (5, 5, 0)]
-LAYOUTS = {"padded": 1, "padded of two": 2, "packed": 2, "ulysses": 2}
+# of each model its layouts, on one rank and on two; see `bench_engine.py`
+RUNS = {
+    ("", 1): (
+        "padded", "apart", "checkpointed", "offloaded", "offload-policy", "lora-on-head",
+        *(f"{whose}{kind}-shown" for kind in ("padded", "bf16", "lora") for whose in ("", "stock-")), "flash",
+    ),
+    ("", 2): ("padded", "packed", "ulysses"),
+    ("tied", 1): ("padded",),
+    ("qwen3", 1): ("padded", "packed"),
+}  # fmt: skip
+EXACT = [("", 1, "padded"), *(("", 2, layout) for layout in RUNS["", 2]), ("", 1, "apart"), ("", 1, "flash")]
+EXACT += [("tied", 1, "padded"), ("qwen3", 1, "padded"), ("qwen3", 1, "packed")]
+Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def rows(tiny: Path) -> list[dict[str, Any]]:
-    """Prompts and random answers, each with an advantage a token, half of them filtered."""
-    processor = AutoProcessor.from_pretrained(tiny)
-    draw = torch.Generator().manual_seed(5)
-    made = []
-    for number, length, scored in ROWS:
-        text = "<|vision_start|><|image_pad|><|vision_end|>" * (number is not None) + f"colour {number}?"
-        shown = {} if number is None else {"images": [picture(number, ["red", "green", "blue"][number % 3])]}
-        encoded = processor(text=[text], return_tensors="pt", **shown)
-        answer = torch.randint(250, (length,), generator=draw)
-        advantages = torch.randn(length, generator=draw) * (torch.rand(length, generator=draw) < 0.5)
-        made.append(
-            {
-                "input_ids": torch.cat([encoded["input_ids"][0], answer]),
-                "response": length,
-                "images": {name: encoded[name] for name in ("pixel_values", "image_grid_thw") if name in encoded},
-                "advantages": advantages,
-                "old_log_probs": -4 + torch.rand(length, generator=draw),
-                "draw": 100 + (number or 0) if scored else LEFT_OUT,
-            }
-        )
-    torch.save(made, tiny / "rows.pt")
-    return made
+def rows_of(tiny_of: Callable[[str], Path]) -> Callable[[str], Rows]:
+    """Prompts and random answers for a model, each with an advantage a token, half of them filtered."""
+
+    @cache
+    def make(kind: str) -> Rows:
+        processor = AutoProcessor.from_pretrained(tiny_of(kind))
+        draw = torch.Generator().manual_seed(5)
+        made = []
+        for number, length, scored in ROWS:
+            text = "<|vision_start|><|image_pad|><|vision_end|>" * (number is not None) + f"colour {number}?"
+            shown = {} if number is None else {"images": [picture(number, ["red", "green", "blue"][number % 3])]}
+            encoded = processor(text=[text], return_tensors="pt", **shown)
+            answer = torch.randint(250, (length,), generator=draw)
+            advantages = torch.randn(length, generator=draw) * (torch.rand(length, generator=draw) < 0.5)
+            made.append(
+                {
+                    "input_ids": torch.cat([encoded["input_ids"][0], answer]),
+                    "response": length,
+                    "images": {name: encoded[name] for name in ("pixel_values", "image_grid_thw") if name in encoded},
+                    "advantages": advantages,
+                    "old_log_probs": -4 + torch.rand(length, generator=draw),
+                    "draw": 100 + (number or 0) if scored else LEFT_OUT,
+                }
+            )
+        torch.save(made, tiny_of(kind) / "rows.pt")
+        return made
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def found(rows: Any, engine: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def rows(rows_of: Callable[[str], Rows]) -> Rows:
+    return rows_of("")
+
+
+@pytest.fixture(scope="module")
+def folder_of(rows_of: Any, tiny_of: Any, engine: Any, tmp_path_factory: Any) -> Callable[[str, int], Path]:
+    """Where the layouts of `RUNS` have left what they returned."""
+
+    @cache
+    def run(kind: str, ranks: int) -> Path:
+        rows_of(kind)
+        folder = tmp_path_factory.mktemp("engine")
+        engine(tiny_of(kind), folder, ranks, *RUNS[kind, ranks])
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(folder_of: Callable[[str, int], Path]) -> Callable[..., Any]:
     """What the ranks of a layout returned, their columns joined in the order of the rows."""
-    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
-    engine(folders[1], 1, "stock", "padded")
-    engine(folders[2], 2, "padded", "packed", "ulysses")
 
-    def read(layout: str, part: str = "all") -> dict[str, Any]:
-        name = layout.split()[0]
-        ranks = LAYOUTS.get(layout, 1)
-        parts = [torch.load(folders[ranks] / f"{name}.{part}.{rank}.pt", weights_only=False) for rank in range(ranks)]
-        if name == "ulysses":
+    @cache
+    def read(kind: str, ranks: int, layout: str) -> dict[str, Any]:
+        folder = folder_of(kind, ranks)
+        parts = [torch.load(folder / f"{layout}.{rank}.pt", weights_only=False) for rank in range(ranks)]
+        if layout == "ulysses":
             parts = parts[:1]  # both ranks hold all rows; one returns them
         assert len({one["norm"] for one in parts}) == 1
         return {
             "norm": parts[0]["norm"],
+            "patches": sum(one["patches"] for one in parts),
+            "reached": sum(one["reached"] for one in parts),
             **{
                 when: {name: [row for one in parts for row in one[when][name]] for name in parts[0][when]}
                 for when in ("before", "after")
@@ -78,23 +114,26 @@ def found(rows: Any, engine: Callable[..., None], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def exact(tiny: Path, rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+def exact_of(tiny_of: Any, rows_of: Any) -> Callable[[str], list[dict[str, Tensor]]]:
     """Log-probabilities, entropies and dependency of the response tokens, from float64 logits over the vocabulary."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny, dtype=torch.float64).eval()
-    layout = PixelLayout.of(AutoProcessor.from_pretrained(tiny).image_processor)
-    blackened = Perturbation("patch", layout.patch_size, 0.5)
 
-    def log_softmax(row: dict[str, Any], images: dict[str, Tensor]) -> Tensor:
-        ids = row["input_ids"][None]
-        if images:
-            images = {**images, "pixel_values": images["pixel_values"].double()}
-            images["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits
-        return (logits[0, -row["response"] - 1 : -1] / TEMPERATURE).log_softmax(-1)
+    @cache
+    @torch.no_grad()
+    def make(kind: str) -> list[dict[str, Tensor]]:
+        model = AutoModelForImageTextToText.from_pretrained(tiny_of(kind), dtype=torch.float64).eval()
+        layout = PixelLayout.of(AutoProcessor.from_pretrained(tiny_of(kind)).image_processor)
+        blackened = Perturbation("patch", layout.patch_size, 0.5)
 
-    made = []
-    with torch.no_grad():
-        for row in rows:
+        def log_softmax(row: dict[str, Any], images: dict[str, Tensor]) -> Tensor:
+            ids = row["input_ids"][None]
+            if images:
+                images = {**images, "pixel_values": images["pixel_values"].double()}
+                images["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits
+            return (logits[0, -row["response"] - 1 : -1] / TEMPERATURE).log_softmax(-1)
+
+        made = []
+        for row in rows_of(kind):
             p, images = log_softmax(row, row["images"]), row["images"]
             dependency = torch.full((row["response"],), UNSCORED, dtype=torch.float64)
             if images and row["draw"] != LEFT_OUT:
@@ -105,16 +144,20 @@ def exact(tiny: Path, rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
             targets = row["input_ids"][-row["response"] :, None]
             entropy = -(p.exp() * p).sum(-1)
             made.append({"log_probs": p.gather(1, targets)[:, 0], "entropy": entropy, "dependency": dependency})
-    return made
+        return made
+
+    return make
 
 
-def response(column: list[Tensor], rows: list[dict[str, Any]]) -> list[Tensor]:
+def response(column: list[Tensor], rows: Rows) -> list[Tensor]:
     return [values[-row["response"] - 1 : -1].double() for values, row in zip(column, rows, strict=True)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_are_those_of_full_logits_in_float64(layout: str, found: Any, rows: Any, exact: Any) -> None:
-    before = found(layout)["before"]
+@pytest.mark.parametrize(("kind", "ranks", "layout"), EXACT)
+def test_scores_are_those_of_full_logits_in_float64(
+    kind: str, ranks: int, layout: str, found: Any, rows_of: Any, exact_of: Any
+) -> None:
+    before, rows, exact = found(kind, ranks, layout)["before"], rows_of(kind), exact_of(kind)
     for name in ("log_probs", "entropy"):
         for ours, row in zip(response(before[name], rows), exact, strict=True):
             assert (ours - row[name]).abs().max() <= LOGPROB_BOUND
@@ -125,31 +168,79 @@ def test_scores_are_those_of_full_logits_in_float64(layout: str, found: Any, row
 
 
 def test_only_asked_rows_with_an_image_are_scored(found: Any, rows: Any) -> None:
-    scored = [(values >= 0).all().item() for values in response(found("padded")["before"]["dependency"], rows)]
+    scored = [(values >= 0).all().item() for values in response(found("", 1, "padded")["before"]["dependency"], rows)]
     assert scored == [bool(wanted and number is not None) for number, _, wanted in ROWS]
 
 
+@pytest.mark.parametrize(("kind", "layout"), [("", "padded"), ("", "flash"), ("qwen3", "packed")])
+def test_rows_of_one_prompt_pass_its_perturbed_image_once(kind: str, layout: str, found: Any, rows_of: Any) -> None:
+    rows, none = rows_of(kind), 16  # of text alone, verl passes an empty image of 16 patches
+    patches = [len(row["images"].get("pixel_values", ())) for row in rows]
+    clean = sum(sum(patches[i : i + 2]) or none for i in range(0, len(rows), 2))
+    once = sum(patches[row] for row in (0, 3, 8))  # 0 and 1 are of one prompt
+    assert found(kind, 1, layout)["patches"] == clean + once
+    if kind == "":
+        assert found(kind, 1, "apart")["patches"] == clean + once + patches[1]
+
+
 def test_places_that_predict_no_response_hold_zero(found: Any, rows: Any) -> None:
-    before = found("packed")["before"]
+    before = found("", 2, "packed")["before"]
     for column in before.values():
         for values, row in zip(column, rows, strict=True):
             assert (values[: -row["response"] - 1] == 0).all() and values[-1] == 0
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-def test_the_update_is_the_same_in_every_layout(layout: str, found: Any, rows: Any) -> None:
-    ours, other = found("padded"), found(layout)
+SAME = [(2, layout) for layout in RUNS["", 2]]
+SAME += [(1, layout) for layout in ("apart", "checkpointed", "offloaded", "offload-policy", "flash")]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), SAME)
+def test_scores_and_update_are_the_same_in_every_layout(ranks: int, layout: str, found: Any, rows: Any) -> None:
+    ours, other = found("", 1, "padded"), found("", ranks, layout)
     assert other["norm"] == pytest.approx(ours["norm"], rel=1e-5)
-    for name in ("log_probs", "entropy"):
-        for a, b in zip(response(ours["after"][name], rows), response(other["after"][name], rows), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # Adam's first step is the sign of a gradient near 0
+    close(ours, other, rows, before=1e-5)
 
 
-def test_scores_and_update_are_those_of_stock_verl(found: Any, rows: Any) -> None:
-    shown = [row for row in rows if row["images"]]
-    stock, ours = found("stock", "shown"), found("padded", "shown")
+@pytest.mark.parametrize("kind", ["padded", "lora"])
+def test_scores_and_update_are_those_of_stock_verl(kind: str, found: Any, rows: Any) -> None:
+    shown = [row for row in rows if row["images"]]  # verl breaks at text alone
+    stock, ours = found("", 1, f"stock-{kind}-shown"), found("", 1, f"{kind}-shown")
     assert ours["norm"] == pytest.approx(stock["norm"], rel=1e-5)
-    for when, bound in (("before", 2e-6), ("after", 2e-3)):
+    close(stock, ours, shown, before=2e-6)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "padded"), (1, "checkpointed"), (2, "packed")])
+def test_tokens_that_are_filtered_send_no_gradient_to_the_head(ranks: int, layout: str, found: Any, rows: Any) -> None:
+    trained = sum(int((row["advantages"] != 0).sum()) for row in rows)
+    assert 0 < found("", ranks, layout)["reached"] <= trained < sum(row["response"] for row in rows)
+
+
+def test_bf16_is_rounded_as_much_as_stock_verl(found: Any, rows: Any, exact_of: Any) -> None:
+    """Both are compared with float64; of ours, hidden states alone are rounded, not logits."""
+    exact = [row for row, given in zip(exact_of(""), rows, strict=True) if given["images"]]
+    shown = [row for row in rows if row["images"]]
+    stock, ours = found("", 1, "stock-bf16-shown"), found("", 1, "bf16-shown")
+    assert ours["norm"] == pytest.approx(stock["norm"], rel=0.05)
+
+    def error(of: Any, name: str) -> Tensor:
+        columns = zip(response(of["before"][name], shown), exact, strict=True)
+        return torch.cat([values - row[name] for values, row in columns])
+
+    for name in ("log_probs", "entropy"):
+        assert error(ours, name).square().mean() <= 1.5 * error(stock, name).square().mean()
+    true = torch.cat([row["dependency"] for row in exact])
+    scored = true >= 0
+    assert error(ours, "dependency")[scored].norm() <= 0.1 * true[scored].norm()
+
+
+def test_lora_on_the_head_is_refused(found: Any, folder_of: Any) -> None:
+    said = (folder_of("", 1) / "lora-on-head.txt").read_text()
+    assert said.startswith("actor_rollout_ref.model.target_modules: got a head of type Linear, takes modules other")
+
+
+def close(one: Any, other: Any, rows: Rows, *, before: float) -> None:
+    """Log-probabilities and entropy are, before the update and after it."""
+    for when, bound in (("before", before), ("after", 2e-3)):  # Adam's first step is the sign of a gradient near 0
         for name in ("log_probs", "entropy"):
-            for a, b in zip(response(stock[when][name], shown), response(ours[when][name], shown), strict=True):
+            for a, b in zip(response(one[when][name], rows), response(other[when][name], rows), strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=bound)

@@ -22,6 +22,7 @@ REFUSED = {
     "+trainer.v1.vppo.seed=-1": "trainer.v1.vppo.seed: got -1, takes a whole number from 0",
     "+trainer.v1.vppo.recipe=official": "trainer.v1.vppo.tas_statistics: got 'micro-batch', takes 'batch' with verl",
     "+trainer.v1.vppo.recipe=paper": f"{ACTOR}.loss_agg_mode: got 'token-mean', takes one of ['seq-mean-token-mean']",
+    "+trainer.v1.vppo.prefix_sharing=on": "trainer.v1.vppo.prefix_sharing: got 'on', takes one of ['auto', 'off']",
     f"{ACTOR}.strategy=megatron": f"{ACTOR}.strategy: got 'megatron', takes one of ['fsdp', 'fsdp2'] with vppo",
     f"{ACTOR}.policy_loss.loss_mode=kl_cov": f"{ACTOR}.policy_loss.loss_mode: got 'kl_cov', takes one of",
     f"{ACTOR}.calculate_sum_pi_squared=True": f"{ACTOR}.calculate_sum_pi_squared: got True, takes False with vppo",
@@ -80,6 +81,13 @@ def test_recipes_fill_what_is_not_given(override: str, answers: Any) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_launch_files_are_what_verl_and_vppo_take(example: Path, answers: Any) -> None:
     assert answers[example]["keep_ratio"] == 0.4, answers[example]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_every_key_of_a_launch_file_has_a_comment(example: Path) -> None:
+    keys = [line for line in example.read_text().splitlines() if line.startswith("\t")]
+    assert len(keys) > 4
+    assert not [line for line in keys if not line.partition("  # ")[2]]
 
 
 def test_a_seam_that_moved_is_named(answers: Any) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 
 from vppo_kernels import vppo_advantages
 
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 MODE = "trainer.v1.trainer_mode=vppo"
 PACKED = ("actor_rollout_ref.model.use_remove_padding=True",)
 ULYSSES = (
@@ -29,10 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("training")
 
 
-def probed(train: Callable[..., Any], out: Path, *overrides: str, **options: int) -> Run:
+def probed(train: Callable[..., Any], out: Path, *overrides: str, mode: str = MODE, **options: int) -> Run:
     """Each step's metrics, and its rows as their advantages were shaped, in an order of their own."""
     out.mkdir()
-    metrics = train(out, MODE, *overrides, PROBE=str(out), BENCH_MODULES="bench_probe", **options)
+    metrics = train(out, mode, *overrides, PROBE=str(out), BENCH_MODULES="bench_probe", **options)
     batches = [torch.load(path, weights_only=False) for path in sorted(out.glob("*.pt"))]
     return metrics, [sorted(rows, key=lambda row: (row["index"], row["responses"].tolist())) for rows in batches]
 
@@ -108,3 +109,32 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_worker: Run, train: 
     assert norms(resumed) == pytest.approx(norms(one_worker)[1:], rel=1e-5)
     for name in ("dependency", "advantages"):
         torch.testing.assert_close(padded(resumed[1][0], name), padded(one_worker[1][1], name), rtol=1e-5, atol=1e-7)
+
+
+def test_switched_off_it_is_stock_verl(train: Any, tiny: Path, folder: Path) -> None:
+    shown = (f"data.train_files={tiny / 'shown.parquet'}", "data.train_batch_size=3", f"{ACTOR}.ppo_mini_batch_size=3")
+    off = [f"+trainer.v1.vppo.{name}=1" for name in ("keep_ratio", "scale_min", "scale_max")]
+    off.append("+trainer.v1.vppo.perturbation_scope=rollout")
+    stock, ours = train(folder / "stock", *shown), train(folder / "off", MODE, *off, *shown)
+    assert len(stock) == len(ours) == 2
+    for one, other in zip(stock, ours, strict=True):
+        for name in ("actor/grad_norm", "actor/entropy", "actor/pg_loss", "actor/ppo_kl", "critic/rewards/mean"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+        assert "vppo/kept_fraction" in other and "vppo/kept_fraction" not in one
+    assert ours[0]["vppo/alpha_min"] == ours[0]["vppo/alpha_max"] == ours[0]["vppo/kept_fraction"] == 1
+
+
+def test_the_asynchronous_trainer_shapes_whole_batches_too(train: Any, folder: Path) -> None:
+    mode = "trainer.v1.trainer_mode=vppo_colocate_async"
+    dynamic = (
+        f"{ACTOR}.use_dynamic_bsz=True", f"{ROLLOUT}.log_prob_use_dynamic_bsz=True",
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu=160",
+        "+trainer.v1.vppo.nll_coef=0.06", *PACKED,
+    )  # fmt: skip
+    metrics, batches = probed(train, folder / "async", *dynamic, mode=mode)
+    assert len(metrics) == len(batches) == 2
+    for rows in batches:
+        mask, dependency = padded(rows, "response_mask").bool(), padded(rows, "dependency")
+        has_image = (dependency >= 0).all(1)
+        expected = vppo_advantages(padded(rows, "returns"), dependency, mask, has_image=has_image)
+        torch.testing.assert_close(padded(rows, "advantages"), expected, **SUMMED)

@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vppo.analysis.sampling import Sampling, with_transformers
-from vppo.data import Problem
-from vppo.data.prompts import Prompts
 from vppo.demo.digits import Strip
-from vppo.prefix_sharing import GIB, quiet
 from vppo.rewards import accuracy_reward
 
 MAX_NEW_TOKENS = 20
@@ -47,6 +43,11 @@ def forbidden_tokens(processor: Any) -> list[int]:
 
 def answer(model: Any, processor: Any, strips: Sequence[Strip]) -> list[list[int]]:
     """Greedy responses as token ids, each with its end token if it reached one."""
+    from vppo.analysis.sampling import Sampling, with_transformers  # these need TRL, beside which verl does not run
+    from vppo.data import Problem
+    from vppo.data.prompts import Prompts
+    from vppo.prefix_sharing import GIB, quiet
+
     end = processor.tokenizer.eos_token_id
     sample, responses = with_transformers(model), list[list[int]]()
     greedy = Sampling(MAX_NEW_TOKENS, 0.0, 0, 4 * GIB, forbidden_tokens(processor), [end])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from vppo.errors import InputError
 from vppo.heads import head_forward, logit_options
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
+from vppo.verl.shared_prompts import SharedPrompts, groups_alike
 from vppo_kernels import linear_divergence, linear_logprob, sampled_divergence
 
 VENDOR = "vppo"
@@ -39,6 +40,7 @@ class Ask:
         own_patches: Whether no patch size was given.
         seed, step: Of the draw, beside each row's own.
         check: Compare a sample of every divergence with its float64 definition.
+        share: Pass a prompt of several rows once.
     """
 
     divergence: str
@@ -47,6 +49,7 @@ class Ask:
     seed: int
     step: int
     check: bool
+    share: bool
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class VPPOEngine(FSDPEngineWithLMHead):
     tokens of all other rows. All ranks join that forward if one of them has such a row.
 
     Raises:
-        InputError: The model is of a family whose images are not known to be perturbed rightly.
+        InputError: The model is of a family whose images are not known to be perturbed rightly, or its head is not a
+            linear layer, as with LoRA on it.
     """
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
@@ -108,6 +112,16 @@ class VPPOEngine(FSDPEngineWithLMHead):
                 f"actor_rollout_ref.model.path: got a model of type {family!r}, takes one of {list(MODELS)} with verl"
             )
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    def _build_lora_module(self, module: Any) -> Any:
+        module = super()._build_lora_module(module)
+        head = module.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear):
+            raise InputError(
+                f"actor_rollout_ref.model.target_modules: got a head of type {type(head).__name__}, takes modules "
+                "other than the head with vppo, which reads its weight"
+            )
+        return module
 
     # -- verl's step ---------------------------------------------------------------------------------------------------
 
@@ -178,32 +192,61 @@ class VPPOEngine(FSDPEngineWithLMHead):
         scored = [row for row, draw in enumerate(draws) if draw != LEFT_OUT and "pixel_values" in images[row]]
         if not self._anywhere(bool(scored)):
             return dependency
-        passed = scored or [int(micro_batch["input_ids"].offsets().diff().argmin())]  # the least that joins the others
-        if self.use_ulysses_sp:
-            passed = list(range(len(draws)))  # ranks share sequences as they were cut for the clean view
-        view = tu.index_select_tensor_dict(micro_batch, passed)
-        perturbed = [self._perturbed(images[row], draws[row], ask) if row in scored else images[row] for row in passed]
-        tu.assign_non_tensor_stack(view, "multi_modal_inputs", perturbed)
-        inputs, _, places = self._prepare(view)
-        same = torch.isin(self._places.rows, torch.tensor(passed, device=hidden.device))
-        found: list[Tensor] = []
-
-        def at_head(head: Any, perturbed: Tensor) -> None:
-            rows, weight, bias = places.take(perturbed), head.weight, _bias(head)
-            if ask.divergence == "k3":
-                after = linear_logprob(rows, weight, places.targets, bias, check=ask.check, **self._options).logprobs
-                found.append(sampled_divergence(logprobs[same], after, kind="k3"))
+        with ExitStack() as stack:
+            groups = [[row] for row in scored]
+            if ask.share and not self.use_ulysses_sp:
+                groups = self._groups(micro_batch, scored, draws, images)
+            if len(groups) < len(scored):
+                passed = scored
+                shown = [self._perturbed(images[group[0]], draws[group[0]], ask) for group in groups]
+                shared = SharedPrompts(self.module, micro_batch, groups, shown)
+                inputs, take = shared.inputs, shared.take
+                stack.enter_context(shared.attending())
             else:
-                values = linear_divergence(
-                    hidden[same], rows, weight, bias, kind=ask.divergence, check=ask.check, **self._options
-                )
-                found.append(values.divergence)
+                passed = scored or [int(micro_batch["input_ids"].offsets().diff().argmin())]  # the least that joins
+                if self.use_ulysses_sp:
+                    passed = list(range(len(draws)))  # ranks share sequences as they were cut for the clean view
+                view = tu.index_select_tensor_dict(micro_batch, passed)
+                perturbed = [
+                    self._perturbed(images[row], draws[row], ask) if row in scored else images[row] for row in passed
+                ]
+                tu.assign_non_tensor_stack(view, "multi_modal_inputs", perturbed)
+                inputs, _, places = self._prepare(view)
+                take = places.take
+                stack.enter_context(self._text_alone(view))
+            same = torch.isin(self._places.rows, torch.tensor(passed, device=hidden.device))
+            found: list[Tensor] = []
 
-        with head_forward(self.module, at_head), self._text_alone(view):
+            def at_head(head: Any, perturbed: Tensor) -> None:
+                rows, weight, bias = take(perturbed), head.weight, _bias(head)
+                if ask.divergence == "k3":
+                    targets = self._places.targets[same]
+                    after = linear_logprob(rows, weight, targets, bias, check=ask.check, **self._options).logprobs
+                    found.append(sampled_divergence(logprobs[same], after, kind="k3"))
+                else:
+                    values = linear_divergence(
+                        hidden[same], rows, weight, bias, kind=ask.divergence, check=ask.check, **self._options
+                    )
+                    found.append(values.divergence)
+
+            stack.enter_context(head_forward(self.module, at_head))
             self.module(**inputs, use_cache=False)
         dependency[same] = found[0].to(dependency)
         left_out = ~torch.isin(self._places.rows, torch.tensor(scored, dtype=torch.long, device=hidden.device))
         return dependency.masked_fill(left_out, UNSCORED)
+
+    def _groups(
+        self, micro_batch: Any, rows: list[int], draws: list[int], images: Sequence[dict[str, Any]]
+    ) -> list[list[int]]:
+        """Rows in groups whose prompt and perturbed images are the same; each by itself where nothing can be shared."""
+        image = self.model_config.hf_config.image_token_id
+        counts = micro_batch["responses"].offsets().diff().tolist()
+        prompts = []
+        for tokens, count in zip(micro_batch["input_ids"].unbind(), counts, strict=True):
+            if (tokens[-count - 1 :] == image).any():  # a tool has shown another one
+                return [[row] for row in rows]
+            prompts.append(tokens[:-count])
+        return groups_alike(rows, draws, prompts, images)
 
     def _anywhere(self, wanted: bool) -> bool:
         """Whether it is wanted on any rank; the weights' shards make every forward one of all ranks."""

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vppo.errors import InputError
-from vppo.options import RECIPES, VPPOOptions
+from vppo.options import RECIPES, VPPOOptions, one_of
 from vppo.verl.engine import Ask
 
 ACTOR = "actor_rollout_ref.actor"
@@ -28,17 +28,25 @@ REFUSED = {  # what must be off, and why
 
 @dataclass
 class VerlOptions(VPPOOptions):
-    """`VPPOOptions` under `trainer.v1.vppo`, with a seed of their own.
+    """`VPPOOptions` under `trainer.v1.vppo`, with what else of `VPPOConfig` is not verl's own.
 
     Raises:
         InputError: A field is out of range, with the message of `VPPOConfig`, or asks for what TRL's trainer alone has.
     """
 
     seed: int = field(default=42, metadata={"help": "Of the perturbed views, beside the step and the prompt."})
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "A prompt of several rollouts passes once with its perturbed image: 'auto' where the rollouts are "
+            "in one micro-batch, 'off'."
+        },
+    )
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
+            one_of("prefix_sharing", self.prefix_sharing, ("auto", "off"))
         except (TypeError, ValueError) as error:
             raise InputError(f"trainer.v1.vppo.{error}") from error
         if not (isinstance(self.seed, int) and self.seed >= 0):
@@ -83,6 +91,11 @@ class VerlOptions(VPPOOptions):
         if "delta" in recipe:
             _takes(config, f"{ACTOR}.clip_ratio_c", (recipe["delta"],), f"recipe {self.recipe!r}")
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether rollouts of a prompt are to be near each other, so that their perturbed pass shares it."""
+        return self.scores_tokens and self.prefix_sharing == "auto" and self.perturbation_scope == "prompt"
+
     def ask(self, step: int) -> Ask | None:
         """What workers are to measure at a step; None for an algorithm that needs no perturbed view."""
         if not self.scores_tokens:
@@ -94,6 +107,7 @@ class VerlOptions(VPPOOptions):
             seed=self.seed,
             step=step,
             check=self.check_kernels,
+            share=self.shares_prompts,
         )
 
 

@@ -11,6 +11,7 @@ TRAINER = "verl.trainer.ppo.v1.trainer_base"
 TENSORDICT = "verl.utils.tensordict_utils"
 SEAMS = {
     f"{FSDP}:FSDPEngineWithLMHead.__init__": ("model_config", "engine_config", "optimizer_config", "checkpoint_config"),
+    f"{FSDP}:FSDPEngineWithLMHead._build_lora_module": ("module",),
     f"{FSDP}:FSDPEngineWithLMHead.forward_step": ("micro_batch", "loss_function", "forward_only"),
     f"{FSDP}:FSDPEngineWithLMHead.prepare_model_inputs": ("micro_batch",),
     f"{FSDP}:FSDPEngineWithLMHead.prepare_model_outputs": (
@@ -23,13 +24,19 @@ SEAMS = {
     f"{TRAINER}:register_trainer": ("name",),
     f"{TRAINER}:PPOTrainer.__init__": ("config",),
     f"{TRAINER}:PPOTrainer._init_resource_pool_mgr": (),
+    f"{TRAINER}:PPOTrainer._balance_batch": ("batch", "metrics"),
     f"{TRAINER}:PPOTrainer._compute_old_log_prob": ("batch", "metrics"),
     f"{TRAINER}:PPOTrainer._compute_advantage": ("batch", "metrics"),
     f"{TRAINER}:PPOTrainer._update_actor": ("batch", "metrics"),
     "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync": ("config",),
+    "verl.trainer.ppo.v1.trainer_colocate_async:PPOTrainerColocateAsync": ("config",),
     "verl.workers.utils.padding:response_from_nested": ("tensor", "response_mask"),
     "verl.workers.utils.padding:response_to_nested": ("tensor", "response_mask"),
     "verl.workers.utils.padding:no_padding_2_padding": ("tensor", "data"),
+    "verl.utils.model:extract_multi_modal_inputs": ("batch_data",),
+    "verl.utils.seqlen_balancing:calculate_workload": ("seqlen_list",),
+    "verl.utils.seqlen_balancing:get_seqlen_balanced_partitions": ("seqlen_list", "k_partitions", "equal_size"),
+    "verl.utils.seqlen_balancing:rearrange_micro_batches": ("force_group_size",),
     "verl.utils.transformers_compat:unpack_visual_output": ("visual_output",),
     "verl.utils.ulysses:get_ulysses_sequence_parallel_rank": ("group",),
     f"{TENSORDICT}:get_non_tensor_data": ("data", "key", "default"),

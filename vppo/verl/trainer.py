@@ -13,6 +13,7 @@ import torch
 import transfer_queue as tq
 from torch import Tensor
 from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -21,10 +22,12 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 from vppo.monitoring.measured import Measured
 from vppo.verl.engine import ASK, DRAW, LEFT_OUT, NLL
 from vppo.verl.options import VerlOptions
+from vppo.verl.whole_groups import rows_together, whole_groups
 from vppo.verl.worker import VPPOWorker
 from vppo_kernels.shaping import shape_advantages
 
 logger = logging.getLogger(__name__)
+TOGETHER = "force_group_size"  # verl's key for neighbours that stay in one micro-batch
 
 
 class VPPOMixin:
@@ -40,6 +43,7 @@ class VPPOMixin:
 
     mode: str
     config: Any
+    actor_rollout_wg: Any
     global_steps: int
     role_worker_mapping: dict[Any, Any]
 
@@ -58,6 +62,15 @@ class VPPOMixin:
 
     # -- before the pass over old log-probabilities ----------------------------------------------------------------
 
+    def _balance_batch(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """verl gives every rank as many tokens; here it also gets the rollouts of a prompt side by side."""
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)  # type: ignore[misc]
+        if self._shares_prompts:
+            order = whole_groups(batch.keys, _lengths(batch), self.actor_rollout_wg.world_size)
+            if order is not None:
+                batch.reorder(order)
+        return batch
+
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         ask = self.vppo.ask(self.global_steps)
         if ask is not None:
@@ -65,9 +78,18 @@ class VPPOMixin:
                 keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict({DRAW: self._draws(batch)})
             )
             batch.extra_info[ASK] = ask
+            rollout = self.config.actor_rollout_ref.rollout
+            if self._shares_prompts and rollout.log_prob_use_dynamic_bsz:
+                most = rollout.log_prob_max_token_len_per_gpu
+                batch.extra_info[TOGETHER] = rows_together(batch.keys, _lengths(batch), most)
         batch = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
-        batch.extra_info.pop(ASK, None)
+        for name in (ASK, TOGETHER):
+            batch.extra_info.pop(name, None)
         return batch
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return self.vppo.shares_prompts and self.config.actor_rollout_ref.actor.ulysses_sequence_parallel_size == 1
 
     def _draws(self, batch: Any) -> Tensor:
         """`[rows]` what beside seed and step a row's perturbed view is drawn by; `LEFT_OUT` where none is needed.
@@ -144,6 +166,10 @@ class VPPOMixin:
         return batch
 
 
+def _lengths(batch: Any) -> list[int]:
+    return [tag["seq_len"] for tag in batch.tags]
+
+
 def _measured(dependency: Tensor, mask: Tensor, keep: Tensor, scored: Tensor) -> Measured:
     tokens = mask & scored.unsqueeze(1)
     return Measured(dependency[tokens], keep.float()[tokens], tokens.sum(1).tolist(), scored.tolist())
@@ -154,3 +180,13 @@ class VPPOTrainerSync(VPPOMixin, PPOTrainerSync):
     """`trainer.v1.trainer_mode=vppo`: verl's synchronous trainer with VPPO."""
 
     mode = "sync"
+
+
+@register_trainer("vppo_colocate_async")
+class VPPOTrainerColocateAsync(VPPOMixin, PPOTrainerColocateAsync):
+    """`trainer.v1.trainer_mode=vppo_colocate_async`: the one whose rollouts go on from step to step.
+
+    The dependency is that of the policy that is trained, as verl's old log-probabilities are.
+    """
+
+    mode = "colocate_async"

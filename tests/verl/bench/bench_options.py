@@ -12,7 +12,7 @@ os.environ.update(VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_MODULES="bench_platform
 import verl  # noqa: F401  (which loads the bench, and the plug-in by its entry point)
 from hydra import compose, initialize_config_module
 from verl.trainer.ppo.v1 import get_trainer_cls
-from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 get_trainer_cls("vppo")
 from vppo.errors import InputError  # noqa: E402
@@ -26,8 +26,9 @@ with initialize_config_module("verl.trainer.config", version_base=None):
         try:
             answers.append(asdict(VerlOptions.of(config)))
             if config.actor_rollout_ref.actor.use_dynamic_bsz:  # a whole launch file: verl's own classes check it
-                for part in ("actor", "rollout"):
-                    omega_conf_to_dataclass(config.actor_rollout_ref[part])
+                for part in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm):
+                    omega_conf_to_dataclass(part)
+                validate_config(config, use_reference_policy=False, use_critic=False)
         except InputError as error:
             answers.append(f"InputError: {error}")
 moved = {"verl.nowhere:Engine": (), f"{TRAINER}:PPOTrainer._gone": (), f"{TRAINER}:register_trainer": ("name", "mode")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from types import ModuleType
 from typing import Any
 
@@ -130,11 +131,16 @@ verl.utils.distributed.initialize_global_process_group_ray = _join_over_gloo
 
 def _extend_verl() -> None:
     import verl.models.transformers.qwen2_vl as qwen
+    import verl.workers.engine.fsdp.transformer_impl as engine
     import verl.workers.engine_workers
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
     from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
     from verl.workers.rollout import base, replica
 
     verl.workers.engine_workers.initialize_global_process_group_ray = _join_over_gloo
+    ReplayBuffer.__init__ = partialmethod(ReplayBuffer.__init__, poll_interval=0.1)  # it looks every other second
+    pinned = engine.CPUOffloadPolicy
+    engine.CPUOffloadPolicy = lambda pin_memory: pinned(pin_memory=False)  # which only an accelerator has use for
     for backend in ("fsdp", "fsdp2"):
         EngineRegistry._engines["language_model"][backend].setdefault("cpu", FSDPEngineWithLMHead)
     base._ROLLOUT_REGISTRY["hf", "async"] = "bench_rollout.ServerAdapter"

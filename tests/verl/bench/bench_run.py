@@ -16,6 +16,7 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     HF_HUB_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # what is tested here is all that runs
     OMP_NUM_THREADS="1",
 )
 nodes, workers, folder, *overrides = sys.argv[1:]
@@ -66,11 +67,31 @@ OVERRIDES = [
 ]
 
 
+def have_patience() -> None:
+    """Ray gives a node 30 seconds to start, which a busy machine does not."""
+    import time
+
+    from ray._private import services
+
+    own = services.get_node
+
+    def get_node(*args: object) -> object:
+        for _ in range(240):
+            try:
+                return own(*args)
+            except RuntimeError:
+                time.sleep(1)
+        return own(*args)
+
+    services.get_node = get_node
+
+
 def main() -> None:
     import ray
     from ray.cluster_utils import Cluster
     from verl.trainer.main_ppo import main as train
 
+    have_patience()
     slots = {"num_cpus": 16, "num_gpus": int(workers)}
     cluster = Cluster(initialize_head=True, head_node_args={**slots, "include_dashboard": False})
     for _ in range(int(nodes) - 1):

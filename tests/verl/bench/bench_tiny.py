@@ -1,4 +1,7 @@
-"""A tiny Qwen2.5-VL with random weights, its processor, and problems about coloured pictures: `bench_tiny.py OUT`."""
+"""A tiny model with random weights, its processor, and problems about coloured pictures: `bench_tiny.py OUT [KIND]`.
+
+It is a Qwen2.5-VL, one with "tied" embeddings, one with a "large" vocabulary, or a "qwen3" VL.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import io
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import bench_torchvision  # noqa: F401  (before transformers)
 import pandas as pd
@@ -19,6 +23,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -33,7 +41,10 @@ TEMPLATE = (
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230)}
 
 
-def make_processor() -> Qwen2_5_VLProcessor:
+LARGE = 65536  # words of the large vocabulary
+
+
+def make_processor(kind: str) -> Any:
     """One token a byte."""
     vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     letters = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -45,29 +56,44 @@ def make_processor() -> Qwen2_5_VLProcessor:
     )
     tokenizer.image_token, tokenizer.video_token, tokenizer.chat_template = SPECIAL[5], SPECIAL[6], TEMPLATE
     images = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112)
+    if kind == "qwen3":
+        images = Qwen2VLImageProcessor(
+            patch_size=16, min_pixels=64 * 64, max_pixels=128 * 128, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        return Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=TEMPLATE)
     return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
 
 
-def make_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
+def make_model(kind: str, processor: Any) -> Any:
     """350 thousand parameters, with weights large enough that its answers depend on the picture."""
     end, _, stop, vision_start, vision_end, image, video = processor.tokenizer.convert_tokens_to_ids(SPECIAL)
+    words = LARGE if kind == "large" else len(processor.tokenizer)
     text = {
-        "vocab_size": len(processor.tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "vocab_size": words, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-        "tie_word_embeddings": False, "bos_token_id": end, "eos_token_id": stop, "pad_token_id": end,
+        "tie_word_embeddings": kind == "tied", "bos_token_id": end, "eos_token_id": stop, "pad_token_id": end,
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64,
         "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56,
         "fullatt_block_indexes": [1], "in_channels": 3,
     }  # fmt: skip
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
-        vision_start_token_id=vision_start, vision_end_token_id=vision_end, tie_word_embeddings=False,
-    )  # fmt: skip
+    tokens = {
+        "image_token_id": image, "video_token_id": video, "vision_start_token_id": vision_start,
+        "vision_end_token_id": vision_end, "tie_word_embeddings": kind == "tied",
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    if kind == "qwen3":
+        text |= {"head_dim": 16}
+        vision = {
+            "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64,
+            "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+            "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+        }  # fmt: skip
+        model: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
+    else:
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -102,8 +128,10 @@ def problems(count: int) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    made = make_processor()
+    folder, kind = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    made = make_processor(kind)
     made.save_pretrained(folder)
-    make_model(made).save_pretrained(folder)
-    problems(16).to_parquet(folder / "problems.parquet")
+    make_model(kind, made).save_pretrained(folder)
+    asked = problems(16)
+    asked.to_parquet(folder / "problems.parquet")
+    asked[asked["images"].map(bool)].to_parquet(folder / "shown.parquet")
