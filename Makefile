@@ -9,7 +9,8 @@ CPU_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pyto
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(CPU_INDEX)
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-vllm faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest test-verl clean
+.PHONY: demo test test-vllm faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest test-verl test-swift \
+	clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
@@ -98,19 +99,31 @@ test-oldest test-newest: test-%: .venv-%/.installed
 RESOLUTION_oldest := --resolution lowest-direct
 RESOLUTION_newest := --upgrade
 
-# the plug-in for verl, in verl's own trainer on a CPU; verl does not import beside TRL, so in an environment of its own
-test-verl: .venv-verl/.installed
-	.venv-verl/bin/python -m pytest --quiet tests/verl
-
+# the plug-in for verl, in verl's own trainer on a CPU; verl does not import beside TRL, so in an environment of its own.
+# VERL=0.9.0 is the oldest that is accepted; SLOW=1 adds a run that learns
 VERL ?= 0.9.1
-.venv-verl/.installed: $(SOURCES) $(VENV)/.installed-dev
-	$(BIN)/python -m uv venv --quiet --clear --seed --python $(BIN)/python .venv-verl
-	.venv-verl/bin/python -m pip install --quiet $(CPU_INDEX) torch==$(VERL_TORCH)
-	VPPO_BUILD_CUDA=0 $(BIN)/python -m uv pip install --quiet --python .venv-verl --editable '.[verl]' \
-		torch==$(VERL_TORCH) torchvision==$(VERL_TORCHVISION) verl==$(VERL) 'pytest>=8' 'hypothesis>=6.100'
-	@touch $@
 VERL_TORCH := 2.13.0
 VERL_TORCHVISION := 0.28.0
+test-verl: .venv-verl-$(VERL)/.installed
+	.venv-verl-$(VERL)/bin/python -m pytest --quiet $(if $(SLOW),,-m "not slow") tests/verl
+
+.venv-verl-$(VERL)/.installed: $(SOURCES) $(VENV)/.installed-dev
+	$(BIN)/python -m uv venv --quiet --clear --seed --python $(BIN)/python $(@D)
+	$(@D)/bin/python -m pip install --quiet $(CPU_INDEX) torch==$(VERL_TORCH)
+	VPPO_BUILD_CUDA=0 $(BIN)/python -m uv pip install --quiet --python $(@D) --editable '.[verl]' torch==$(VERL_TORCH) \
+		torchvision==$(VERL_TORCHVISION) verl==$(VERL) 'pytest>=8' 'hypothesis>=6.100' scikit-learn math-verify
+	@touch $@
+
+# the recipe for ms-swift of docs/other-trainers.md, in its own trainer on a CPU
+test-swift: .venv-swift/.installed
+	OMP_NUM_THREADS=1 .venv-swift/bin/python -m pytest --quiet tests/swift
+
+.venv-swift/.installed: $(SOURCES) $(VENV)/.installed-dev
+	$(BIN)/python -m uv venv --quiet --clear --seed --python $(BIN)/python $(@D)
+	$(@D)/bin/python -m pip install --quiet $(CPU_INDEX) torch==$(VERL_TORCH)
+	VPPO_BUILD_CUDA=0 $(BIN)/python -m uv pip install --quiet --python $(@D) --editable . torch==$(VERL_TORCH) \
+		torchvision==$(VERL_TORCHVISION) ms-swift==4.6.0 msgspec qwen-vl-utils 'pytest>=8' 'hypothesis>=6.100'
+	@touch $@
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or run make PYTHON=/path/to/python"; exit 1; }
@@ -129,4 +142,4 @@ $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed  # it holds both
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm build dist *.egg-info
+	rm -rf $(VENV) .venv-swift .venv-verl-* .venv-oldest .venv-newest .venv-vllm build dist *.egg-info
