@@ -10,6 +10,21 @@ from typing import Annotated, Literal
 
 import typer
 
+from vppo.cli_options import (
+    AnswerKey,
+    AttnImplementation,
+    Dtype,
+    ImageDir,
+    ImageKey,
+    ImagePixelLimit,
+    Instruction,
+    ProblemKey,
+    Revision,
+    Sampler,
+    SystemPrompt,
+    TrustImagePaths,
+    TrustRemoteCode,
+)
 from vppo.command_errors import clear_errors
 from vppo.errors import InputError
 from vppo.eval_cli import evaluation
@@ -206,49 +221,25 @@ def analyze(
         typer.Option(help="GiB that sampling and scoring may use for caches and activations, beside the weights."),
     ] = 4.0,
     split: Annotated[str, typer.Option(help="Which split of a dataset on the hub.")] = "train",
-    problem_key: Annotated[
-        str | None, typer.Option(help="Column of the problem, if not prompt, problem or question.")
-    ] = None,
-    answer_key: Annotated[
-        str | None, typer.Option(help="Column of the answer, if not answer, ground_truth or solution.")
-    ] = None,
-    image_key: Annotated[str | None, typer.Option(help="Column of the images, if not images or image.")] = None,
-    image_dir: Annotated[
-        str | None, typer.Option(help="Folder that image paths are relative to; that of the data if not given.")
-    ] = None,
-    trust_image_paths: Annotated[
-        bool, typer.Option("--trust-image-paths", help="Let image paths lead out of that folder.")
-    ] = False,
-    image_pixel_limit: Annotated[
-        int | None, typer.Option(min=1, help="The largest image in pixels; Pillow's bound, 179 million, if not given.")
-    ] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="First message of every prompt, empty for none; training's if not given.")
-    ] = None,
-    instruction: Annotated[
-        str | None, typer.Option(help="What follows every problem, may be empty; training's if not given.")
-    ] = None,
+    problem_key: ProblemKey = None,
+    answer_key: AnswerKey = None,
+    image_key: ImageKey = None,
+    image_dir: ImageDir = None,
+    trust_image_paths: TrustImagePaths = False,
+    image_pixel_limit: ImagePixelLimit = None,
+    system_prompt: SystemPrompt = None,
+    instruction: Instruction = None,
     min_pixels: Annotated[int | None, typer.Option(help="Smaller images are enlarged to this many pixels.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Larger images are reduced to this many pixels.")] = None,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda, ..., or auto to spread the model over all GPUs; a GPU if there is one."),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="What weights are loaded as; auto is as they were saved."),
-    ] = "auto",
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...; the model's own choice if not given.")
-    ] = None,
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit of a model on the hub.")] = "main",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
-    ] = False,
-    sampler: Annotated[
-        Literal["auto", "vllm", "transformers"],
-        typer.Option(help="Who samples; auto is vLLM where it is installed and a GPU is there."),
-    ] = "auto",
+    dtype: Dtype = "auto",
+    attn_implementation: AttnImplementation = None,
+    revision: Revision = "main",
+    trust_remote_code: TrustRemoteCode = False,
+    sampler: Sampler = "auto",
 ) -> None:
     """See where a model looks: how much each token of its responses depends on the image.
 
