@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def options(path: Path, world: int, **changes: Any) -> dict[str, Any]:
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": ROWS // world // size,
         "max_completion_length": LENGTH,
-        "max_steps": 2,
+        "max_steps": 4,
         "bf16": False,
         "use_cpu": True,
         "save_strategy": "no",
@@ -157,7 +158,11 @@ def planned(path: Path, world: int, family: str, lora: bool = False, **changes: 
 
 
 def measured(path: Path, world: int, **case: Any) -> dict[str, int]:
-    """Bytes held at most in the second step's scoring and training passes, weights and optimizer among them."""
+    """Bytes held at most in a step's scoring and training passes, weights and optimizer among them.
+
+    Of the steps after the first, the one with the least counts: when gathered weights and garbage are let go depends on
+    how busy the machine is, and comes on top of what a pass needs.
+    """
     gc.collect()  # what is let go later would be taken off
     with torch.profiler.profile(profile_memory=True) as profile:
         trainer = trainer_of(path, world, **case)
@@ -165,23 +170,24 @@ def measured(path: Path, world: int, **case: Any) -> dict[str, int]:
         _mark(trainer, "_compute_loss", "training pass", until="training_step")
         trainer.train()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    peaks: dict[str, int] = {}
-    held, phase = 0, ""
+    peaks: dict[str, dict[str, int]] = defaultdict(dict)
+    held, phase, step = 0, "", ""
     for event in events:
         if event.name() == "[memory]":
             held += event.nbytes()
             if phase:
-                peaks[phase] = max(peaks.get(phase, 0), held)
+                peaks[phase][step] = max(peaks[phase].get(step, 0), held)
         elif event.name().startswith("phase: "):
-            phase = event.name().removeprefix("phase: ")
-    return peaks
+            phase, _, step = event.name().removeprefix("phase: ").partition(" of step ")
+    return {phase: min(of_steps.values()) for phase, of_steps in peaks.items()}
 
 
 def _mark(trainer: Any, begin: str, phase: str, until: str | None = None) -> None:
     """Names the time from the beginning of one method to its end, or to that of another; from the second step on."""
 
     def says(name: str) -> None:
-        with record_function(f"phase: {name}"):
+        gc.collect()
+        with record_function(f"phase: {name} of step {trainer.state.global_step}" if name else "phase: "):
             pass
 
     def around(name: str, first: bool, last: bool) -> None:
