@@ -108,6 +108,20 @@ def test_weights_gradients_and_optimizer_are_what_arithmetic_says() -> None:
     assert peak["optimizer"] == pytest.approx(2 * share, rel=0.01)
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_what_a_phase_does_not_hold_is_not_counted_in_it(gpus: int) -> None:
+    """The optimizer holds no hidden states of the scoring, and the scoring no gradients of the micro-batches."""
+    found = estimate(
+        settings(gpus=gpus, rows=64, accumulation=4, response_tokens=512, sharding=Sharding(sync=True), sharing="off")
+    )
+    share = 4 * found.parameters / gpus
+    width = settings().config.get_text_config().hidden_size
+    assert 64 * 512 * width * 2 > 2 * share  # hidden states of the clean view: they would hide the gradients
+    assert found.peaks["optimizer"]["gradients"] == pytest.approx(share, rel=0.01)
+    assert found.peaks["optimizer"]["activations"] < 0.1 * share
+    assert found.peaks["scoring"]["gradients"] == 0
+
+
 def test_lora_trains_little() -> None:
     plan = settings(lora={"r": 4, "lora_alpha": 8, "target": "all-linear"}, dtype="bfloat16")
     found = estimate(plan)
