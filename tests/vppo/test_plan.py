@@ -273,6 +273,10 @@ def test_accelerate(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump({**told, "fsdp_config": wrong}))
         with pytest.raises(InputError, match=said):
             read_accelerate(path)
+    for key, value in (("num_processes", "eight"), ("num_processes", 0), ("fsdp_config", 3)):
+        path.write_text(yaml.safe_dump({**told, key: value}))
+        with pytest.raises(InputError, match=f"{key}: got {value!r}, takes"):
+            read_accelerate(path)
     path.write_text("distributed_type: MULTI_GPU")
     with pytest.raises(InputError, match="got MULTI_GPU, a plan takes FSDP with fsdp_version: 2"):
         read_accelerate(path)
@@ -418,6 +422,15 @@ def test_wrong_words(config: Path) -> None:
     ):
         found = CliRunner().invoke(main, ["plan", str(config), *words])
         assert found.exit_code == 2 and said in " ".join(found.output.split()), found.output
+
+
+@pytest.mark.parametrize(
+    "words", [["--gpus", "8"], ["--gpu-memory", "40.0"], ["--accelerate", "two.yaml"]], ids=lambda words: words[0]
+)
+def test_sizes_of_a_dry_run_do_not_pass_unheard_in_training(config: Path, words: list[str]) -> None:
+    found = CliRunner().invoke(main, ["train", str(config), *words])
+    assert found.exit_code == 2
+    assert f"{words[0]}: got {words[1]}, takes --dry-run beside it" in " ".join(found.output.split())
 
 
 def test_a_dry_run(tmp_path: Path, config: Path) -> None:
