@@ -108,9 +108,11 @@ def train(
         bool,
         typer.Option("--dry-run", help="Read data, processor and rewards, draw one view, plan the memory, and stop."),
     ] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a dry run; see vppo plan.")] = 1,
-    gpu_memory: Annotated[float, typer.Option(help="GiB of each.")] = 80.0,
-    accelerate: Annotated[Path | None, typer.Option(help="The file for accelerate launch --config_file.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a dry run, 1 if not given; see vppo plan.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of each of them, 80 if not given.")] = None,
+    accelerate: Annotated[
+        Path | None, typer.Option(help="The file for accelerate launch --config_file, for a dry run.")
+    ] = None,
 ) -> None:
     """Train a model as a YAML config says. `--key value` after it overrides a key; `--key` alone means true.
 
@@ -128,8 +130,14 @@ def train(
         if dry_run:
             from vppo.plan.dry_run import dry_run as look
 
-            fits = look(load_config(config, context.args), gpus=gpus, gpu_memory=gpu_memory, accelerate=accelerate)
+            memory = 80.0 if gpu_memory is None else gpu_memory
+            fits = look(load_config(config, context.args), gpus=gpus or 1, gpu_memory=memory, accelerate=accelerate)
             raise typer.Exit(0 if fits else 1)
+        for name, value in (("gpus", gpus), ("gpu-memory", gpu_memory), ("accelerate", accelerate)):
+            if value is not None:
+                raise InputError(
+                    f"--{name}: got {value}, takes --dry-run beside it; accelerate launch trains on several"
+                )
         run(load_config(config, context.args))
 
 

@@ -255,6 +255,17 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         list(store.answers("sums", "seen"))
 
 
+@pytest.mark.parametrize("kind", ["seen", "dependency", "skipped"])
+def test_a_line_that_lacks_a_field_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "answers" / f"sums.{kind}.0.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"question": 1}\n')
+    store = Store(tmp_path)
+    read = {"seen": lambda: store.keys("sums", "seen"), "dependency": lambda: store.dependencies("sums")}
+    with pytest.raises(InputError, match=rf"sums.{kind}.0.jsonl, line 1: is no answer of ours"):
+        read.get(kind, lambda: store.skipped("sums"))()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -263,6 +274,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         ({"top_p": 0.0}, "top_p: got 0.0, takes a number above 0 and at most 1"),
         ({"temperature": -1.0}, "temperature: got -1.0, takes a number from 0"),
         ({"temperature": 0.0}, "samples: got 8, takes 1 at temperature 0"),
+        ({"temperature": 0.0, "samples": 1, "blind_samples": 2}, "blind_samples: got 2, takes 1 at temperature 0"),
         ({"min_pixels": 9, "max_pixels": 4}, "min_pixels: got 9, takes at most max_pixels, which is 4"),
         ({"blind": "dark"}, "blind: got 'dark', takes one of"),
         ({"judge": "gpt"}, r"judge: got 'gpt', takes one of \['none'\]"),

@@ -108,6 +108,20 @@ def test_weights_gradients_and_optimizer_are_what_arithmetic_says() -> None:
     assert peak["optimizer"] == pytest.approx(2 * share, rel=0.01)
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_what_a_phase_does_not_hold_is_not_counted_in_it(gpus: int) -> None:
+    """The optimizer holds no hidden states of the scoring, and the scoring no gradients of the micro-batches."""
+    found = estimate(
+        settings(gpus=gpus, rows=64, accumulation=4, response_tokens=512, sharding=Sharding(sync=True), sharing="off")
+    )
+    share = 4 * found.parameters / gpus
+    width = settings().config.get_text_config().hidden_size
+    assert 64 * 512 * width * 2 > 2 * share  # hidden states of the clean view: they would hide the gradients
+    assert found.peaks["optimizer"]["gradients"] == pytest.approx(share, rel=0.01)
+    assert found.peaks["optimizer"]["activations"] < 0.1 * share
+    assert found.peaks["scoring"]["gradients"] == 0
+
+
 def test_lora_trains_little() -> None:
     plan = settings(lora={"r": 4, "lora_alpha": 8, "target": "all-linear"}, dtype="bfloat16")
     found = estimate(plan)
@@ -259,6 +273,10 @@ def test_accelerate(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump({**told, "fsdp_config": wrong}))
         with pytest.raises(InputError, match=said):
             read_accelerate(path)
+    for key, value in (("num_processes", "eight"), ("num_processes", 0), ("fsdp_config", 3)):
+        path.write_text(yaml.safe_dump({**told, key: value}))
+        with pytest.raises(InputError, match=f"{key}: got {value!r}, takes"):
+            read_accelerate(path)
     path.write_text("distributed_type: MULTI_GPU")
     with pytest.raises(InputError, match="got MULTI_GPU, a plan takes FSDP with fsdp_version: 2"):
         read_accelerate(path)
@@ -404,6 +422,15 @@ def test_wrong_words(config: Path) -> None:
     ):
         found = CliRunner().invoke(main, ["plan", str(config), *words])
         assert found.exit_code == 2 and said in " ".join(found.output.split()), found.output
+
+
+@pytest.mark.parametrize(
+    "words", [["--gpus", "8"], ["--gpu-memory", "40.0"], ["--accelerate", "two.yaml"]], ids=lambda words: words[0]
+)
+def test_sizes_of_a_dry_run_do_not_pass_unheard_in_training(config: Path, words: list[str]) -> None:
+    found = CliRunner().invoke(main, ["train", str(config), *words])
+    assert found.exit_code == 2
+    assert f"{words[0]}: got {words[1]}, takes --dry-run beside it" in " ".join(found.output.split())
 
 
 def test_a_dry_run(tmp_path: Path, config: Path) -> None:

@@ -111,8 +111,11 @@ class EvaluationOptions(DataOptions):
                 raise InputError(f"{name}: got {getattr(self, name)!r}, takes one of {list(choices)}")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature: got {self.temperature!r}, takes a number from 0")
-        if self.temperature == 0 and max(self.samples, self.blind_samples) > 1:
-            raise InputError(f"samples: got {self.samples}, takes 1 at temperature 0, where all would be the same")
+        for name in ("samples", "blind_samples"):
+            if self.temperature == 0 and getattr(self, name) > 1:
+                raise InputError(
+                    f"{name}: got {getattr(self, name)}, takes 1 at temperature 0, where all would be the same"
+                )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p: got {self.top_p!r}, takes a number above 0 and at most 1")
         if not 0 < self.memory < math.inf:

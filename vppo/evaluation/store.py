@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ class Answer:
     text: str
     ids: list[int]
     ended: bool
+
+
+_ANSWER = {field.name for field in fields(Answer)}
+_FIELDS = {DEPENDENCY: {"question", "sample", "dependency"}, SKIPPED: {"question", "reason"}}
 
 
 class Store:
@@ -87,7 +91,7 @@ class Store:
 
     def _rows(self, benchmark: str, kind: str) -> Iterator[dict[str, Any]]:
         for path in sorted(self.folder.glob(f"{benchmark}.{kind}.*.jsonl")):
-            yield from _read(path)
+            yield from _read(path, _FIELDS.get(kind, _ANSWER))
 
     def _append(self, benchmark: str, kind: str, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -111,14 +115,14 @@ def _cut(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path, wanted: set[str]) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
             try:
                 row = json.loads(line)
-                whole = isinstance(row["question"], int)
+                whole = isinstance(row["question"], int) and set(row) == wanted
             except (ValueError, TypeError, KeyError, RecursionError):
                 whole = False
             if not whole:

@@ -134,7 +134,7 @@ class Report:
                 left = [a + b for a, b in zip(left, sizes, strict=True)]
             limit = (self.gpu_memory - self.reserve) / GIB
             ax.axvline(limit, color=theme.ink, linewidth=1.0, linestyle=(0, (2, 2)))
-            ax.set(xlabel="GiB; dashed: what a GPU has", xlim=(0, max(limit, *left) * 1.05))
+            ax.set(xlabel="GiB; dashed: a GPU less its reserve", xlim=(0, max(limit, *left) * 1.05))
             ax.invert_yaxis()
             ax.grid(axis="x")
             ax.grid(visible=False, axis="y")

@@ -181,6 +181,8 @@ def read_accelerate(path: str | Path) -> dict[str, Any]:
     if not isinstance(given, dict) or "distributed_type" not in given:
         raise InputError(f"{path}: takes a file as accelerate config writes it, with distributed_type")
     kind, options = given["distributed_type"], given.get("fsdp_config") or {}
+    if not isinstance(options, dict):
+        raise InputError(f"{path}: fsdp_config: got {options!r}, takes keys and values")
     if kind != "FSDP" or options.get("fsdp_version") != 2:
         got = f"{kind} with fsdp_version {options.get('fsdp_version', 1)}" if kind == "FSDP" else kind
         raise InputError(f"{path}: distributed_type: got {got}, a plan takes FSDP with fsdp_version: 2")
@@ -192,7 +194,10 @@ def read_accelerate(path: str | Path) -> dict[str, Any]:
         )
     }
     if "num_processes" in given:
-        found["gpus"] = int(given["num_processes"])
+        count = given["num_processes"]
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(f"{path}: num_processes: got {count!r}, takes a whole number from 1")
+        found["gpus"] = count
     if given.get("mixed_precision") in ("bf16", "fp16"):
         found["precision"] = given["mixed_precision"]
     return found

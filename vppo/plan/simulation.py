@@ -100,6 +100,7 @@ class _Step:
 
     def _score(self, inputs: dict[str, Any]) -> None:
         settings, batch = self.settings, Batch(inputs)
+        self._at("scoring")
         rows = list(range(len(batch)))
         firsts = [row // settings.group * settings.group for row in rows]
         clean = View(firsts)
@@ -110,7 +111,6 @@ class _Step:
             width = settings.config.get_text_config().hidden_size
             dtype = PRECISIONS.get(settings.precision, getattr(torch, settings.dtype))
             known = torch.empty(len(rows), settings.response_tokens, width, dtype=dtype)
-        self._at("scoring")
         pixels = {key: torch.empty_like(batch.split["pixel_values"][key]) for key in keys}
         perturbed = View(keys, pixels)
         portions = passes.portions(batch, rows, clean)
@@ -129,6 +129,7 @@ class _Step:
 
     def _train(self, inputs: dict[str, Any]) -> None:
         settings = self.settings
+        self._at("training pass")
         size = settings.micro_batch
         count = -(-size // settings.group) * settings.group  # as many rows as make whole prompts
         batch = Batch({name: _first(value, count, len(inputs["prompt_ids"])) for name, value in inputs.items()})
@@ -138,7 +139,6 @@ class _Step:
         several = settings.accumulation > 1
         whole = self.sharded and several and not settings.sharding.sync
         if whole:  # the first micro-batches leave whole gradients behind, which the last one reduces
-            self._at("training pass")
             self.model.set_requires_gradient_sync(False)
             self._micro_batch(batch, passes, rows, view)
             self.model.set_requires_gradient_sync(True)
