@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import enum
 import logging
@@ -382,8 +383,10 @@ def make_arguments(config: Config) -> tuple[ScriptArguments, ModelConfig, VPPOCo
 
     from vppo.config import VPPOConfig
 
+    given = copy.deepcopy(config)  # transformers writes into nested options, and the config is read again
+
     def of(kind: type) -> Config:
-        return {field.name: config[field.name] for field in fields(kind) if field.name in config}
+        return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
     defaults: Config = {"logging_steps": 1, "disable_tqdm": True, **evaluation_defaults(config)}
     if not config.get("fp16"):

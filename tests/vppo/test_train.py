@@ -177,6 +177,15 @@ def test_one_lora_target_stays_a_name(config_file: Callable[..., Path]) -> None:
     assert get_peft_config(make_arguments(config)[1]).target_modules == {"q_proj"}
 
 
+def test_what_is_written_into_options_does_not_reach_the_config(tmp_path: Path) -> None:
+    """transformers puts the number of accumulated micro-batches into `gradient_accumulation_kwargs`, and refuses it."""
+    config = yaml.safe_load(MINIMAL.format(tmp_path))
+    config["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    accelerator = make_arguments(config)[2].accelerator_config
+    accelerator.gradient_accumulation_kwargs["num_steps"] = 2  # type: ignore
+    assert config["accelerator_config"] == {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+
+
 def test_model_init_kwargs_are_joined(config_file: Callable[..., Path]) -> None:
     config = load_config(config_file("attn_implementation: sdpa\nmodel_init_kwargs: {use_kernels: true}\n"))
     kwargs = make_arguments(config)[2].model_init_kwargs
