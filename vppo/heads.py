@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from vppo.exchange import exchanged
+
 HeadForward = Callable[[Any, Tensor], Tensor | None]
 
 
@@ -44,17 +46,10 @@ def head_forward(model: Any, forward: HeadForward) -> Iterator[None]:
     """
     head = model.get_output_embeddings()
     name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"  # accelerate's hook brings offloaded weights
-    before = head.__dict__.get(name)
 
     def stand_in(hidden: Tensor) -> Tensor:
         found = forward(head, hidden)
         return hidden[..., :1] if found is None else found
 
-    setattr(head, name, stand_in)
-    try:
+    with exchanged(head, **{name: stand_in}):
         yield
-    finally:
-        if before is None:
-            delattr(head, name)
-        else:
-            setattr(head, name, before)

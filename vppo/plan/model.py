@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vppo import packed_flash, packed_rows
+from vppo.exchange import exchanged
 from vppo.plan.fake import Fake
 from vppo.plan.settings import Settings, Sharding
 
@@ -167,10 +167,9 @@ def kernels_of_attention() -> Iterator[None]:
         held.enter_context(_in_place(ALL_MASK_ATTENTION_FUNCTIONS, "flex_attention", lambda *_, **__: None))
         for name in set(KERNELS) - {packed_flash.FLASH}:
             held.enter_context(_in_place(ALL_ATTENTION_FUNCTIONS, name, _attend))
-        held.enter_context(mock.patch.object(packed_flash, "flash_attention", _attend))
-        held.enter_context(mock.patch.object(packed_flash, "_forward", _flash_forward))
-        held.enter_context(mock.patch.object(packed_flash, "_backward", _flash_backward))
-        held.enter_context(mock.patch.object(packed_rows, "unusable", lambda: ""))
+        flash = {"flash_attention": _attend, "_forward": _flash_forward, "_backward": _flash_backward}
+        held.enter_context(exchanged(packed_flash, **flash))
+        held.enter_context(exchanged(packed_rows, unusable=lambda: ""))
         yield
 
 

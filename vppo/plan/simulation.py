@@ -7,13 +7,13 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import _sharding_prop
 
 from vppo.batch import Batch, View
+from vppo.exchange import exchanged
 from vppo.fused_head import fused_head
 from vppo.logprobs import packed_logprobs
 from vppo.packed_rows import PackedRows, refusal
@@ -57,7 +57,7 @@ def simulate(settings: Settings, depth: Depth, scoring: bool = True) -> Simulate
         warnings.simplefilter("ignore")
         held.enter_context(kernels_of_attention())
         # DTensor makes whole tensors to know shapes; in a fake mode of their own the tracker leaves them out
-        held.enter_context(mock.patch.object(_sharding_prop, "detect_fake_mode", lambda: None))
+        held.enter_context(exchanged(_sharding_prop, detect_fake_mode=lambda: None))
         if settings.gpus > 1:
             held.enter_context(fake_processes(settings.gpus))
         return _Step(settings, depth, mode).run(scoring)

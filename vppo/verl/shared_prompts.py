@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention
 from verl.utils.model import extract_multi_modal_inputs
 
+from vppo.exchange import exchanged
 from vppo.packing import DENSE, MASKS, Packing, cheapest_packs
 
 # verl replaces these for packed sequences by one that takes no mask; this module is imported before it does
@@ -90,7 +90,7 @@ class SharedPrompts:
         """Within the block the model attends by a mask that keeps responses apart, where need be not in its own way."""
         with ExitStack() as stack:
             for kind, own in OWN_ATTENTION.items():
-                stack.enter_context(mock.patch.object(kind, "forward", own))
+                stack.enter_context(exchanged(kind, forward=own))
             stack.callback(setattr, self._config, "_attn_implementation", self._config._attn_implementation)
             self._config._attn_implementation = self._attention
             stack.enter_context(self._packing.masked(self._config))
