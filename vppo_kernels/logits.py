@@ -272,8 +272,12 @@ class LinearHead:
         return self._stack[1:]
 
     def _gather(self, rows: slice) -> Tensor:
-        if self.views == 1 and self.active is None and self.hidden[0].dtype == self.product_dtype:
-            return self.hidden[0][rows]
+        hidden = self.hidden[0]
+        plain = (
+            hidden.dtype == self.product_dtype and hidden.is_contiguous()
+        )  # kernels take rows that follow each other
+        if self.views == 1 and self.active is None and plain:
+            return hidden[rows]
         count = rows.stop - rows.start
         stacked = self.weight.new_empty(self.views * count, self.hidden_size, dtype=self.product_dtype)
         for hidden, place in zip(self.hidden, stacked.split(count), strict=True):

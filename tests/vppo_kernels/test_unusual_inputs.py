@@ -30,6 +30,18 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "cut", [(slice(None, None, 2), slice(8)), (slice(6), slice(None, None, 2))], ids=["rows", "columns"]
+)
+def test_rows_that_lie_apart(backend: str, cut: tuple[slice, slice], dtype: torch.dtype) -> None:
+    """Hidden states cut out of others: every second row, and every second number of a row."""
+    hidden, weight = draw(12, 16).to(dtype)[cut], draw(30, 8, seed=1).to(dtype)
+    got = linear_logprob(hidden, weight, TARGETS, backend=backend)
+    expected = linear_logprob(hidden.contiguous(), weight, TARGETS, backend=backend)
+    torch.testing.assert_close(tuple(got), tuple(expected), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_all_the_same_memory(backend: str, dtype: torch.dtype) -> None:
     """Expanded hidden states, and an expanded weight."""
     hidden, weight = draw(1, 8).to(dtype).expand(6, 8), draw(1, 8, seed=1).to(dtype).expand(30, 8)
