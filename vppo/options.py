@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from vppo.algorithms import ALGORITHMS, REGISTRY, Algorithm, summaries
 from vppo.perturbations import KINDS, Perturbation
 
-ALGORITHMS = ("vppo", "tas", "tgf", "dapo", "grpo")
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "k3")
 SCOPES = ("prompt", "rollout")
 
@@ -43,13 +43,7 @@ class VPPOOptions:
         ValueError: A field is out of range; the message names it, what it got and what it takes.
     """
 
-    algorithm: str = field(
-        default="vppo",
-        metadata={
-            "help": "What is trained: 'vppo' (filtering and shaping), 'tgf' (token filtering only), 'tas' (advantage "
-            "shaping only), 'dapo' (neither) or 'grpo' (neither, symmetric clip)."
-        },
-    )
+    algorithm: str = field(default="vppo", metadata={"help": f"What is trained. {summaries()}."})
     recipe: str = field(
         default="default",
         metadata={
@@ -114,6 +108,7 @@ class VPPOOptions:
     def __post_init__(self) -> None:
         one_of("algorithm", self.algorithm, ALGORITHMS)
         one_of("recipe", self.recipe, tuple(RECIPES))
+        self.divergence = self.divergence or self.method.divergence
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name, value) is None:  # a trainer of its own losses lacks the fields of TRL's
                 setattr(self, name, value)
@@ -138,17 +133,28 @@ class VPPOOptions:
         self.make_perturbation(14)  # validates its own fields
 
     @property
+    def method(self) -> Algorithm:
+        """The entry of `algorithm`."""
+        return REGISTRY[self.algorithm]
+
+    @property
     def scores_tokens(self) -> bool:
-        """Whether training needs the perturbed view at all."""
-        return self.algorithm in ("vppo", "tas", "tgf")
+        """Whether training weighs the tokens of a response at all."""
+        return self.method.score is not None
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether training needs the perturbed view."""
+        return self.method.perturbs
 
     @property
     def shaping(self) -> Shaping:
-        """`keep_ratio`, `scale_min` and `scale_max` as the algorithm uses them."""
+        """What `vppo_advantages` is told, as the algorithm uses it."""
+        method = self.method
         return {
-            "keep_ratio": 1.0 if self.algorithm == "tas" else self.keep_ratio,
-            "scale_min": 1.0 if self.algorithm == "tgf" else self.scale_min,
-            "scale_max": 1.0 if self.algorithm == "tgf" else self.scale_max,
+            "keep_ratio": self.keep_ratio if method.filters else 1.0,
+            "scale_min": self.scale_min if method.shapes else 1.0,
+            "scale_max": self.scale_max if method.shapes else 1.0,
         }
 
     def make_perturbation(self, model_patch_size: int) -> Perturbation:

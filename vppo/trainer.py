@@ -168,7 +168,7 @@ class VPPOTrainer(PackedTrainer):
         batch = Batch(output)
         tokens = batch.mask & batch.has_image.unsqueeze(1)
         dependency = self._score(batch, batch.has_image, hidden_clean, batch.alike(self._prompts(batch)))
-        filtered = self.args.algorithm in ("vppo", "tgf")
+        filtered = self.args.method.filters
         keep = topk_mask(dependency, tokens, self.args.keep_ratio) if filtered else tokens
         measured = Measured.gather(self.accelerator, dependency, batch.mask, keep, batch.has_image)
         self._measured.append(measured)
