@@ -31,6 +31,7 @@ class Shaping(TypedDict):
     """What the shaping of advantages is told; see `vppo_kernels.vppo_advantages`."""
 
     keep_ratio: float
+    keep_threshold: float | None
     scale_min: float
     scale_max: float | None
 
@@ -58,6 +59,13 @@ class VPPOOptions:
     )
     keep_ratio: float = field(
         default=0.4, metadata={"help": "Fraction of each trajectory's tokens that keep their gradient, in (0, 1]."}
+    )
+    keep_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Dependency in nats that those tokens have to exceed as well, at least 0; with keep_ratio 1 it "
+            "decides alone. A response that nowhere exceeds it carries no gradient. None for no such bound."
+        },
     )
     scale_min: float = field(
         default=0.9, metadata={"help": "Factor on the advantage of the least image-dependent trajectory, above 0."}
@@ -87,6 +95,13 @@ class VPPOOptions:
             "help": "One perturbed view per 'prompt' and step: its rollouts are measured against the same view, which "
             "passes once (those that a tool has shown other pictures have their own). Or one per 'rollout', as the "
             "released code: the view's luck enters the shaping, and nothing of its pass is shared."
+        },
+    )
+    draws: int = field(
+        default=1,
+        metadata={
+            "help": "Perturbed views of each prompt; the dependency is the mean over them, and its standard error is "
+            "logged from two on. The first is that of draws=1. Each costs as much as the first."
         },
     )
     patch_size: int | None = field(
@@ -120,6 +135,18 @@ class VPPOOptions:
         one_of("perturbation_scope", self.perturbation_scope, SCOPES)
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f"keep_ratio: got {self.keep_ratio!r}, takes a number above 0 and at most 1")
+        threshold = self.keep_threshold
+        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
+            raise ValueError(f"keep_threshold: got {threshold!r}, takes None or a finite number of at least 0")
+        if threshold is not None and self.method.filters and not self.perturbs:
+            raise ValueError(
+                f"keep_threshold: got {threshold!r}, takes None with algorithm {self.algorithm!r}, which does not "
+                "measure dependency"
+            )
+        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
+            raise ValueError(f"draws: got {self.draws!r}, takes a whole number from 1")
+        if self.draws > 1 and self.perturbation in ("blur", "grey"):
+            raise ValueError(f"draws: got {self.draws!r}, takes 1 with {self.perturbation!r}, which is always the same")
         if not self.scale_min > 0:
             raise ValueError(f"scale_min: got {self.scale_min!r}, takes a number above 0")
         if self.scale_max is None and not self.scale_min <= 1:  # the factors' mean of 1 would lie below the smallest
@@ -151,8 +178,10 @@ class VPPOOptions:
     def shaping(self) -> Shaping:
         """What `vppo_advantages` is told, as the algorithm uses it."""
         method = self.method
+        given = method.score == "given"  # who names the tokens decides how many
         return {
-            "keep_ratio": self.keep_ratio if method.filters else 1.0,
+            "keep_ratio": self.keep_ratio if method.filters and not given else 1.0,
+            "keep_threshold": 0.0 if given else self.keep_threshold if method.filters else None,
             "scale_min": self.scale_min if method.shapes else 1.0,
             "scale_max": self.scale_max if method.shapes else 1.0,
         }
