@@ -202,7 +202,7 @@ def linear_divergence(
     values, _ = sweep(
         views, *tensors, targets, None, heads[0].transform.fields(),
         None if other is None else heads[1].transform.fields(), list(shards[0][:4]), [part.whole for part in shards],
-        shards[0].group, kind, beta, k or 0, backend, tiling.current_workspace(), exact,
+        shards[0].group, kind, beta, min(k or 0, shards[0].total), backend, tiling.current_workspace(), exact,
         wants_gradient(*views, *tensors),
     )  # fmt: skip
     if arguments.wanted(check, hidden):
@@ -284,7 +284,8 @@ def divergence(
         arguments.logits("logits_perturbed", views[1][:, : shard.columns])
     values, _ = sweep(
         views, None, None, None, None, targets, None, transform.fields(), None, list(shard[:4]), [shard.whole],
-        shard.group, kind, beta, k or 0, backend, tiling.current_workspace(), False, wants_gradient(*views),
+        shard.group, kind, beta, min(k or 0, shard.total), backend, tiling.current_workspace(), False,
+        wants_gradient(*views),
     )  # fmt: skip
     if check_values and len(views[0]):
         with torch.no_grad():

@@ -217,7 +217,7 @@ class LinearHead:
         )
         self.transforms = (transform,) * self.views
         self.device, self.dtype = weight.device, dtype or logit_dtype(*hidden, weight)
-        narrow = tensor_cores.multiply(*hidden, weight)
+        narrow = self.dtype == torch.float32 and tensor_cores.multiply(*hidden, weight)
         self.product_dtype, self.exact = weight.dtype if narrow else self.dtype, exact and narrow
         fits = weight.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
         self._narrow_product = product if fits else None

@@ -304,6 +304,22 @@ def test_no_rows_and_no_upstream_gradient(backend: str) -> None:
             assert grad.shape == x.shape and not grad.any()
 
 
+def test_float64_beside_other_dtypes(backend_float64: str) -> None:
+    """One side in float64 makes all of it float64."""
+    heads = make_heads(rows=9, vocab=60, width=8, width_other=12, dtype=torch.float64, dtype_other=torch.bfloat16)
+    leaves, exact = heads.grad(), heads.double().grad()
+    for kind in KINDS.values():
+        got, truth = run(leaves, backend_float64, **kind), exact.truth(kind)
+        for a, b in zip(got, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        sets = [
+            torch.autograd.grad(output.divergence.sum(), (of.student, of.weight, of.teacher, of.weight_other))
+            for output, of in ((got, leaves), (truth, exact))
+        ]
+        for a, b in zip(*sets, strict=True):
+            assert relative_error(a, b) < (1e-9 if a.dtype == torch.float64 else 2**-8)
+
+
 # --- shapes, memory, masked words
 
 
@@ -361,8 +377,17 @@ def test_words_that_one_head_alone_masks(backend: str) -> None:
     for name, kind in KINDS.items():
         got, truth = run(heads, backend, **kind, check=True), heads.truth(kind)
         assert torch.isinf(got.divergence).all() == (name == "kl")
+        leaves, exact = heads.grad(), heads.double().grad()
+        outputs = [run(leaves, backend, **kind)[1:4], exact.truth(kind)[1:4]]
         if name != "kl":
             assert worst(got._replace(logprobs_perturbed=None), truth) < 1
+            outputs = [run(leaves, backend, **kind)[:4], exact.truth(kind)[:4]]
+        sets = [
+            torch.autograd.grad(sum(x.sum() for x in output), list(of.tensors().values()))  # type: ignore[arg-type]
+            for output, of in zip(outputs, (leaves, exact), strict=True)
+        ]
+        for field, a, b in zip(NAMES, *sets, strict=True):
+            assert relative_error(a, b) < 1e-5, (name, field)
 
 
 def test_leading_dimensions_are_kept(backend: str) -> None:

@@ -120,9 +120,10 @@ def _gap_and_excess(z_p: Tensor, z_q: Tensor, weights: Tensor, max_p: Tensor, ma
 
 def _log_share(d: Tensor, beta: float) -> Tensor:
     """`log(p / m)` for `d = log(p / q)` and `m = (1 - beta) p + beta q`, for small and for very negative `d` too."""
-    if beta != 0.5:
-        lowest = -80.0  # below it p has no part in m, and its exponential would overflow
-        return (d - lowest).clamp_max_(0.0).sub_(torch.log1p(d.clamp_min(lowest).neg_().expm1_().mul_(beta)))
+    if beta != 0.5:  # near 0 from the gap itself, elsewhere from logarithms: exp(-d) could overflow, or cancel the rest
+        near = torch.log1p(d.clamp(-0.5, 0.5).neg_().expm1_().mul_(beta))
+        far = torch.logaddexp(math.log(beta) - d, d.new_tensor(math.log1p(-beta)))
+        return torch.where(d.abs() < 0.5, near, far).neg_()
     return torch.where(d > -1.0, torch.log1p(torch.tanh(0.5 * d)), math.log(2) - torch.nn.functional.softplus(-d))
 
 

@@ -77,9 +77,10 @@ inline Vec log_share(Vec d, float own, float other, float log_own, float log_oth
   return abs(d) < 0.5f ? near : -far;
 }
 
-// `log(p / m)` and `log(q / m)` for `d = log(p / q)` and the mixture m.
+// `log(p / m)` and `log(q / m)` for `d = log(p / q)` and the mixture m; kHalf, of equal shares, is half the arithmetic.
+template <bool kHalf>
 inline void log_shares(Vec d, const Mixture& mixture, Vec& of_p, Vec& of_q) {
-  if (mixture.of_p == mixture.of_q) return log_shares(d, of_p, of_q);  // half the arithmetic
+  if (kHalf) return log_shares(d, of_p, of_q);
   of_p = log_share(d, mixture.of_p, mixture.of_q, mixture.log_of_p, mixture.log_of_q);
   of_q = log_share(-d, mixture.of_q, mixture.of_p, mixture.log_of_q, mixture.log_of_p);
 }

@@ -189,7 +189,8 @@ struct Pair {
   Vec log_ratio(Vec centred, Vec log_p, Vec log_q) const { return kl > kApart ? log_p - log_q : centred + kl; }
 };
 
-void fold_jsd(Tile tile, Fields pair, Mixture mixture, Fields jsd_terms, int64_t begin, int64_t end) {
+template <bool kHalf>
+void fold_jsd_rows(Tile tile, Fields pair, Mixture mixture, Fields jsd_terms, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const float *const z_p = row_of(tile, 0, row), *const z_q = row_of(tile, 1, row);
     const Pair both(pair, row);
@@ -198,13 +199,18 @@ void fold_jsd(Tile tile, Fields pair, Mixture mixture, Fields jsd_terms, int64_t
       const Vec p = load_finite(z_p + j, n), q = load_finite(z_q + j, n);
       const Vec log_p = both.p.log_probability(p), log_q = both.q.log_probability(q);
       Vec of_p, of_q;
-      log_shares(both.log_ratio(both.centred_gap(p, q), log_p, log_q), mixture, of_p, of_q);
+      log_shares<kHalf>(both.log_ratio(both.centred_gap(p, q), log_p, log_q), mixture, of_p, of_q);
       term_p += exp_down(log_p) * of_p;
       term_q += exp_down(log_q) * of_q;
     });
     field(jsd_terms, kJsdP, row) += sum(term_p);
     field(jsd_terms, kJsdQ, row) += sum(term_q);
   }
+}
+
+void fold_jsd(Tile tile, Fields pair, Mixture mixture, Fields jsd_terms, int64_t begin, int64_t end) {
+  const auto rows = mixture.of_p == mixture.of_q ? fold_jsd_rows<true> : fold_jsd_rows<false>;
+  rows(tile, pair, mixture, jsd_terms, begin, end);
 }
 
 inline Vec times_slope(Vec gradient, Vec z, const Slope& slope) {
@@ -234,7 +240,7 @@ void gradient(Tile tile, Fields softmax, Targets targets, Fields grads, Slope sl
   }
 }
 
-template <bool kJsd>
+template <bool kJsd, bool kHalf>
 void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets, Fields grads,
                    Slopes slopes, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
@@ -246,6 +252,7 @@ void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Ta
     const float of_logprob_q = targets.data == nullptr ? 0.0f : field(grads, kGradLogprobQ, row);
     const float term_p = kJsd ? field(jsd_terms, kJsdP, row) : 0.0f;
     const float term_q = kJsd ? field(jsd_terms, kJsdQ, row) : 0.0f;
+    const float share_p = kHalf ? 0.5f : mixture.of_p, share_q = kHalf ? 0.5f : mixture.of_q;
     const int64_t target = target_column(targets, row, tile.columns);
     const float more_p = at_target(z_p, target, of_logprob_p, slopes.p);
     const float more_q = at_target(z_q, target, of_logprob_q, slopes.q);
@@ -258,9 +265,9 @@ void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Ta
       Vec grad_q = q * (-of_entropy_q * (log_q + both.q.entropy) - of_logprob_q);
       if (kJsd) {
         Vec of_p, of_q;
-        log_shares(d, mixture, of_p, of_q);
-        factor_p += mixture.of_p * of_divergence * (of_p - term_p);
-        grad_q += mixture.of_q * of_divergence * q * (of_q - term_q);
+        log_shares<kHalf>(d, mixture, of_p, of_q);
+        factor_p += share_p * of_divergence * (of_p - term_p);
+        grad_q += share_q * of_divergence * q * (of_q - term_q);
       } else {
         factor_p += of_divergence * centred;
         // q - p, near 0 as -q (exp(d) - 1): the difference would lose the digits of a small gap
@@ -278,7 +285,9 @@ void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Ta
 
 void gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets, Fields grads,
                    Slopes slopes, int64_t begin, int64_t end) {
-  const auto rows = jsd_terms.data == nullptr ? gradient_rows<false> : gradient_rows<true>;
+  const auto rows = jsd_terms.data == nullptr        ? gradient_rows<false, false>
+                    : mixture.of_p == mixture.of_q ? gradient_rows<true, true>
+                                                   : gradient_rows<true, false>;
   rows(tile, pair, jsd_terms, mixture, targets, grads, slopes, begin, end);
 }
 
