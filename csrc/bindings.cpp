@@ -45,6 +45,14 @@ struct TileArguments {
   bool empty() const { return tile.rows == 0 || tile.columns == 0; }
 };
 
+Mixture mixture_of(double beta) {
+  if (!(beta > 0.0 && beta < 1.0)) {
+    TVM_FFI_THROW(ValueError) << "beta: got " << beta << ", takes a number between 0 and 1";
+  }
+  return {static_cast<float>(1.0 - beta), static_cast<float>(beta), static_cast<float>(std::log1p(-beta)),
+          static_cast<float>(std::log(beta))};
+}
+
 Slope slope_of(double scale, double to_cap) { return {static_cast<float>(scale), static_cast<float>(to_cap)}; }
 
 void fold_(TensorView tile, Optional<TensorView> targets, int64_t first, TensorView stats) {
@@ -61,11 +69,12 @@ void fold_pair_(TensorView tile, Optional<TensorView> targets, int64_t first, Te
   if (!of.empty()) fold_pair(of.device, of.tile, chosen, into);
 }
 
-void fold_jsd_(TensorView tile, TensorView pair, TensorView jsd_terms) {
+void fold_jsd_(TensorView tile, TensorView pair, TensorView jsd_terms, double beta) {
   const TileArguments of(tile, 2);
+  const Mixture mixture = mixture_of(beta);
   const Fields both = of.fields("pair", pair, kPairFields);
   const Fields into = of.fields("jsd_terms", jsd_terms, kJsdFields);
-  if (!of.empty()) fold_jsd(of.device, of.tile, both, into);
+  if (!of.empty()) fold_jsd(of.device, of.tile, both, mixture, into);
 }
 
 void gradient_(TensorView tile, TensorView softmax, TensorView targets, int64_t first, TensorView grads, double scale,
@@ -77,15 +86,18 @@ void gradient_(TensorView tile, TensorView softmax, TensorView targets, int64_t 
   if (!of.empty()) gradient(of.device, of.tile, view, chosen, upstream, slope_of(scale, to_cap));
 }
 
-void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> jsd_terms, Optional<TensorView> targets,
-                    int64_t first, TensorView grads, double scale, double to_cap) {
+void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> jsd_terms, double beta,
+                    Optional<TensorView> targets, int64_t first, TensorView grads, double scale_p, double to_cap_p,
+                    double scale_q, double to_cap_q) {
   const TileArguments of(tile, 2);
+  const Mixture mixture = mixture_of(beta);
   const Fields both = of.fields("pair", pair, kPairFields);
   const Fields terms = jsd_terms.has_value() ? of.fields("jsd_terms", *jsd_terms, kJsdFields) : Fields{};
   const Targets chosen = of.targets(targets, first);
   const int outputs = targets.has_value() ? kPairGradFields : kPairGradFieldsWithoutTargets;
   const Fields upstream = of.fields("grads", grads, outputs);
-  if (!of.empty()) gradient_pair(of.device, of.tile, both, terms, chosen, upstream, slope_of(scale, to_cap));
+  const Slopes slopes{slope_of(scale_p, to_cap_p), slope_of(scale_q, to_cap_q)};
+  if (!of.empty()) gradient_pair(of.device, of.tile, both, terms, mixture, chosen, upstream, slopes);
 }
 
 // `out` has the shape of the scores and is bool or float; it may be the scores themselves.

@@ -15,11 +15,11 @@ extern const char* const kDeviceName;
 
 void fold(DLDevice device, Tile tile, Targets targets, Fields stats);
 void fold_pair(DLDevice device, Tile tile, Targets targets, Fields stats);
-void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields jsd_terms);
+void fold_jsd(DLDevice device, Tile tile, Fields pair, Mixture mixture, Fields jsd_terms);
 void gradient(DLDevice device, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope);
 // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
-void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads,
-                   Slope slope);
+void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets,
+                   Fields grads, Slopes slopes);
 // the mask goes to `keep`, which may be the scores; a threshold of NaN is none
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float threshold, float* keep);
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float threshold, bool* keep);

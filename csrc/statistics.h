@@ -36,6 +36,15 @@ VPPO_BOTH float log_share(float d) {
   return 0.5f * d - log_cosh;
 }
 
+// `log(p / m)` for `d = log(p / q)` and `m = own p + other q`, from the shares and their logarithms: near 0 from the
+// gap itself, as a sum of logarithms would lose digits, and elsewhere from those, as exp(-d) could overflow.
+VPPO_BOTH float log_share(float d, float own, float other, float log_own, float log_other) {
+  if (own == other) return log_share(d);
+  if (fabsf(d) < 0.5f) return -log1pf(other * expm1f(-d));
+  const float from_q = log_other - d;
+  return -fmaxf(log_own, from_q) - log1pf(expf(-fabsf(log_own - from_q)));
+}
+
 // One view over a part of the vocabulary: largest logit m, `sum exp(z - m)`, `sum exp(z - m) (z - m)`.
 struct SoftmaxStats {
   float max, sum, weighted_sum;

@@ -18,6 +18,11 @@ constexpr int kPairFields = kMeanDiff + 2;
 // The two terms of a Jensen-Shannon divergence, `KL(p || m)` and `KL(q || m)`.
 constexpr int kJsdP = 0, kJsdQ = 1, kJsdFields = 2;
 
+// The shares of both views in its mean m, `m = of_p p + of_q q`, and their logarithms.
+struct Mixture {
+  float of_p, of_q, log_of_p, log_of_q;
+};
+
 // Upstream gradients of one view's outputs, and of two views'; the last two where there are targets.
 constexpr int kGradLogprob = 0, kGradEntropy = 1, kGradFields = 2;
 constexpr int kGradDivergence = 0, kGradEntropyP = 1, kGradEntropyQ = 2, kGradLogprobP = 3, kGradLogprobQ = 4;
@@ -44,6 +49,11 @@ struct Targets {
 // Derivative of transformed logits z by raw ones: `scale * (1 - (to_cap z)^2)`; `to_cap` is 0 without a cap.
 struct Slope {
   float scale, to_cap;
+};
+
+// Of each of two views.
+struct Slopes {
+  Slope p, q;
 };
 
 // Scores of trajectories: rows of `columns` each, or row r from `offsets[r]` to `offsets[r + 1]` where that is not

@@ -96,21 +96,32 @@ def same_device(name: str, value: Tensor, device: torch.device, other: str) -> N
         raise ValueError(f"{name}: got device {value.device}, takes {device} (that of {other})")
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "hidden", empty: bool = False) -> None:
-    """Hidden states `[..., D]` with a head's weight `[V, D]` and bias `[V]`; with `empty` V may be 0, a rank's part."""
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    name: str = "hidden",
+    empty: bool = False,
+    of: str = "",
+) -> None:
+    """Hidden states `[..., D]` with a head's weight `[V, D]` and bias `[V]`; with `empty` V may be 0, a rank's part.
+
+    `of` is what follows the names of weight and bias: "_other" of a second head.
+    """
+    own = f"weight{of}"
     floating(name, hidden)
-    floating("weight", weight)
+    floating(own, weight)
     if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not empty):
-        raise ValueError(f"weight: got shape {list(weight.shape)}, takes [V, D], both at least 1")
+        raise ValueError(f"{own}: got shape {list(weight.shape)}, takes [V, D], both at least 1")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{name}: got shape {list(hidden.shape)}, takes [..., {weight.shape[1]}] (weight is {list(weight.shape)})"
+            f"{name}: got shape {list(hidden.shape)}, takes [..., {weight.shape[1]}] ({own} is {list(weight.shape)})"
         )
-    same_device(name, hidden, weight.device, "weight")
+    same_device(name, hidden, weight.device, own)
     if bias is not None:
-        floating("bias", bias)
-        shape("bias", bias, (weight.shape[0],), "one entry per row of weight")
-        same_device("bias", bias, weight.device, "weight")
+        floating(f"bias{of}", bias)
+        shape(f"bias{of}", bias, (weight.shape[0],), f"one entry per row of {own}")
+        same_device(f"bias{of}", bias, weight.device, own)
 
 
 def vocabulary(vocab_size: Any, total: int, of: str) -> None:
@@ -170,11 +181,11 @@ def summable(name: str, value: Tensor, mask: Tensor) -> None:
         )
 
 
-def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> None:
-    """Raise on NaN or inf in the vocabulary's part of a head; a bias of -inf masks its word."""
-    all_finite("weight", weight[:vocab_size])
+def finite_head(weight: Tensor, bias: Tensor | None, vocab_size: int | None, of: str = "") -> None:
+    """Raise on NaN or inf in the vocabulary's part of a head; a bias of -inf masks its word. `of` as in `head`."""
+    all_finite(f"weight{of}", weight[:vocab_size])
     if bias is not None:
-        logits("bias", bias[:vocab_size])
+        logits(f"bias{of}", bias[:vocab_size])
 
 
 def wanted(check: bool | None, value: Tensor) -> bool:

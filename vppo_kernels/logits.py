@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Protocol
 
 import torch
@@ -30,12 +30,13 @@ class LogitTransform:
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
+    of: InitVar[str] = ""  # what follows the names in messages: "_other" of a second head
 
-    def __post_init__(self) -> None:
-        arguments.positive("temperature", self.temperature)
-        arguments.finite("logit_scale", self.logit_scale)
+    def __post_init__(self, of: str) -> None:
+        arguments.positive(f"temperature{of}", self.temperature)
+        arguments.finite(f"logit_scale{of}", self.logit_scale)
         if self.softcap is not None:
-            arguments.positive("softcap", self.softcap)
+            arguments.positive(f"softcap{of}", self.softcap)
         ratios = [("temperature", "logit_scale / temperature", abs(self.logit_scale) / self.temperature)]
         if self.softcap is not None:
             ratios = [
@@ -47,11 +48,12 @@ class LogitTransform:
         for name, ratio, value in ratios:
             if value > MOST_SCALE:
                 got = getattr(self, name)
-                raise ValueError(f"{name}: got {got!r}, takes a number for which {ratio} is at most {MOST_SCALE:g}")
+                raise ValueError(f"{name}{of}: got {got!r}, takes a number for which {ratio} is at most {MOST_SCALE:g}")
 
-    def arguments(self) -> dict[str, float | None]:
+    def arguments(self, of: str = "") -> dict[str, float | None]:
         """Its fields by the names that callers give them."""
-        return dict(temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap)
+        named = dict(temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap)
+        return {f"{name}{of}": value for name, value in named.items()}
 
     def fields(self) -> list[float]:
         """What rebuilds it: `LogitTransform(*fields)`."""
@@ -79,9 +81,8 @@ class Source(Protocol):
         rows: Rows that take part: all, or in a backward the active ones.
         columns: Vocabulary columns that this process holds, the first of which is `first` of the whole vocabulary.
         max_columns: The most columns that any rank holds.
-        hidden_size: Inner dimension of the matrix products, 0 if there are none.
         dtype: Of the logits: float32, or float64 for float64 inputs.
-        transform: What follows the projection.
+        transforms: What follows the projection, of each view.
         footprint: What it holds beside a tile.
         shares_columns: Whether a gradient is summed over all rows of a column tile.
     """
@@ -92,10 +93,9 @@ class Source(Protocol):
     first: int
     max_columns: int
     group: str
-    hidden_size: int
     device: torch.device
     dtype: torch.dtype
-    transform: LogitTransform
+    transforms: tuple[LogitTransform, ...]
     shares_columns: bool
 
     @property
@@ -189,6 +189,7 @@ class LinearHead:
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
         product: A backend's product of bfloat16 operands on a CPU, if it has one; gradients are multiplied in float32.
         exact: Sum in slabs where tensor cores make the logits.
+        dtype: Of the logits, where that of these inputs is not enough for another view's; None for theirs.
     """
 
     def __init__(
@@ -202,19 +203,21 @@ class LinearHead:
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
         product: NarrowProduct | None = None,
         exact: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         tensor_cores.warn_of_slow_product(hidden[0], weight)
         # kernels read memory as it is: of a tensor that torch negates lazily they would see the wrong sign
-        self.hidden, self.weight = [h.resolve_neg() for h in hidden], weight.resolve_neg()
-        self.bias, self.transform, self.active = bias, transform, active
-        self.first, self.columns, self.max_columns, _, self.group = shard
+        self.hidden, self.weight = [h.resolve_neg() for h in hidden], shard.part(weight.resolve_neg())
+        self.bias, self.transform, self.active = None if bias is None else shard.part(bias), transform, active
+        self.first, self.columns, self.max_columns, _, self.group, self._whole = shard
         self.views, self.rows, self.hidden_size = (
             len(hidden),
             len(hidden[0] if active is None else active),
             weight.shape[1],
         )
-        self.device, self.dtype = weight.device, logit_dtype(*hidden, weight)
-        narrow = tensor_cores.multiply(*hidden, weight)
+        self.transforms = (transform,) * self.views
+        self.device, self.dtype = weight.device, dtype or logit_dtype(*hidden, weight)
+        narrow = self.dtype == torch.float32 and tensor_cores.multiply(*hidden, weight)
         self.product_dtype, self.exact = weight.dtype if narrow else self.dtype, exact and narrow
         fits = weight.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
         self._narrow_product = product if fits else None
@@ -224,8 +227,12 @@ class LinearHead:
         self._grad_hidden = [
             torch.zeros_like(h) if want else None for h, want in zip(self.hidden, want_hidden, strict=True)
         ]
-        self.grad_weight = torch.zeros_like(weight) if want_weight else None
-        self._grad_bias = torch.zeros_like(weight[:, 0], dtype=self.dtype) if want_bias else None
+        # of a weight that is whole while others hold columns of it too, this rank fills its own rows
+        self._all_grad_weight = torch.zeros_like(weight) if want_weight else None
+        self.grad_weight = None if self._all_grad_weight is None else shard.part(self._all_grad_weight)
+        self._all_grad_bias = torch.zeros_like(weight[:, 0], dtype=self.dtype) if want_bias else None
+        self._grad_bias = None if self._all_grad_bias is None else shard.part(self._all_grad_bias)
+        self.collects = want_weight or want_bias or any(want_hidden)  # whether any gradient is asked for
         self._open = slice(0, 0)
         self._sums: list[Tensor | None] = [None] * self.views
         self._tile_sum: Tensor | None = None
@@ -374,16 +381,20 @@ class LinearHead:
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]:
         """What `accumulate` has collected: the gradients of each view's hidden states, of the weight and of the bias.
 
-        Those of weight and bias are of this rank's part, those of hidden states of the whole vocabulary.
+        Those of weight and bias are of what this rank was given, those of hidden states of the whole vocabulary.
         """
-        bias = None if self._grad_bias is None or self.bias is None else self._grad_bias.to(self.bias.dtype)
-        return tuple(self._grad_hidden), self.grad_weight, bias
+        bias = None if self._all_grad_bias is None or self.bias is None else self._all_grad_bias
+        if self._whole:
+            for grad in (self._all_grad_weight, bias):
+                if grad is not None:
+                    sum_ranks(grad, self.group)
+        return tuple(self._grad_hidden), self._all_grad_weight, None if bias is None else bias.to(self.bias.dtype)
 
 
 class GivenLogits:
     """Logits that the caller holds: one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
 
-    hidden_size, footprint, shares_columns = 0, Footprint(0, 0, 0, 0), False
+    footprint, shares_columns = Footprint(0, 0, 0, 0), False
 
     def __init__(
         self,
@@ -394,8 +405,9 @@ class GivenLogits:
         wants: tuple[bool, ...] | None = None,
     ) -> None:
         self.raw, self.transform, self.active = raw, transform, active
-        self.first, self.columns, self.max_columns, _, self.group = shard
+        self.first, self.columns, self.max_columns, _, self.group, _ = shard
         self.views, self.rows = len(raw), len(raw[0] if active is None else active)
+        self.transforms = (transform,) * self.views
         self.device, self.dtype = raw[0].device, logit_dtype(*raw)
         if wants is not None:
             self.grad_raw = [torch.zeros_like(z) if w else None for z, w in zip(raw, wants, strict=True)]

@@ -81,8 +81,9 @@ def logprobs_of_rows(
     """`linear_logprob` of `[rows, D]` hidden states, or the active ones, and their targets; arguments are checked."""
     targets = targets.long().contiguous()
     values, _ = sweep(
-        [hidden], weight, bias, targets, active, transform.fields(), list(shard[:4]), shard.group, "logprob", backend,
-        tiling.current_workspace(), exact, wants_gradient(hidden, weight, bias),
+        [hidden], weight, bias, None, None, targets, active, transform.fields(), None, list(shard[:4]), [False],
+        shard.group, "logprob", 0.5, 0, backend, tiling.current_workspace(), exact,
+        wants_gradient(hidden, weight, bias),
     )  # fmt: skip
     output = LogprobOutput(*values.unbind(0))
     if arguments.wanted(check, hidden):

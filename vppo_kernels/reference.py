@@ -77,18 +77,52 @@ def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     return torch.where(hidden.any(-1), math.inf, value)
 
 
-def jsd(z_p: Tensor, z_q: Tensor) -> Tensor:
-    """`KL(p || m) / 2 + KL(q || m) / 2` with `m = (p + q) / 2`."""
+def jsd(z_p: Tensor, z_q: Tensor, beta: float = 0.5) -> Tensor:
+    """`(1 - beta) KL(p || m) + beta KL(q || m)`, `m = (1 - beta) p + beta q`; at 0 `KL(q || p)`, at 1 `KL(p || q)`."""
+    if beta in (0, 1):
+        return kl(z_p, z_q) if beta else kl(z_q, z_p)
     logp, logq = z_p.log_softmax(-1), z_q.log_softmax(-1)
     no_p, no_q = logp == -math.inf, logq == -math.inf
     neither = no_p & no_q
-    logm = torch.logaddexp(logp.masked_fill(neither, 0.0), logq.masked_fill(neither, 0.0)) - math.log(2)
-    return 0.5 * (_sum(logp.exp(), logp - logm, no_p) + _sum(logq.exp(), logq - logm, no_q))
+    parts = (logp.masked_fill(neither, 0.0) + math.log1p(-beta), logq.masked_fill(neither, 0.0) + math.log(beta))
+    logm = torch.logaddexp(*parts)
+    return (1 - beta) * _sum(logp.exp(), logp - logm, no_p) + beta * _sum(logq.exp(), logq - logm, no_q)
 
 
-def divergence(z_p: Tensor, z_q: Tensor, targets: Tensor | None = None, kind: str = "kl") -> DivergenceOutput:
+def topk(z_p: Tensor, z_q: Tensor, k: int) -> Tensor:
+    """`KL(q || p)` of k + 1 probabilities: of the k likeliest words of q, and of all others together."""
+    best = z_q.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    taken = torch.zeros_like(z_q, dtype=torch.bool).scatter(-1, best, True)
+
+    def bins(z: Tensor) -> Tensor:
+        if k >= z.shape[-1]:
+            return z
+        return torch.cat([z.gather(-1, best), z.masked_fill(taken, -math.inf).logsumexp(-1, keepdim=True)], -1)
+
+    return kl(bins(z_q), bins(z_p))
+
+
+def margin(z: Tensor, k: int) -> Tensor:
+    """How far the k-th largest logit lies above the next one; inf where there is no next one."""
+    ordered = z.sort(-1, descending=True).values
+    return ordered[..., k - 1] - ordered[..., k] if k < z.shape[-1] else torch.full_like(z[..., 0], math.inf)
+
+
+def divergence(
+    z_p: Tensor,
+    z_q: Tensor,
+    targets: Tensor | None = None,
+    kind: str = "kl",
+    beta: float = 0.5,
+    k: int | None = None,
+) -> DivergenceOutput:
     """All outputs of `vppo_kernels.divergence` from two sets of logits."""
-    value = {"kl": kl, "reverse_kl": lambda p, q: kl(q, p), "jsd": jsd}[kind](z_p, z_q)
+    value = {
+        "kl": lambda: kl(z_p, z_q),
+        "reverse_kl": lambda: kl(z_q, z_p),
+        "jsd": lambda: jsd(z_p, z_q, beta),
+        "topk": lambda: topk(z_p, z_q, k or 1),
+    }[kind]()
     return DivergenceOutput(
         value,
         entropy(z_p),

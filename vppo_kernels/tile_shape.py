@@ -100,6 +100,7 @@ def choose_tiling(
     keep_tiles: bool = False,
     sum_rows: bool = False,
     chip: Chip | None = None,
+    more_row: int = 0,
 ) -> Tiling:
     """The shape of a source's tiles.
 
@@ -110,8 +111,10 @@ def choose_tiling(
         keep_tiles: All column tiles of a row block stay in memory until the block is done.
         sum_rows: The rows of a tile are summed over the vocabulary before the next rows are.
         chip: Of a GPU that is not here; None for the source's own device.
+        more_row: Bytes for each row of the tile, beside those of the source's footprint.
     """
     footprint = source.footprint
+    footprint = footprint._replace(row=footprint.row + more_row)
     if sum_rows:
         footprint = footprint._replace(row=footprint.row + footprint.row_sum)
     if source.device.type == "cpu":

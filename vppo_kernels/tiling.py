@@ -35,7 +35,7 @@ from vppo_kernels.statistics import (
     unpack_pair_stats,
     unpack_stats,
 )
-from vppo_kernels.tile_shape import MIB, Tiling, choose_tiling
+from vppo_kernels.tile_shape import MIB, Held, Tiling, choose_tiling
 from vppo_kernels.vocab_parallel import merge_ranks, sum_ranks
 
 DEFAULT_WORKSPACE = 256 * MIB
@@ -71,17 +71,17 @@ def current_workspace() -> int:
     return 0 if torch.compiler.is_compiling() else _workspace.get()
 
 
-def _buffer(source: Source, tiling: Tiling, tiles: int) -> Tensor:
+def buffer_of(source: Source, tiling: Tiling, tiles: int) -> Tensor:
     return torch.empty(tiles * tiling.rows * tiling.columns, device=source.device, dtype=source.dtype)
 
 
-def _tile(buffer: Tensor, tiles: int, rows: int, columns: slice) -> Tensor:
+def window(buffer: Tensor, tiles: int, rows: int, columns: slice) -> Tensor:
     """A contiguous `[tiles, rows, columns]` window of a flat buffer, also for the smaller tiles at the edges."""
     width = columns.stop - columns.start
     return buffer[: tiles * rows * width].view(tiles, rows, width)
 
 
-def _row_blocks(source: Source, tiling: Tiling) -> Iterator[slice]:
+def blocks_of_rows(source: Source, tiling: Tiling) -> Iterator[slice]:
     """Row tiles; one empty tile where there are no rows, so that results of no rows have the right shapes."""
     yield from tiling.row_tiles(source.rows) if source.rows else [slice(0, 0)]
 
@@ -90,17 +90,16 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
     return pack(merge(unpack_stats(a), unpack_stats(b)))
 
 
-def _merge_pair(a: Tensor, b: Tensor) -> Tensor:
+def merge_packed_pair(a: Tensor, b: Tensor) -> Tensor:
     return pack(merge_pair(unpack_pair_stats(a), unpack_pair_stats(b)))
 
 
 def _head_to_fuse(source: Source, fused: FusedSweep | None) -> LinearHead | None:
     """The source where a fused sweep takes it, else None."""
-    # a cap's rounding must be the same here and in the backward, whose tiles torch caps
-    capped = source.transform.softcap is not None
-    if fused is None or capped or not isinstance(source, LinearHead) or not source.rows or not source.columns:
+    if fused is None or not isinstance(source, LinearHead) or not source.rows or not source.columns:
         return None
-    return None if source.exact else source  # its sums have no slabs
+    # a cap's rounding must be the same here and in the backward, whose tiles torch caps; and its sums have no slabs
+    return None if source.transform.softcap is not None or source.exact else source
 
 
 def _fold_tiles(
@@ -116,8 +115,8 @@ def _fold_tiles(
     count = rows.stop - rows.start
     stats, tiles = nothing(source.views, count, scratch), []
     for index, columns in enumerate(column_tiles if count else []):
-        tile = source.logits(rows, columns, _tile(buffers[index % len(buffers)], source.views, count, columns))
-        work, first = _tile(scratch, ops.SCRATCH, count, columns), source.first + columns.start
+        tile = source.logits(rows, columns, window(buffers[index % len(buffers)], source.views, count, columns))
+        work, first = window(scratch, ops.SCRATCH, count, columns), source.first + columns.start
         if source.views == 1:
             assert targets is not None
             stats = ops.fold(tile[0], targets, first, stats, work)
@@ -134,10 +133,10 @@ def forward(source: Source, ops: TileOps, targets: Tensor, workspace: int, fused
     """
     tiling = choose_tiling(source, ops, workspace or current_workspace())
     head = _head_to_fuse(source, fused)
-    buffers = [] if head else [_buffer(source, tiling, 1)]
-    scratch = _buffer(source, tiling, ops.SCRATCH)
+    buffers = [] if head else [buffer_of(source, tiling, 1)]
+    scratch = buffer_of(source, tiling, ops.SCRATCH)
     column_tiles, blocks = list(tiling.column_tiles(source.columns)), []
-    for rows in _row_blocks(source, tiling):
+    for rows in blocks_of_rows(source, tiling):
         if fused is not None and head is not None:
             stats = fused.sweep(head, rows, targets[rows])
         else:
@@ -151,38 +150,39 @@ def forward_pair(
     ops: TileOps,
     targets: Tensor | None,
     workspace: int,
-    jsd: bool = False,
+    beta: float | None = None,
     fused: FusedSweep | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Two views: both softmaxes and `KL(p || q)` of every row, a packed `Pair`, `[10, rows]`.
 
-    With `jsd` also the two terms of that divergence, `[2, rows]`. It needs both normalisers first, so a second fold
-    follows over the tiles of the row block, which are kept: no product is done twice, and nothing is fused.
+    With `beta` also the two terms of that Jensen-Shannon divergence, `[2, rows]`. It needs both normalisers first, so a
+    second fold follows over the tiles of the row block, which are kept: no product is done twice, and nothing is fused.
     """
+    jsd = beta is not None
     tiling = choose_tiling(source, ops, workspace or current_workspace(), keep_tiles=jsd)
     head = None if jsd else _head_to_fuse(source, fused)
     column_tiles = list(tiling.column_tiles(source.columns))
-    buffers = [] if head else [_buffer(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
-    scratch = _buffer(source, tiling, ops.SCRATCH)
+    buffers = [] if head else [buffer_of(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
+    scratch = buffer_of(source, tiling, ops.SCRATCH)
     blocks, jsd_terms = [], []
-    for rows in _row_blocks(source, tiling):
+    for rows in blocks_of_rows(source, tiling):
         chosen = None if targets is None else targets[rows]
         if fused is not None and head is not None:
             tiles: list[Tensor] = []
             stats = fused.sweep_pair(head, rows, chosen)
         else:
             stats, tiles = _fold_tiles(source, ops, chosen, rows, column_tiles, buffers, scratch)
-        pair = pack(finish_pair(unpack_pair_stats(merge_ranks(stats, source.group, _merge_pair))))
+        pair = pack(finish_pair(unpack_pair_stats(merge_ranks(stats, source.group, merge_packed_pair))))
         blocks.append(pair)
-        if jsd:
+        if beta is not None:
             terms = stats.new_zeros(JSD_FIELDS, rows.stop - rows.start)
             for tile in tiles:
-                terms = ops.fold_jsd(tile, pair, terms)
+                terms = ops.fold_jsd(tile, pair, terms, beta)
             jsd_terms.append(sum_ranks(terms, source.group))
     return torch.cat(blocks, dim=1), torch.cat(jsd_terms, dim=1) if jsd else None
 
 
-def _of_finite(values: Tensor, grads: Tensor) -> Tensor:
+def of_finite(values: Tensor, grads: Tensor) -> Tensor:
     """Upstream gradients of these outputs, 0 where one is infinite: no change of the logits would move it."""
     return torch.where(torch.isinf(values), 0.0, grads)
 
@@ -190,21 +190,21 @@ def _of_finite(values: Tensor, grads: Tensor) -> Tensor:
 def _of_view(softmax: Tensor, grads: Tensor) -> Tensor:
     """Upstream gradients of one view's outputs, as its tiles are given them."""
     after = GRAD_LOGPROB + 1
-    return torch.cat([_of_finite(softmax[LOGPROB:], grads[:after]), grads[after:]])
+    return torch.cat([of_finite(softmax[LOGPROB:], grads[:after]), grads[after:]])
 
 
-def _of_pair(pair: Tensor, grads: Tensor, jsd: bool) -> Tensor:
+def of_pair(pair: Tensor, grads: Tensor, jsd: bool) -> Tensor:
     """Those of two views' outputs; without targets there are none of log-probabilities."""
     entropies, logprobs = grads[GRAD_ENTROPY_P:GRAD_LOGPROB_P], grads[GRAD_LOGPROB_P:]
     divergence = grads[GRAD_DIVERGENCE:GRAD_ENTROPY_P]
     if not jsd:
-        divergence = _of_finite(pair[KL:], divergence)
+        divergence = of_finite(pair[KL:], divergence)
     if len(logprobs):
-        logprobs = _of_finite(pair[LOGPROB:MEAN_DIFF:SOFTMAX_FIELDS], logprobs)
+        logprobs = of_finite(pair[LOGPROB:MEAN_DIFF:SOFTMAX_FIELDS], logprobs)
     return torch.cat([divergence, entropies, logprobs])
 
 
-class _GradientTile(NamedTuple):
+class GradientTile(NamedTuple):
     """A recomputed tile, `[views, rows, columns]`, whose gradient is to be accumulated."""
 
     rows: slice
@@ -213,7 +213,7 @@ class _GradientTile(NamedTuple):
     of_columns: bool
 
 
-def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[_GradientTile]:
+def backward_tiles(source: Source, ops: Held, workspace: int) -> Iterator[GradientTile]:
     """Recomputed tiles in an order in which all sums fit; none where there are no rows.
 
     Gradients of rows are sums over the vocabulary, those of columns over the rows. Column by column, the sums of all
@@ -228,11 +228,11 @@ def _backward_tiles(source: Source, ops: TileOps, workspace: int) -> Iterator[_G
         if together < source.rows:
             together = together // by_columns.rows * by_columns.rows
     walks = [by_columns] if together == source.rows else [by_columns, by_rows]
-    buffer = _buffer(source, max(walks, key=lambda tiling: tiling.rows * tiling.columns), source.views)
+    buffer = buffer_of(source, max(walks, key=lambda tiling: tiling.rows * tiling.columns), source.views)
 
-    def made(rows: slice, columns: slice, of_columns: bool) -> _GradientTile:
-        tile = _tile(buffer, source.views, rows.stop - rows.start, columns)
-        return _GradientTile(rows, columns, source.logits(rows, columns, tile), of_columns)
+    def made(rows: slice, columns: slice, of_columns: bool) -> GradientTile:
+        tile = window(buffer, source.views, rows.stop - rows.start, columns)
+        return GradientTile(rows, columns, source.logits(rows, columns, tile), of_columns)
 
     if together or source.shares_columns:
         source.open(slice(0, together))
@@ -259,9 +259,9 @@ def backward(source: Source, ops: TileOps, softmax: Tensor, targets: Tensor, gra
         ops, workspace: As in the forward.
     """
     grads = _of_view(softmax, grads)
-    for rows, columns, tile, of_columns in _backward_tiles(source, ops, workspace):
+    for rows, columns, tile, of_columns in backward_tiles(source, ops, workspace):
         first = source.first + columns.start
-        ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transform)
+        ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transforms[0])
         source.accumulate(rows, columns, tile, of_columns)
 
 
@@ -288,7 +288,7 @@ def forward_backward(
         softmax = forward(source, ops, targets, workspace)
         backward(source, ops, softmax, targets, derivative(softmax), workspace)
         return
-    scratch = _buffer(source, tiling, ops.SCRATCH)
+    scratch = buffer_of(source, tiling, ops.SCRATCH)
     kept, blocks = [], []
     for rows in row_blocks:
         buffers = [scratch.new_empty((rows.stop - rows.start) * (c.stop - c.start)) for c in column_tiles]
@@ -301,7 +301,7 @@ def forward_backward(
     for index, columns in enumerate(column_tiles):
         for rows, tiles in zip(row_blocks, kept, strict=True):
             tile, first = tiles[index], source.first + columns.start
-            ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transform)
+            ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transforms[0])
             source.accumulate(rows, columns, tile)
     source.close()
 
@@ -311,20 +311,22 @@ def backward_pair(
     ops: TileOps,
     pair: Tensor,
     jsd_terms: Tensor | None,
+    beta: float,
     targets: Tensor | None,
     grads: Tensor,
     workspace: int,
 ) -> None:
     """As `backward`, for two views; `grads` are upstream of divergence, both entropies and both log-probabilities."""
-    grads = _of_pair(pair, grads, jsd_terms is not None)
-    for rows, columns, tile, of_columns in _backward_tiles(source, ops, workspace):
+    grads = of_pair(pair, grads, jsd_terms is not None)
+    for rows, columns, tile, of_columns in backward_tiles(source, ops, workspace):
         ops.gradient_pair_(
             tile,
             pair[:, rows],
             None if jsd_terms is None else jsd_terms[:, rows],
+            beta,
             None if targets is None else targets[rows],
             source.first + columns.start,
             grads[:, rows],
-            source.transform,
+            source.transforms,
         )
         source.accumulate(rows, columns, tile, of_columns)

@@ -40,9 +40,10 @@ void fold_pair(DLDevice, Tile tile, Targets targets, Fields stats) {
   for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_pair(tile, targets, stats, begin, end); });
 }
 
-void fold_jsd(DLDevice, Tile tile, Fields pair, Fields jsd_terms) {
+void fold_jsd(DLDevice, Tile tile, Fields pair, Mixture mixture, Fields jsd_terms) {
   const Operations& on = operations();
-  for_rows(tile.rows, tile.columns, [&](auto begin, auto end) { on.fold_jsd(tile, pair, jsd_terms, begin, end); });
+  for_rows(tile.rows, tile.columns,
+           [&](auto begin, auto end) { on.fold_jsd(tile, pair, mixture, jsd_terms, begin, end); });
 }
 
 void gradient(DLDevice, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope) {
@@ -51,10 +52,12 @@ void gradient(DLDevice, Tile tile, Fields softmax, Targets targets, Fields grads
            [&](auto begin, auto end) { on.gradient(tile, softmax, targets, grads, slope, begin, end); });
 }
 
-void gradient_pair(DLDevice, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope) {
+void gradient_pair(DLDevice, Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets, Fields grads,
+                   Slopes slopes) {
   const Operations& on = operations();
-  for_rows(tile.rows, tile.columns,
-           [&](auto begin, auto end) { on.gradient_pair(tile, pair, jsd_terms, targets, grads, slope, begin, end); });
+  for_rows(tile.rows, tile.columns, [&](auto begin, auto end) {
+    on.gradient_pair(tile, pair, jsd_terms, mixture, targets, grads, slopes, begin, end);
+  });
 }
 
 void topk_mask(DLDevice, const Scores& scores, double keep_ratio, float threshold, float* keep) {

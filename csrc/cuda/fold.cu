@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
 
 template <int THREADS, int WIDTH>
 __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
-    fold_jsd_kernel(Tile tile, Fields pair, Fields jsd_terms) {
+    fold_jsd_kernel(Tile tile, Fields pair, Mixture mixture, Fields jsd_terms) {
   __shared__ Partials<THREADS, 2> sums;
   const int64_t row = row_of_thread();
   if (row >= tile.rows) return;
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
       const float p = finite(z_p.at[i]), q = finite(z_q.at[i]);
       const float log_p = both.p.log_probability(p), log_q = both.q.log_probability(q);
       const float d = both.log_ratio(both.centred_gap(p, q), log_p, log_q);
-      terms[0] += expf(log_p) * log_share(d);
-      terms[1] += expf(log_q) * log_share(-d);
+      terms[0] += expf(log_p) * log_share_p(d, mixture);
+      terms[1] += expf(log_q) * log_share_q(d, mixture);
     }
   }
   reduce(terms, sums, Add());
@@ -210,9 +210,10 @@ cudaError_t fold_pair(Tile tile, Targets targets, Fields stats, cudaStream_t str
       tile, stream, [](auto threads, auto width) { return fold_pair_kernel<threads, width>; }, tile, targets, stats);
 }
 
-cudaError_t fold_jsd(Tile tile, Fields pair, Fields jsd_terms, cudaStream_t stream) {
+cudaError_t fold_jsd(Tile tile, Fields pair, Mixture mixture, Fields jsd_terms, cudaStream_t stream) {
   return launch_rows(
-      tile, stream, [](auto threads, auto width) { return fold_jsd_kernel<threads, width>; }, tile, pair, jsd_terms);
+      tile, stream, [](auto threads, auto width) { return fold_jsd_kernel<threads, width>; }, tile, pair, mixture,
+      jsd_terms);
 }
 
 }  // namespace vppo

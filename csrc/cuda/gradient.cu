@@ -51,14 +51,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool JSD, int WIDTH>
-__global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fields pair, Fields jsd_terms,
-                                                                 Targets targets, Fields grads, Slope slope) {
+__global__ void __launch_bounds__(kThreads)
+    gradient_pair_kernel(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets, Fields grads,
+                         Slopes slopes) {
   const int64_t row = blockIdx.x;
   float* p_row = tile.data + row * tile.columns;
   float* q_row = p_row + tile.rows * tile.columns;
   const Pair both(pair, row);
   const float term_p = JSD ? field(jsd_terms, kJsdP, row) : 0.0f, term_q = JSD ? field(jsd_terms, kJsdQ, row) : 0.0f;
-  const float of_divergence = field(grads, kGradDivergence, row) * (JSD ? 0.5f : 1.0f);
+  const float upstream = field(grads, kGradDivergence, row);
+  const float of_divergence_p = upstream * (JSD ? mixture.of_p : 1.0f);
+  const float of_divergence_q = upstream * (JSD ? mixture.of_q : 1.0f);
   const float of_entropy_p = field(grads, kGradEntropyP, row), of_entropy_q = field(grads, kGradEntropyQ, row);
   const bool with_targets = targets.data != nullptr;
   const float of_logprob_p = with_targets ? field(grads, kGradLogprobP, row) : 0.0f;
@@ -76,21 +79,21 @@ __global__ void __launch_bounds__(kThreads) gradient_pair_kernel(Tile tile, Fiel
       const float centred = both.centred_gap(z_p.at[i], z_q.at[i]), d = both.log_ratio(centred, log_p, log_q);
       float grad_p, grad_q;
       if constexpr (JSD) {
-        grad_p = p * (log_share(d) - term_p);
-        grad_q = q * (log_share(-d) - term_q);
+        grad_p = p * (log_share_p(d, mixture) - term_p);
+        grad_q = q * (log_share_q(d, mixture) - term_q);
       } else {
         grad_p = p * centred;
         // q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         grad_q = d > 1.0f ? q - p : -q * expm1f(d);
       }
-      grad_p = of_divergence * grad_p - of_entropy_p * p * (log_p + both.p.entropy) - of_logprob_p * p;
-      grad_q = of_divergence * grad_q - of_entropy_q * q * (log_q + both.q.entropy) - of_logprob_q * q;
+      grad_p = of_divergence_p * grad_p - of_entropy_p * p * (log_p + both.p.entropy) - of_logprob_p * p;
+      grad_q = of_divergence_q * grad_q - of_entropy_q * q * (log_q + both.q.entropy) - of_logprob_q * q;
       if (column + i == target) {
         grad_p += of_logprob_p;
         grad_q += of_logprob_q;
       }
-      z_p.at[i] = grad_p * slope_at(slope, z_p.at[i]);
-      z_q.at[i] = grad_q * slope_at(slope, z_q.at[i]);
+      z_p.at[i] = grad_p * slope_at(slopes.p, z_p.at[i]);
+      z_q.at[i] = grad_q * slope_at(slopes.q, z_q.at[i]);
     }
     store(p_row + column, z_p);
     store(q_row + column, z_q);
@@ -110,13 +113,13 @@ cudaError_t gradient(Tile tile, Fields softmax, Targets targets, Fields grads, S
   return launch_columns(gradient_kernel<4>, gradient_kernel<1>, tile, stream, tile, softmax, targets, grads, slope);
 }
 
-cudaError_t gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope,
-                          cudaStream_t stream) {
+cudaError_t gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets, Fields grads,
+                          Slopes slopes, cudaStream_t stream) {
   return jsd_terms.data == nullptr
              ? launch_columns(gradient_pair_kernel<false, 4>, gradient_pair_kernel<false, 1>, tile, stream, tile, pair,
-                              jsd_terms, targets, grads, slope)
+                              jsd_terms, mixture, targets, grads, slopes)
              : launch_columns(gradient_pair_kernel<true, 4>, gradient_pair_kernel<true, 1>, tile, stream, tile, pair,
-                              jsd_terms, targets, grads, slope);
+                              jsd_terms, mixture, targets, grads, slopes);
 }
 
 }  // namespace vppo

@@ -44,18 +44,19 @@ void fold_pair(DLDevice device, Tile tile, Targets targets, Fields stats) {
   on(device, tile.rows, [&](cudaStream_t stream) { return fold_pair(tile, targets, stats, stream); });
 }
 
-void fold_jsd(DLDevice device, Tile tile, Fields pair, Fields jsd_terms) {
-  on(device, tile.rows, [&](cudaStream_t stream) { return fold_jsd(tile, pair, jsd_terms, stream); });
+void fold_jsd(DLDevice device, Tile tile, Fields pair, Mixture mixture, Fields jsd_terms) {
+  on(device, tile.rows, [&](cudaStream_t stream) { return fold_jsd(tile, pair, mixture, jsd_terms, stream); });
 }
 
 void gradient(DLDevice device, Tile tile, Fields softmax, Targets targets, Fields grads, Slope slope) {
   on(device, tile.rows, [&](cudaStream_t stream) { return gradient(tile, softmax, targets, grads, slope, stream); });
 }
 
-void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads,
-                   Slope slope) {
-  on(device, tile.rows,
-     [&](cudaStream_t stream) { return gradient_pair(tile, pair, jsd_terms, targets, grads, slope, stream); });
+void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets,
+                   Fields grads, Slopes slopes) {
+  on(device, tile.rows, [&](cudaStream_t stream) {
+    return gradient_pair(tile, pair, jsd_terms, mixture, targets, grads, slopes, stream);
+  });
 }
 
 void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float threshold, float* keep) {

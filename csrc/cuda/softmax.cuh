@@ -16,6 +16,14 @@ __device__ inline float gap_of(float z_p, float z_q, float max_p, float max_q) {
   return fabsf(between) > kApart ? (z_p - max_p) - (z_q - max_q) : (z_p - z_q) - between;
 }
 
+// `log(p / m)` and `log(q / m)` for `d = log(p / q)` and the mixture m.
+__device__ inline float log_share_p(float d, const Mixture& m) {
+  return log_share(d, m.of_p, m.of_q, m.log_of_p, m.log_of_q);
+}
+__device__ inline float log_share_q(float d, const Mixture& m) {
+  return log_share(-d, m.of_q, m.of_p, m.log_of_q, m.log_of_p);
+}
+
 // One view of a row over the whole vocabulary; `first` is where it begins: kP or kQ.
 struct Softmax {
   float max, log_sum, entropy;

@@ -45,9 +45,9 @@ class Views:
         bias = self.bias if head.pop("bias", False) else None
         return tuple(reference.logits(h, self.weight, bias, **head) for h in (self.hidden, self.perturbed))  # type: ignore[return-value]
 
-    def truth(self, kind: str = "kl", **head: Any) -> DivergenceOutput:
+    def truth(self, kind: str = "kl", beta: float = 0.5, k: int | None = None, **head: Any) -> DivergenceOutput:
         """Every output in float64, on these very inputs."""
-        return reference.divergence(*self.to(torch.float64).logits(**head), self.targets, kind)
+        return reference.divergence(*self.to(torch.float64).logits(**head), self.targets, kind, beta, k)
 
 
 def make_views(

@@ -35,7 +35,8 @@ POINTERS = {"targets_ptr": "*i64", "bias_ptr": "*bf16", "offsets_ptr": "*i64"} |
     ("mask_ptr", "keep_ptr", "present_ptr"), "*i1"
 )
 LOSS = ("low", "high", "dual", "limit", "nll_coef", "entropy_coef", "kl_coef")
-FLOATS = ("scale", "to_cap", "scale_min", "to_one", "scale_range", "min_spread", *LOSS)
+MIXTURE = ("scale_p", "to_cap_p", "scale_q", "to_cap_q", "beta", "log_beta", "log_rest")
+FLOATS = ("scale", "to_cap", *MIXTURE, "scale_min", "to_one", "scale_range", "min_spread", *LOSS)
 UNALIGNED = ("first", "splits", "ratio_bits", "total", "blocks", "stride")
 ONES = ("rows", "columns", "total", "blocks", "stride")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -49,9 +50,12 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
         yield f"fold targets={with_targets}", tiles._fold_kernel, constants, {}, options
         yield f"fold_pair targets={with_targets}", tiles._fold_pair_kernel, constants, {}, options
         for jsd in (True, False):
-            more = constants | dict(JSD=jsd, SOFTCAP=jsd) | ({} if jsd else {"terms_ptr": None})
+            # of Jensen-Shannon's the general one, which takes more registers
+            flags = dict(JSD=jsd, HALF=False, SOFTCAP_P=jsd, SOFTCAP_Q=jsd)
+            more = constants | flags | ({} if jsd else {"terms_ptr": None})
             yield f"gradient_pair targets={with_targets} jsd={jsd}", tiles._gradient_pair_kernel, more, {}, options
-    yield "fold_jsd", tiles._fold_jsd_kernel, shape, {}, options
+    for half in (True, False):
+        yield f"fold_jsd half={half}", tiles._fold_jsd_kernel, dict(HALF=half, **shape), {}, options
     for softcap in (True, False):
         yield f"gradient softcap={softcap}", tiles._gradient_kernel, dict(SOFTCAP=softcap, **shape), {}, options
 

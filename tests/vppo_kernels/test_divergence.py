@@ -136,6 +136,84 @@ def test_directions_are_not_confused(backend: str) -> None:
         assert torch.allclose(a, b, atol=LOGPROB_BOUND)
 
 
+# --- more kinds than two directions and their mean
+
+
+def gkd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Equation 1 of GKD (arXiv 2306.13649), from logits, as it stands there: P is the teacher's, Q the student's."""
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    mean = beta * p + (1 - beta) * q
+    return (beta * p * (p / mean).log() + (1 - beta) * q * (q / mean).log()).sum(-1)
+
+
+BETAS = (1e-3, 0.1, 0.5, 0.8, 0.999)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_beta_is_within_the_bound(backend: str, dtype: torch.dtype) -> None:
+    views = make_views(rows=48, dtype=dtype)
+    for beta in BETAS:
+        got, truth = run(views, backend, kind="jsd", beta=beta, check=True), views.truth("jsd", beta=beta)
+        assert worst(got, truth) < 1, beta
+        exact = gkd(*views.to(torch.float64).logits(), beta)
+        assert torch.allclose(truth.divergence, exact, rtol=1e-6, atol=1e-12)
+
+
+def test_the_ends_of_beta_are_the_two_directions(backend: str) -> None:
+    """As in TRL; close to an end the divergence is that much smaller, and by that number it tends to the same."""
+    views = make_views(rows=24, vocab=300, divergences=(0.01, 0.3))
+    for beta, near, kind in ((0, 1e-3, "reverse_kl"), (1.0, 1 - 1e-3, "kl")):
+        end = run(views, backend, kind="jsd", beta=beta)
+        for a, b in zip(end, run(views, backend, kind=kind), strict=True):
+            assert torch.equal(a, b)
+        close = run(views, backend, kind="jsd", beta=near).divergence / min(near, 1 - near)
+        # but for a row of very unlike tails, which would have to come closer still
+        assert ((close / end.divergence - 1).abs() < 0.05).sum() >= 23
+
+
+@pytest.mark.parametrize("kind", [dict(kind="jsd", beta=beta) for beta in BETAS] + [dict(kind="topk", k=7)], ids=str)
+def test_their_gradients_err_no_more_than_torch(backend: str, kind: dict) -> None:
+    views = make_views(rows=32, vocab=400, hidden_size=32, divergences=(1e-4, 5))
+    ours, plain, exact = views.grad(), views.grad(), views.to(torch.float64).grad()
+    upstream = torch.linspace(-1, 1, 32)
+    sets = [
+        torch.autograd.grad((upstream * output.divergence).sum(), (of.hidden, of.perturbed, of.weight))
+        for output, of in (
+            (run(ours, backend, **kind), ours),
+            (reference.divergence(*plain.logits(), views.targets, **kind), plain),
+            (exact.truth(**kind), exact),
+        )
+    ]
+    for a, b, truth in zip(*sets, strict=True):
+        assert relative_error(a, truth) <= relative_error(b, truth) + 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 7, 300, 2000, 5000])
+def test_the_likeliest_words_and_the_rest(backend: str, k: int) -> None:
+    """Whatever the tiles are; with all words it is the divergence of all words."""
+    views = make_views(rows=24)
+    truth = views.truth("topk", k=k)
+    for tile in ((24, 2000), (10, 130)):
+        with tiles_of(*tile):
+            got = run(views, backend, kind="topk", k=k, check=True)
+        assert worst(got, truth) < 1
+    if k >= 2000:
+        assert worst(run(views, backend, kind="reverse_kl"), truth) < 1
+    else:
+        assert (truth.divergence < views.truth("reverse_kl").divergence).all()
+
+
+def test_the_likeliest_words_of_given_logits(backend: str) -> None:
+    z_p, z_q = (z.requires_grad_() for z in make_views(rows=24, vocab=500).logits())
+    got = divergence(z_p, z_q, kind="topk", k=20, softcap=30.0, vocab_size=480, backend=backend, check=True)
+    exact = [z.detach().double().requires_grad_() for z in (z_p, z_q)]
+    truth = reference.topk(*(reference.transform(z[:, :480], softcap=30.0) for z in exact), k=20)
+    assert ((got.divergence - truth).abs() < divergence_bound(truth)).all()
+    ours = torch.autograd.grad(got.divergence.sum(), (z_p, z_q))
+    for a, b in zip(ours, torch.autograd.grad(truth.sum(), exact), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
 # --- gradients
 
 

@@ -83,9 +83,9 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     return {
         "fold": (z[0], targets, 0, pair[:4]),
         "fold_pair": (z, targets, 0, pair),
-        "fold_jsd": (z, pair, pair[:2].clone()),
+        "fold_jsd": (z, pair, pair[:2].clone(), 0.5),
         "gradient": (z[0], pair[:4], targets, 0, grads[:2], 1.0, 0.0),
-        "gradient_pair": (z, pair, pair[:2].clone(), targets, 0, grads, 1.0, 0.0),
+        "gradient_pair": (z, pair, pair[:2].clone(), 0.5, targets, 0, grads, 1.0, 0.0, 1.0, 0.0),
         "topk_mask": (scores, mask, 0.4, None, mask.clone()),
     }
 
@@ -107,11 +107,11 @@ def on_tiles(library: Any, rows: int, columns: int) -> list[Tensor]:
     library.fold(z[0], targets, 0, single)
     library.fold_pair(z, targets, 0, stats)
     pair = pack(finish_pair(unpack_pair_stats(stats)))
-    library.fold_jsd(z, pair, jsd_terms)
+    library.fold_jsd(z, pair, jsd_terms, 0.5)
     grads, alone, kl, jsd = torch.randn(5, rows, generator=g), z[0].clone(), z.clone(), z.clone()
     library.gradient(alone, pair[:4], targets, 0, grads[:2], 1.0, 0.1)
-    library.gradient_pair(kl, pair, None, targets, 0, grads, 1.0, 0.1)
-    library.gradient_pair(jsd, pair, jsd_terms, targets, 0, grads, 1.0, 0.0)
+    library.gradient_pair(kl, pair, None, 0.5, targets, 0, grads, 1.0, 0.1, 0.9, 0.2)
+    library.gradient_pair(jsd, pair, jsd_terms, 0.5, targets, 0, grads, 1.0, 0.0, 0.8, 0.0)
     return [single, stats, jsd_terms, alone, kl, jsd]
 
 

@@ -117,23 +117,26 @@ def pair_of(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
     return z, targets, pack(finish_pair(unpack_pair_stats(stats))), torch.randn(5, rows, generator=g)
 
 
-PACKED = 3  # of the results of `everything` are statistics, the others tiles
+PACKED = 4  # of the results of `everything` are statistics, the others tiles
 
 
 def everything(z: Tensor, targets: Tensor, pair: Tensor, grads: Tensor, backend: Any) -> list[Tensor]:
     """Results of all operations of a backend on one tile."""
     rows, columns = z.shape[1:]
     scratch, transform = torch.empty(3, rows, columns), LogitTransform(0.9, 1.1, 20.0)
-    jsd_terms = backend.fold_jsd(z, pair, torch.zeros(2, rows))
+    jsd_terms = backend.fold_jsd(z, pair, torch.zeros(2, rows), 0.5)
+    mixed = backend.fold_jsd(z, pair, torch.zeros(2, rows), 0.1)
     results = [
         backend.fold(z[0], targets, 3, nothing(1, rows, z), scratch),
         backend.fold_pair(z, targets, 3, nothing(2, rows, z), scratch),
         jsd_terms,
+        mixed,
     ]
-    for half in (None, jsd_terms):
+    for half, beta in ((None, 0.5), (jsd_terms, 0.5), (mixed, 0.1)):
         for chosen in (None, targets):
             tile = torch.empty_like(z).copy_(z)
-            backend.gradient_pair_(tile, pair, half, chosen, 3, grads if chosen is not None else grads[:3], transform)
+            upstream = grads if chosen is not None else grads[:3]
+            backend.gradient_pair_(tile, pair, half, beta, chosen, 3, upstream, (transform, LogitTransform(1.2, 0.8)))
             results.append(tile)
     tile = z[0].clone()
     backend.gradient_(tile, pair[:4], targets, 3, grads[:2], transform)
@@ -214,7 +217,7 @@ def test_empty_tiles_change_nothing(shape: tuple[int, int]) -> None:
     before = stats.clone()
     assert torch.equal(native.fold_pair(z, targets, 0, stats, z), before)
     assert torch.equal(native.fold(z[0], targets, 0, stats[:4], z), before[:4])
-    native.gradient_pair_(z, stats, None, targets, 0, grads, LogitTransform())
+    native.gradient_pair_(z, stats, None, 0.5, targets, 0, grads, (LogitTransform(), LogitTransform()))
     native.gradient_(z[0], stats[:4], targets, 0, grads[:2], LogitTransform())
 
 
@@ -266,9 +269,9 @@ def arguments() -> dict[str, list[Any]]:
     return {
         "fold": [z[0], targets, 0, pair[:4].clone()],
         "fold_pair": [z, targets, 0, pair],
-        "fold_jsd": [z, pair, jsd_terms],
+        "fold_jsd": [z, pair, jsd_terms, 0.5],
         "gradient": [z[0].clone(), pair[:4], targets, 0, grads[:2], 1.0, 0.0],
-        "gradient_pair": [z.clone(), pair, jsd_terms, targets, 0, grads, 1.0, 0.0],
+        "gradient_pair": [z.clone(), pair, jsd_terms, 0.5, targets, 0, grads, 1.0, 0.0, 1.0, 0.0],
         "topk_mask": [like(), mask, 0.4, None, None, mask.clone()],
         "topk_mask packed": [like()[0], mask[0], 0.4, 0.5, offsets, like()[0]],
         "evaluate": ["exp", like()[0], like()[0]],

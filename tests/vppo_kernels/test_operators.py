@@ -13,26 +13,33 @@ from vppo_kernels import divergence, linear_divergence, linear_logprob
 from vppo_kernels.sweep import sweep, sweep_backward
 from vppo_kernels.tiling import MIB
 
-KINDS = ("logprob", "kl", "reverse_kl", "jsd")
+KINDS = ("logprob", "kl", "reverse_kl", "jsd", "topk")
 
 
-def arguments(kind: str, backend: str, linear: bool, with_targets: bool = True) -> tuple[Any, ...]:
+def arguments(kind: str, backend: str, source: str, with_targets: bool = True) -> tuple[Any, ...]:
     """Of the forward operator, leaves that want gradients."""
     views = make_views(rows=6, vocab=40, hidden_size=8).grad()
+    linear, two_heads = source != "logits", source == "two heads" and kind != "logprob"
     inputs = [views.hidden, views.perturbed] if linear else [z.detach().requires_grad_() for z in views.logits()]
     head = (views.weight, views.bias) if linear else (None, None)
+    other = (views.weight.detach().flip(0).clone().requires_grad_(), None) if two_heads else (None, None)
     targets = views.targets if with_targets else None
     shard = [0, 37, 37, 37]
     targets = None if targets is None else targets % 37
     return (
         inputs[: 1 if kind == "logprob" else 2],
         *head,
+        *other,
         targets,
         None,
         [0.8, 1.1, 9.0],
+        [1.2, 0.9] if two_heads else None,
         shard,
+        [False] * (2 if two_heads else 1),
         "",
         kind,
+        0.3,
+        3,
         backend,
         MIB,
         False,
@@ -40,19 +47,19 @@ def arguments(kind: str, backend: str, linear: bool, with_targets: bool = True) 
     )
 
 
-@pytest.mark.parametrize("linear", [True, False], ids=["linear", "logits"])
+@pytest.mark.parametrize("source", ["linear", "logits", "two heads"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(backend: str, kind: str, linear: bool) -> None:
-    given = arguments(kind, backend, linear, with_targets=kind != "kl")
+def test_opcheck(backend: str, kind: str, source: str) -> None:
+    given = arguments(kind, backend, source, with_targets=kind != "kl")
     torch.library.opcheck(sweep, given)
     values, saved = sweep(*given)
-    wants = [True] * (len(given[0]) + (2 if linear else 0))
+    wants = [True] * (len(given[0]) + sum(x is not None for x in given[1:5]))
     wants[0] = False
-    inputs = [[x.detach() for x in given[0]], *(None if x is None else x.detach() for x in given[1:3])]
+    inputs = [[x.detach() for x in given[0]], *(None if x is None else x.detach() for x in given[1:5])]
     checks = ("test_schema", "test_faketensor")  # it has no gradient of its own
     torch.library.opcheck(
         sweep_backward,
-        (torch.ones_like(values), saved.detach(), *inputs, *given[3:-1], wants),
+        (torch.ones_like(values), saved.detach(), *inputs, *given[5:-1], wants),
         test_utils=checks,
     )
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from support.views import Views, make_views, relative_error, tiles_of
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -229,6 +229,89 @@ def sharded_tensor(rank: int) -> None:
 
 def test_a_weight_that_is_a_sharded_tensor(tmp_path: Path) -> None:
     spawn(sharded_tensor, tmp_path, 2)
+
+
+OF_KIND: tuple[dict[str, Any], ...] = (
+    dict(kind="kl"), dict(kind="reverse_kl"), dict(kind="jsd"), dict(kind="jsd", beta=0.2), dict(kind="topk", k=4),
+    dict(kind="topk", k=70),
+)  # fmt: skip
+
+
+def split_heads(rank: int, sizes: list[int], backend: str) -> None:
+    """A student's head and a wider teacher's: both split, or one of them whole on every rank."""
+    dtype, padded = torch.float64 if backend == "torch" else torch.float32, 120
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    mesh, group = init_device_mesh("cpu", (len(sizes),)), dist.group.WORLD
+    teachers = make_views(rows=9, vocab=padded, hidden_size=20, dtype=dtype, seed=1).grad()
+
+    def tensors() -> list[Tensor]:
+        student = inputs(dtype)
+        found = [student.hidden, student.weight, student.bias, teachers.hidden, teachers.weight, teachers.bias]
+        return [x.detach().clone().requires_grad_() for x in found]
+
+    def run(given: list[Any], **options: Any) -> Any:
+        student, weight, bias, teacher, weight_other, bias_other = given
+        return linear_divergence(
+            student, teacher, weight, bias, weight_other=weight_other, bias_other=bias_other, targets=targets,
+            vocab_size=VOCAB, softcap_other=25.0, backend=backend, check=True, **options,
+        )  # fmt: skip
+
+    def part(x: Tensor) -> Tensor:
+        return x.detach()[mine].clone().requires_grad_()
+
+    def sharded(x: Tensor, placement: Any) -> Any:
+        return distribute_tensor(x.detach().clone(), mesh, [placement]).requires_grad_()
+
+    targets = inputs().targets
+    for kind in OF_KIND:
+        whole = tensors()
+        one = run(whole, **kind)
+        expected = gradients(one, whole)
+        cases: dict[str, tuple[Any, Any, Any]] = {
+            "both split": (part, part, group),
+            "the other replicated": (part, lambda x: sharded(x, Replicate()), group),
+        }
+        if len(set(sizes)) == 1:  # DTensors are split evenly
+            cases |= {
+                "both sharded": (lambda x: sharded(x, Shard(0)), lambda x: sharded(x[: sum(sizes)], Shard(0)), None),
+                "the first whole": (
+                    lambda x: x.detach().clone().requires_grad_(),
+                    lambda x: sharded(x[: sum(sizes)], Shard(0)),
+                    None,
+                ),
+                "the other whole": (
+                    lambda x: sharded(x, Shard(0)),
+                    lambda x: x.detach().clone().requires_grad_(),
+                    None,
+                ),
+            }
+        for name, (own, other, of) in cases.items():
+            student, *head, teacher = tensors()[:4]
+            given = [student, *map(own, head), teacher, *map(other, tensors()[4:])]
+            with tiles_of(4, 17):
+                two = run(given, process_group=of, **kind)
+                got = gradients(two, given)
+            assert_same(two, one, f"{kind}, {name}")
+            for a, b, x in zip(got, expected, given, strict=True):
+                a = a.full_tensor() if hasattr(a, "full_tensor") else a
+                if len(a) < len(b):  # this rank's part, or without the teacher's last rows, which are padding
+                    b = b[mine] if own is part else b[: len(a)]
+                assert_same([a], [b], f"gradient of {kind}, {name}, {list(x.shape)}")
+
+    shifted = slice(mine.start + (rank > 0), mine.stop + (rank < len(sizes) - 1))
+    given = [*tensors()[:1], *map(part, tensors()[1:3]), tensors()[3], *(x.detach()[shifted] for x in tensors()[4:])]
+    with pytest.raises(ValueError, match=r"weight_other: its ranks hold .* words, takes the .* that those of weight"):
+        run(given, process_group=group)
+    alone = [dist.new_group([other]) for other in range(len(sizes))][rank]
+    given[4:] = [sharded(x, Replicate()) for x in tensors()[4:]]
+    lonely = distribute_tensor(tensors()[4].detach(), DeviceMesh.from_group(alone, "cpu"), [Shard(0)])
+    with pytest.raises(ValueError, match=r"weight_other: got one split over ranks \[\d\], takes those of weight"):
+        run([*given[:4], lonely, None], process_group=group)
+
+
+@pytest.mark.parametrize(("sizes", "name"), [([55, 55], "torch"), ([40, 70], "torch"), ([40, 70], "triton")], ids=str)
+def test_two_heads_of_a_split_vocabulary(tmp_path: Path, sizes: list[int], name: str) -> None:
+    spawn(split_heads, tmp_path, len(sizes), sizes, name)
 
 
 class Head(nn.Module):

@@ -56,7 +56,7 @@ OPS: Any = SimpleNamespace(
     PEAK=4,
     fold=keep,
     fold_pair=keep,
-    fold_jsd=lambda tile, pair, half: half,
+    fold_jsd=lambda tile, pair, half, beta: half,
     gradient_=lambda *_: None,
     gradient_pair_=lambda *_: None,
 )  # as Triton's: kernels in place
@@ -94,7 +94,7 @@ def test_the_backward_stays_within_its_bound(views: int, active: int | None, wan
             if views == 1:
                 tiling.backward(source, OPS, packed, targets, grads, DEFAULT_WORKSPACE)
             else:
-                tiling.backward_pair(source, OPS, packed, None, targets, grads, DEFAULT_WORKSPACE)
+                tiling.backward_pair(source, OPS, packed, None, 0.5, targets, grads, DEFAULT_WORKSPACE)
             made = gradients(source)
     assert memory.peak - made <= DEFAULT_WORKSPACE, f"{(memory.peak - made) / MIB:.0f} MiB"
     assert memory.peak - made > DEFAULT_WORKSPACE / 8, "tiles could be larger"
@@ -117,7 +117,7 @@ def test_the_forward_stays_within_its_bound(kind: str, active: int | None, chip:
             elif kind == "logprob":
                 tiling.forward(source, OPS, targets, DEFAULT_WORKSPACE)
             else:
-                tiling.forward_pair(source, OPS, targets, DEFAULT_WORKSPACE, jsd=kind == "jsd")
+                tiling.forward_pair(source, OPS, targets, DEFAULT_WORKSPACE, 0.5 if kind == "jsd" else None)
             made = gradients(source)
     assert memory.peak - made <= DEFAULT_WORKSPACE, f"{(memory.peak - made) / MIB:.0f} MiB"
 

@@ -27,9 +27,9 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, s
     return stats
 
 
-def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
+def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor, beta: float) -> Tensor:
     """See `TileOps`; `jsd_terms` is updated in place."""
-    library(tile.device.type).fold_jsd(tile, pair, jsd_terms)
+    library(tile.device.type).fold_jsd(tile, pair, jsd_terms, beta)
     return jsd_terms
 
 
@@ -44,13 +44,15 @@ def gradient_pair_(
     tile: Tensor,
     pair: Tensor,
     jsd_terms: Tensor | None,
+    beta: float,
     targets: Tensor | None,
     first: int,
     grads: Tensor,
-    transform: LogitTransform,
+    transforms: tuple[LogitTransform, ...],
 ) -> None:
     """See `TileOps`."""
-    library(tile.device.type).gradient_pair(tile, pair, jsd_terms, targets, first, grads, *_slope(transform))
+    slopes = (number for transform in transforms for number in _slope(transform))
+    library(tile.device.type).gradient_pair(tile, pair, jsd_terms, beta, targets, first, grads, *slopes)
 
 
 def _slope(transform: LogitTransform) -> tuple[float, float]:

@@ -38,10 +38,11 @@ class TileOps(Protocol):
         """Two views' packed `PairStats` with one more tile; the tile stays, `stats` may be updated in place."""
         ...
 
-    def fold_jsd(self, tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
+    def fold_jsd(self, tile: Tensor, pair: Tensor, jsd_terms: Tensor, beta: float) -> Tensor:
         """`KL(p || m)` and `KL(q || m)`, `[2, rows]`, with one more tile; `jsd_terms` may be updated in place.
 
-        `pair` is a packed `Pair`; the mean of the two terms is the Jensen-Shannon divergence.
+        `pair` is a packed `Pair`, and `m = (1 - beta) p + beta q`. The Jensen-Shannon divergence is the sum of both
+        terms, the one times `1 - beta`, the other times `beta`.
         """
         ...
 
@@ -64,10 +65,11 @@ class TileOps(Protocol):
         tile: Tensor,
         pair: Tensor,
         jsd_terms: Tensor | None,
+        beta: float,
         targets: Tensor | None,
         first: int,
         grads: Tensor,
-        transform: LogitTransform,
+        transforms: tuple[LogitTransform, ...],
     ) -> None:
         """Overwrite both views' tile with the gradient of their raw logits.
 
@@ -75,10 +77,11 @@ class TileOps(Protocol):
             tile: `[2, rows, columns]`.
             pair: A packed `Pair`.
             jsd_terms: `[2, rows]` where the divergence is Jensen-Shannon's; None where it is `KL(p || q)`.
+            beta: Of the Jensen-Shannon divergence, see `fold_jsd`; else it has no part in anything.
             targets, first: See the class.
             grads: `[5, rows]`, upstream of the divergence, the entropies of p and q and their log-probabilities;
                 `[3, rows]` without targets.
-            transform: From raw logits to those of the tile.
+            transforms: From raw logits to those of the tile, of each view.
         """
         ...
 

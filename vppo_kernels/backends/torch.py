@@ -118,18 +118,22 @@ def _gap_and_excess(z_p: Tensor, z_q: Tensor, weights: Tensor, max_p: Tensor, ma
     return torch.where(hidden, math.inf, mean_diff), torch.where(d < 1.0, near, far).sum(1)
 
 
-def _log_share(d: Tensor) -> Tensor:
-    """`log(p / m)` for `d = log(p / q)` and `m = (p + q) / 2`, accurate for small and for very negative `d`."""
+def _log_share(d: Tensor, beta: float) -> Tensor:
+    """`log(p / m)` for `d = log(p / q)` and `m = (1 - beta) p + beta q`, for small and for very negative `d` too."""
+    if beta != 0.5:  # near 0 from the gap itself, elsewhere from logarithms: exp(-d) could overflow, or cancel the rest
+        near = torch.log1p(d.clamp(-0.5, 0.5).neg_().expm1_().mul_(beta))
+        far = torch.logaddexp(math.log(beta) - d, d.new_tensor(math.log1p(-beta)))
+        return torch.where(d.abs() < 0.5, near, far).neg_()
     return torch.where(d > -1.0, torch.log1p(torch.tanh(0.5 * d)), math.log(2) - torch.nn.functional.softplus(-d))
 
 
-def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
+def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor, beta: float) -> Tensor:
     """See `TileOps`."""
     tile, both = tile.clamp_min(-EXP_FLOOR), unpack_pair(pair)
     logp, logq = _log_softmax(tile[0], both.p), _log_softmax(tile[1], both.q)
     d = _log_ratio(_centred_gap(tile, both), both.kl, logp, logq)
     return jsd_terms.add_(
-        torch.stack([logp.exp_().mul_(_log_share(d)).sum(1), logq.exp_().mul_(_log_share(-d)).sum(1)])
+        torch.stack([logp.exp_().mul_(_log_share(d, beta)).sum(1), logq.exp_().mul_(_log_share(-d, 1 - beta)).sum(1)])
     )
 
 
@@ -198,15 +202,16 @@ def gradient_pair_(
     tile: Tensor,
     pair: Tensor,
     jsd_terms: Tensor | None,
+    beta: float,
     targets: Tensor | None,
     first: int,
     grads: Tensor,
-    transform: LogitTransform,
+    transforms: tuple[LogitTransform, ...],
 ) -> None:
     """See `TileOps`."""
     tile.clamp_min_(-EXP_FLOOR)  # a masked word: a finite logit whose probability is 0
-    slope, both = transform.slope(tile), unpack_pair(pair)
     z_p, z_q = tile[0], tile[1]
+    slopes, both = [transform.slope(z) for transform, z in zip(transforms, tile, strict=True)], unpack_pair(pair)
     scale = grads[GRAD_DIVERGENCE].unsqueeze(1)
     centred = _centred_gap(tile, both)
     logp, logq = _log_softmax(z_p, both.p), _log_softmax(z_q, both.q)
@@ -215,8 +220,8 @@ def gradient_pair_(
         # q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         inner_p, inner_q = scale * centred, d.clamp_max(1.0).expm1_().mul_(-scale)
     else:
-        inner_p = 0.5 * scale * (_log_share(d) - jsd_terms[JSD_P].unsqueeze(1))
-        inner_q = 0.5 * scale * (_log_share(-d) - jsd_terms[JSD_Q].unsqueeze(1))
+        inner_p = (1 - beta) * scale * (_log_share(d, beta) - jsd_terms[JSD_P].unsqueeze(1))
+        inner_q = beta * scale * (_log_share(-d, 1 - beta) - jsd_terms[JSD_Q].unsqueeze(1))
     grad_logprobs = (None, None) if targets is None else (grads[GRAD_LOGPROB_P], grads[GRAD_LOGPROB_Q])
     z_p.copy_(_view_gradient(logp, both.p, grads[GRAD_ENTROPY_P], grad_logprobs[0], inner_p))
     z_q.copy_(_view_gradient(logq, both.q, grads[GRAD_ENTROPY_Q], grad_logprobs[1], inner_q))
@@ -225,4 +230,5 @@ def gradient_pair_(
     if targets is not None:
         _add_at_targets(z_p, targets, first, grads[GRAD_LOGPROB_P])
         _add_at_targets(z_q, targets, first, grads[GRAD_LOGPROB_Q])
-    _times_(tile, slope)
+    _times_(z_p, slopes[0])
+    _times_(z_q, slopes[1])

@@ -6,6 +6,8 @@ with those of earlier tiles before they are written back, in place. Under `TRITO
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,7 +46,7 @@ from vppo_kernels.backends.triton_math import (
     load_logits,
     load_pair_stats,
     load_stats,
-    log_share,
+    log_shares,
     merge,
     merge_pair,
     store_pair_stats,
@@ -220,7 +222,8 @@ def _log_probabilities(z_p, z_q, pair, stride, there):
 
 @triton.jit
 def _fold_jsd_kernel(
-    z_ptr, pair_ptr, pair_stride, terms_ptr, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    z_ptr, pair_ptr, pair_stride, terms_ptr, rows, columns, beta, log_beta, log_rest, HALF: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
@@ -232,8 +235,9 @@ def _fold_jsd_kernel(
         inside = there[:, None] & (column < columns)
         z_p, z_q = _load_finite(p_ptr[:, None] + column, inside), _load_finite(q_ptr[:, None] + column, inside)
         log_p, log_q, d, _ = _log_probabilities(z_p, z_q, pair, pair_stride, there)
-        term_p += tl.sum(tl.where(inside, tl.exp(log_p) * log_share(d), 0.0), 1)
-        term_q += tl.sum(tl.where(inside, tl.exp(log_q) * log_share(-d), 0.0), 1)
+        of_p, of_q = log_shares(d, beta, log_beta, log_rest, HALF)
+        term_p += tl.sum(tl.where(inside, tl.exp(log_p) * of_p, 0.0), 1)
+        term_q += tl.sum(tl.where(inside, tl.exp(log_q) * of_q, 0.0), 1)
     tl.store(terms_ptr + JSD_P * rows + row, term_p, mask=there)
     tl.store(terms_ptr + JSD_Q * rows + row, term_q, mask=there)
 
@@ -270,8 +274,8 @@ def _gradient_kernel(
 @triton.jit
 def _gradient_pair_kernel(
     z_ptr, pair_ptr, pair_stride, terms_ptr, terms_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns,
-    scale, to_cap, HAS_TARGETS: tl.constexpr, JSD: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    scale_p, to_cap_p, scale_q, to_cap_q, beta, log_beta, log_rest, HAS_TARGETS: tl.constexpr, JSD: tl.constexpr,
+    HALF: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -284,8 +288,9 @@ def _gradient_pair_kernel(
     p, q = tl.exp(log_p), tl.exp(log_q)
     upstream = _field(grads, GRAD_DIVERGENCE, grads_stride, there)
     if JSD:
-        grad_p = 0.5 * upstream * p * (log_share(d) - _field(terms_ptr + row, JSD_P, terms_stride, there))
-        grad_q = 0.5 * upstream * q * (log_share(-d) - _field(terms_ptr + row, JSD_Q, terms_stride, there))
+        of_p, of_q = log_shares(d, beta, log_beta, log_rest, HALF)
+        grad_p = (1 - beta) * upstream * p * (of_p - _field(terms_ptr + row, JSD_P, terms_stride, there))
+        grad_q = beta * upstream * q * (of_q - _field(terms_ptr + row, JSD_Q, terms_stride, there))
     else:
         grad_p = upstream * p * centred
         # q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
@@ -298,8 +303,8 @@ def _gradient_pair_kernel(
         hit = tl.where(column == target, 1.0, 0.0)
         grad_p += _field(grads, GRAD_LOGPROB_P, grads_stride, there) * (hit - p)
         grad_q += _field(grads, GRAD_LOGPROB_Q, grads_stride, there) * (hit - q)
-    tl.store(p_ptr, grad_p * _slope(z_p, scale, to_cap, SOFTCAP), mask=inside)
-    tl.store(q_ptr, grad_q * _slope(z_q, scale, to_cap, SOFTCAP), mask=inside)
+    tl.store(p_ptr, grad_p * _slope(z_p, scale_p, to_cap_p, SOFTCAP_P), mask=inside)
+    tl.store(q_ptr, grad_q * _slope(z_q, scale_q, to_cap_q, SOFTCAP_Q), mask=inside)
 
 
 def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
@@ -322,11 +327,13 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, s
     return stats
 
 
-def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor) -> Tensor:
+def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor, beta: float) -> Tensor:
     """See `TileOps`; `jsd_terms` is updated in place."""
     _, rows, columns = tile.shape
     if tile.numel():
-        _fold_jsd_kernel[_grid(rows)](tile, pair, pair.stride(0), jsd_terms, rows, columns, ROWS, BLOCK, **OPTIONS)
+        _fold_jsd_kernel[_grid(rows)](
+            tile, pair, pair.stride(0), jsd_terms, rows, columns, *_mixture_arguments(beta), ROWS, BLOCK, **OPTIONS
+        )
     return jsd_terms
 
 
@@ -346,24 +353,30 @@ def gradient_pair_(
     tile: Tensor,
     pair: Tensor,
     jsd_terms: Tensor | None,
+    beta: float,
     targets: Tensor | None,
     first: int,
     grads: Tensor,
-    transform: LogitTransform,
+    transforms: tuple[LogitTransform, ...],
 ) -> None:
     """See `TileOps`."""
     _, rows, columns = tile.shape
-    scale, to_cap, softcap = _slope_arguments(transform)
+    (scale_p, to_cap_p, softcap_p), (scale_q, to_cap_q, softcap_q) = (_slope_arguments(each) for each in transforms)
+    *shares, half = _mixture_arguments(beta)
     if tile.numel():
         _gradient_pair_kernel[_grid(rows, columns)](
             tile, pair, pair.stride(0), jsd_terms, 0 if jsd_terms is None else jsd_terms.stride(0), targets,
-            grads, grads.stride(0), first, rows, columns, scale, to_cap,
-            targets is not None, jsd_terms is not None, softcap, ROWS, BLOCK, **OPTIONS,
+            grads, grads.stride(0), first, rows, columns, scale_p, to_cap_p, scale_q, to_cap_q, *shares,
+            targets is not None, jsd_terms is not None, half, softcap_p, softcap_q, ROWS, BLOCK, **OPTIONS,
         )  # fmt: skip
 
 
 def _grid(rows: int, columns: int = 1) -> tuple[int, int]:
     return triton.cdiv(rows, ROWS), triton.cdiv(columns, BLOCK)
+
+
+def _mixture_arguments(beta: float) -> tuple[float, float, float, bool]:
+    return beta, math.log(beta), math.log1p(-beta), beta == 0.5
 
 
 def _slope_arguments(transform: LogitTransform) -> tuple[float, float, bool]:

@@ -57,6 +57,32 @@ def log_share(d):
 
 
 @triton.jit
+def log1p(u):
+    """`log(1 + u)` for -0.5 <= u <= 1: twice the inverse hyperbolic tangent of u / (2 + u)."""
+    s = u / (u + 2)
+    t = s * s
+    return 2 * s * (1 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13)))))))
+
+
+@triton.jit
+def log_share_of(d, own, other, log_own, log_other):
+    """The same for `m = own p + other q`: near 0 from the gap, elsewhere from logarithms, as exp(-d) could overflow."""
+    from_q = log_other - d
+    far = tl.maximum(log_own, from_q) + tl.log(1 + tl.exp(-tl.abs(log_own - from_q)))
+    return -tl.where(tl.abs(d) < 0.5, log1p(other * expm1(tl.maximum(tl.minimum(-d, 0.5), -0.5))), far)
+
+
+@triton.jit
+def log_shares(d, beta, log_beta, log_rest, HALF: tl.constexpr):
+    """`log(p / m)` and `log(q / m)` for `m = (1 - beta) p + beta q`; half the arithmetic where HALF, beta 0.5."""
+    if HALF:
+        return log_share(d), log_share(-d)
+    else:
+        of_p = log_share_of(d, 1 - beta, beta, log_rest, log_beta)
+        return of_p, log_share_of(-d, beta, 1 - beta, log_beta, log_rest)
+
+
+@triton.jit
 def finite(z):
     """A logit; of a masked word one so low that it has no weight."""
     return tl.where(z < FLOOR, FLOOR, z)

@@ -1,6 +1,7 @@
 // Exponentials and logarithms of vectors. Tests compare them with float64 over the whole range of floats.
 #pragma once
 
+#include "../../types.h"
 #include "vector.h"
 
 namespace vppo {
@@ -49,7 +50,7 @@ inline Vec phi_near(Vec x) {
   return x * x * p;
 }
 
-// `log(1 + u)` for 0 <= u <= 1: twice the inverse hyperbolic tangent of u / (2 + u).
+// `log(1 + u)` for -0.5 <= u <= 1: twice the inverse hyperbolic tangent of u / (2 + u).
 inline Vec log1p(Vec u) {
   const Vec s = u / (u + 2.0f), t = s * s;
   Vec p = t * 1.1612164612e-1f + 1.08532879004e-1f;
@@ -67,6 +68,21 @@ inline void log_shares(Vec d, Vec& of_p, Vec& of_q) {
   const Int near = abs(d) < 0.5f;
   of_p = near ? 0.5f * d - log_cosh : min(d, Vec{}) + rest;
   of_q = near ? -0.5f * d - log_cosh : min(-d, Vec{}) + rest;
+}
+
+// `-log(own + other exp(-d))`: `log(p / m)` of a mixture; see the same function in statistics.h.
+inline Vec log_share(Vec d, float own, float other, float log_own, float log_other) {
+  const Vec near = -log1p(other * (phi_near(-d) - d)), from_q = log_other - d;
+  const Vec far = max(log_own + Vec{}, from_q) + log1p(exp_down(max(all(kLeast), -abs(log_own - from_q))));
+  return abs(d) < 0.5f ? near : -far;
+}
+
+// `log(p / m)` and `log(q / m)` for `d = log(p / q)` and the mixture m; kHalf, of equal shares, is half the arithmetic.
+template <bool kHalf>
+inline void log_shares(Vec d, const Mixture& mixture, Vec& of_p, Vec& of_q) {
+  if (kHalf) return log_shares(d, of_p, of_q);
+  of_p = log_share(d, mixture.of_p, mixture.of_q, mixture.log_of_p, mixture.log_of_q);
+  of_q = log_share(-d, mixture.of_q, mixture.of_p, mixture.log_of_q, mixture.log_of_p);
 }
 
 inline bool evaluate(const char* function, const float* x, float* out, int64_t count) {

@@ -189,7 +189,8 @@ struct Pair {
   Vec log_ratio(Vec centred, Vec log_p, Vec log_q) const { return kl > kApart ? log_p - log_q : centred + kl; }
 };
 
-void fold_jsd(Tile tile, Fields pair, Fields jsd_terms, int64_t begin, int64_t end) {
+template <bool kHalf>
+void fold_jsd_rows(Tile tile, Fields pair, Mixture mixture, Fields jsd_terms, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const float *const z_p = row_of(tile, 0, row), *const z_q = row_of(tile, 1, row);
     const Pair both(pair, row);
@@ -198,13 +199,18 @@ void fold_jsd(Tile tile, Fields pair, Fields jsd_terms, int64_t begin, int64_t e
       const Vec p = load_finite(z_p + j, n), q = load_finite(z_q + j, n);
       const Vec log_p = both.p.log_probability(p), log_q = both.q.log_probability(q);
       Vec of_p, of_q;
-      log_shares(both.log_ratio(both.centred_gap(p, q), log_p, log_q), of_p, of_q);
+      log_shares<kHalf>(both.log_ratio(both.centred_gap(p, q), log_p, log_q), mixture, of_p, of_q);
       term_p += exp_down(log_p) * of_p;
       term_q += exp_down(log_q) * of_q;
     });
     field(jsd_terms, kJsdP, row) += sum(term_p);
     field(jsd_terms, kJsdQ, row) += sum(term_q);
   }
+}
+
+void fold_jsd(Tile tile, Fields pair, Mixture mixture, Fields jsd_terms, int64_t begin, int64_t end) {
+  const auto rows = mixture.of_p == mixture.of_q ? fold_jsd_rows<true> : fold_jsd_rows<false>;
+  rows(tile, pair, mixture, jsd_terms, begin, end);
 }
 
 inline Vec times_slope(Vec gradient, Vec z, const Slope& slope) {
@@ -234,9 +240,9 @@ void gradient(Tile tile, Fields softmax, Targets targets, Fields grads, Slope sl
   }
 }
 
-template <bool kJsd>
-void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope, int64_t begin,
-                   int64_t end) {
+template <bool kJsd, bool kHalf>
+void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets, Fields grads,
+                   Slopes slopes, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     float *const z_p = row_of(tile, 0, row), *const z_q = row_of(tile, 1, row);
     const Pair both(pair, row);
@@ -246,9 +252,10 @@ void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fi
     const float of_logprob_q = targets.data == nullptr ? 0.0f : field(grads, kGradLogprobQ, row);
     const float term_p = kJsd ? field(jsd_terms, kJsdP, row) : 0.0f;
     const float term_q = kJsd ? field(jsd_terms, kJsdQ, row) : 0.0f;
+    const float share_p = kHalf ? 0.5f : mixture.of_p, share_q = kHalf ? 0.5f : mixture.of_q;
     const int64_t target = target_column(targets, row, tile.columns);
-    const float more_p = at_target(z_p, target, of_logprob_p, slope);
-    const float more_q = at_target(z_q, target, of_logprob_q, slope);
+    const float more_p = at_target(z_p, target, of_logprob_p, slopes.p);
+    const float more_q = at_target(z_q, target, of_logprob_q, slopes.q);
     each_vector(tile.columns, [&](int64_t j, int n) {
       const Vec at_p = load_finite(z_p + j, n), at_q = load_finite(z_q + j, n);
       const Vec log_p = both.p.log_probability(at_p), log_q = both.q.log_probability(at_q);
@@ -258,16 +265,16 @@ void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fi
       Vec grad_q = q * (-of_entropy_q * (log_q + both.q.entropy) - of_logprob_q);
       if (kJsd) {
         Vec of_p, of_q;
-        log_shares(d, of_p, of_q);
-        factor_p += 0.5f * of_divergence * (of_p - term_p);
-        grad_q += 0.5f * of_divergence * q * (of_q - term_q);
+        log_shares<kHalf>(d, mixture, of_p, of_q);
+        factor_p += share_p * of_divergence * (of_p - term_p);
+        grad_q += share_q * of_divergence * q * (of_q - term_q);
       } else {
         factor_p += of_divergence * centred;
         // q - p, near 0 as -q (exp(d) - 1): the difference would lose the digits of a small gap
         grad_q += of_divergence * (abs(d) < 0.5f ? -q * (d + phi_near(d)) : q - p);
       }
-      store(z_p + j, times_slope(p * factor_p, at_p, slope), n);
-      store(z_q + j, times_slope(grad_q, at_q, slope), n);
+      store(z_p + j, times_slope(p * factor_p, at_p, slopes.p), n);
+      store(z_q + j, times_slope(grad_q, at_q, slopes.q), n);
     });
     if (target >= 0) {
       z_p[target] += more_p;
@@ -276,10 +283,12 @@ void gradient_rows(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fi
   }
 }
 
-void gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Targets targets, Fields grads, Slope slope, int64_t begin,
-                   int64_t end) {
-  const auto rows = jsd_terms.data == nullptr ? gradient_rows<false> : gradient_rows<true>;
-  rows(tile, pair, jsd_terms, targets, grads, slope, begin, end);
+void gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets, Fields grads,
+                   Slopes slopes, int64_t begin, int64_t end) {
+  const auto rows = jsd_terms.data == nullptr        ? gradient_rows<false, false>
+                    : mixture.of_p == mixture.of_q ? gradient_rows<true, true>
+                                                   : gradient_rows<true, false>;
+  rows(tile, pair, jsd_terms, mixture, targets, grads, slopes, begin, end);
 }
 
 }  // namespace
