@@ -125,8 +125,8 @@ class ResponsePasses:
             receive: Called inside the head's own forward, once or several times, with the head, some of the rows, and
                 `[len(part), T, D]` hidden states that predict the tokens of their responses.
         """
-        if not rows:
-            rows, receive = [int(batch.has_image.int().argmax())], _drop
+        if not rows:  # of any row, whose perturbed view nobody has made
+            rows, view, receive = [int(batch.has_image.int().argmax())], View(view.keys), _drop
         groups = _groups(batch, rows, view)
         self._way(batch, groups, view)(batch, groups, view, receive)
 

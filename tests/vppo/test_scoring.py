@@ -16,7 +16,7 @@ from vppo.batch import Batch, View
 from vppo.heads import head_forward, logit_options
 from vppo.perturbations import Perturbation, PixelLayout, seeded
 from vppo.prefix_sharing import ResponsePasses
-from vppo.scoring import score
+from vppo.scoring import entropies, measure, score
 from vppo_kernels import reference
 
 NAMES = [f.name for f in families.FAMILIES]
@@ -50,6 +50,35 @@ def test_other_rows_do_not_matter(name: str) -> None:
     some = scored(model, batch, view, [3, 1])
     torch.testing.assert_close(some[[1, 3]], whole[[1, 3]], rtol=1e-4, atol=1e-8)
     assert not some[[0, 2, 4]].any()
+
+
+@pytest.mark.parametrize("memory", [1, 1 << 32])
+@pytest.mark.parametrize("name", NAMES)
+def test_several_views_of_a_row(name: str, memory: int) -> None:
+    """Whatever the layout of its images: their mean, and what it may be off by."""
+    model, batch, view = some_batch(name, images=(1, 2))
+    assert view.pixels is not None
+    views = [view, View(range(5), {key: pixels / 2 for key, pixels in view.pixels.items()})]
+    both = {5 * draw + key: pixels for draw, one in enumerate(views) for key, pixels in (one.pixels or {}).items()}
+    found = measure(
+        ResponsePasses(model, memory=memory), batch, range(5), CLEAN, View(range(10), both), kind="kl", options=PLAIN
+    )
+    each = torch.stack([scored(model, batch, one) for one in views])
+    assert (each[0] != each[1])[batch.mask].all() and found.stderr is not None
+    torch.testing.assert_close(found.outputs.divergence, each.mean(0), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(found.stderr, (each[0] - each[1]).abs() / 2, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_a_process_without_rows_joins_the_others(draws: int) -> None:
+    """Nobody has made a perturbed view of its rows."""
+    model, batch, _ = some_batch(FAMILY)
+    forwards: list[int] = []
+    model.model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    passes = ResponsePasses(model, sharing="off", max_over_ranks=lambda count: max(count, 1))
+    found = measure(passes, batch, [], CLEAN, View(range(5 * draws), {}), kind="kl", options=PLAIN)
+    assert len(forwards) == 2 and not any(output.any() for output in found.outputs)
+    assert not entropies(passes, batch, [], CLEAN, options=PLAIN).any() and len(forwards) == 3
 
 
 def test_known_hidden_states_spare_the_clean_pass() -> None:
