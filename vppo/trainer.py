@@ -53,12 +53,14 @@ class VPPOTrainer(PackedTrainer):
         )
         trainer.train()
 
-    Beside TRL's metrics it logs, under `vppo/`: dependency_mean, dependency_q50, dependency_q90, dependency_q99 (nats),
-    kept_fraction, alpha_min, alpha_mean, alpha_max, scored_fraction (rows that went through the perturbed pass),
-    clip_ratio_kept (clipped among the tokens that carry gradient), seconds_scoring and, where the sampler tells its
-    log-probabilities, sampler_gap_mean and sampler_gap_max (nats a token, see `vppo.sampler_guard`). An evaluation logs
-    those of the dependency as `eval_vppo/...`, over all of its rows with an image, for every algorithm: they can be
-    compared.
+    Beside TRL's metrics it logs, under `vppo/`: dependency_mean, dependency_q50, dependency_q90, dependency_q99 and, of
+    several draws, dependency_stderr (nats); kept_fraction, kept_dependency_fraction (of all dependency),
+    kept_unseen_fraction (kept tokens below 0.01 nats), responses_without_kept; alpha_min, alpha_mean, alpha_max,
+    alpha_std; scored_fraction (rows that were scored), clip_ratio_kept (clipped among the tokens that carry gradient),
+    from the second update of the same rollouts on drift_kept and drift_filtered (nats), seconds_scoring and, where the
+    sampler tells its log-probabilities, sampler_gap_mean and sampler_gap_max (nats a token, see `vppo.sampler_guard`).
+    An algorithm that scores by something else than dependency logs none of it in training. An evaluation logs those of
+    the dependency as `eval_vppo/...`, over all of its rows with an image, for every algorithm: they can be compared.
 
     Completion tables (`log_completions`) have three columns more: `dependency` (nats, mean over the response's tokens),
     `kept_fraction` and, where shaping takes the batch's statistics, `alpha`; NaN where a completion was not scored.
@@ -67,6 +69,7 @@ class VPPOTrainer(PackedTrainer):
         TypeError: `args` is not a `VPPOConfig`.
         ValueError: Checkpoints would fall between two updates from the same rollouts, which they do not hold.
         InputError: No processor was given, and the model's own cannot be loaded.
+        ValueError: The algorithm's scores are given, and `token_scores` is not overridden.
         ValueError: The processor is a plain tokenizer: there is no image to look at.
     """
 

@@ -18,6 +18,9 @@ REFUSED = {
     "+trainer.v1.vppo.keep_ratio=0": "trainer.v1.vppo.keep_ratio: got 0, takes a number above 0 and at most 1",
     "+trainer.v1.vppo.keep_ratio=much": "trainer.v1.vppo.keep_ratio: got 'much', takes a number",
     "+trainer.v1.vppo.divergence=k9": "trainer.v1.vppo.divergence: got 'k9', takes one of",
+    "+trainer.v1.vppo.keep_threshold=-1": "trainer.v1.vppo.keep_threshold: got -1, takes None or a finite number of at",
+    "+trainer.v1.vppo.draws=2": "trainer.v1.vppo.draws: got 2, takes 1 with verl, whose workers draw one view",
+    "+trainer.v1.vppo.algorithm=random": "trainer.v1.vppo.algorithm: got 'random', takes one of ['vppo', 'tas', 'tgf'",
     "+trainer.v1.vppo.keep=1": "trainer.v1.vppo: got an unknown key 'keep', takes ['algorithm'",
     "+trainer.v1.vppo.seed=-1": "trainer.v1.vppo.seed: got -1, takes a whole number from 0",
     "+trainer.v1.vppo.recipe=official": "trainer.v1.vppo.tas_statistics: got 'micro-batch', takes 'batch' with verl",
@@ -30,6 +33,7 @@ REFUSED = {
     "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode: got True",
 }
 TAKEN = {
+    "+trainer.v1.vppo.keep_threshold=0.1": {"keep_threshold": 0.1, "keep_ratio": 0.4},
     "+trainer.v1.vppo.keep_ratio=1": {"keep_ratio": 1, "divergence": "kl", "nll_coef": 0.0},
     "+trainer.v1.vppo={recipe: official, tas_statistics: batch}": {"divergence": "k3", "nll_coef": 0.06},
     f"+trainer.v1.vppo.recipe=paper {ACTOR}.loss_agg_mode=seq-mean-token-mean": {"divergence": "kl"},

@@ -36,7 +36,7 @@ POINTERS = {"targets_ptr": "*i64", "bias_ptr": "*bf16", "offsets_ptr": "*i64"} |
 )
 LOSS = ("low", "high", "dual", "limit", "nll_coef", "entropy_coef", "kl_coef")
 MIXTURE = ("scale_p", "to_cap_p", "scale_q", "to_cap_q", "beta", "log_beta", "log_rest")
-FLOATS = ("scale", "to_cap", *MIXTURE, "scale_min", "to_one", "scale_range", "min_spread", *LOSS)
+FLOATS = ("threshold", "scale", "to_cap", *MIXTURE, "scale_min", "to_one", "scale_range", "min_spread", *LOSS)
 UNALIGNED = ("first", "splits", "ratio_bits", "total", "blocks", "stride")
 ONES = ("rows", "columns", "total", "blocks", "stride")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -88,7 +88,7 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
 def token_variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:
     """Selection, shaping and loss: as `variants`, less the options."""
     for packed, scores in ((False, "*fp32"), (True, "*bf16")):
-        constants = dict(PACKED=packed, KEYS=tokens.KEYS) | ({} if packed else {"offsets_ptr": None})
+        constants = dict(PACKED=packed, BOUNDED=packed, KEYS=tokens.KEYS) | ({} if packed else {"offsets_ptr": None})
         types = {"scores_ptr": scores, "ratio_bits": "i64", "keep_ptr": scores if packed else "*i1"}
         yield f"topk packed={packed} {scores}", tokens._topk_kernel, constants, types
     shape = dict(ROWS=1, BLOCK=tokens.BLOCK)

@@ -292,14 +292,13 @@ def test_selection(on_gpu: str, dtype: torch.dtype, shape: tuple[int, int]) -> N
     scores[~mask] = float("nan")
     offsets = torch.arange(0, scores.numel() + 1, shape[1], dtype=torch.int32)
     on_device, there, packed = scores.to(DEVICE), mask.to(DEVICE), offsets.to(DEVICE)
-    for ratio in (0.4, 0.07, 1e-9, 1.0):
-        expected = topk_mask(scores, mask, ratio, backend="torch")
+    for ratio, threshold in ((0.4, None), (0.07, None), (1e-9, None), (1.0, None), (0.4, 0.3), (1.0, 0.0), (1.0, 9.0)):
+        options: dict[str, Any] = dict(keep_threshold=threshold, backend=on_gpu, check=False)
+        expected = topk_mask(scores, mask, ratio, keep_threshold=threshold, backend="torch")
         with no_waiting():
-            keep = topk_mask(on_device, there, ratio, backend=on_gpu, check=False)
-            flat = topk_mask(
-                on_device.flatten(), there.flatten(), ratio, cu_seqlens=packed, backend=on_gpu, check=False
-            )
-            written = topk_mask_(on_device.clone(), there, ratio, backend=on_gpu, check=False)
+            keep = topk_mask(on_device, there, ratio, **options)
+            flat = topk_mask(on_device.flatten(), there.flatten(), ratio, cu_seqlens=packed, **options)
+            written = topk_mask_(on_device.clone(), there, ratio, **options)
         assert torch.equal(keep.cpu(), expected)
         assert torch.equal(flat.cpu(), expected.flatten())
         assert torch.equal(written.cpu(), expected.to(dtype))

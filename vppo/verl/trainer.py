@@ -34,8 +34,9 @@ class VPPOMixin:
     """What VPPO adds to one of verl's trainers: `mode` is that trainer's own name.
 
     Beside verl's metrics it logs, under `vppo/`, those of `vppo.VPPOTrainer` (see there): dependency_mean,
-    dependency_q50, dependency_q90, dependency_q99, kept_fraction, scored_fraction, alpha_min, alpha_mean, alpha_max and
-    clip_ratio_kept. The perturbed pass is part of verl's `timing_s/old_log_prob`.
+    dependency_q50, dependency_q90, dependency_q99, kept_fraction, kept_dependency_fraction, kept_unseen_fraction,
+    responses_without_kept, scored_fraction, alpha_min, alpha_mean, alpha_max, alpha_std and clip_ratio_kept. The
+    perturbed pass is part of verl's `timing_s/old_log_prob`.
 
     Raises:
         InputError: A key under `trainer.v1.vppo` or a setting of verl's is one that VPPO cannot run with.
