@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -55,44 +56,62 @@ def _title(figure: Figure, result: Result, title: str, theme: Theme) -> None:
 
 
 def _curves(result: Result, curves: dict[str, list[CaseResult]]) -> bytes:
-    """How many times as fast ours is as the first peer, or a step as GRPO's, and as many times fewer tokens pass."""
-    names = {"prompt": "tokens of the prompt", "rollouts": "responses to a prompt", "group": "responses to a prompt"}
-    steps = any(case.labels["backward"] for cases in curves.values() for case in cases)
-    title = f"times as fast as {'GRPO by TRL' if steps else 'the plain pass'}"
+    """How many times as fast ours is as the plain way, or a step as GRPO's, and how many times less has to be done."""
+    names = {
+        "prompt": "tokens of the prompt",
+        "rollouts": "responses to a prompt",
+        "group": "responses to a prompt",
+        "active": "rows that carry gradient, %",
+    }
+    loss = result.suite == "loss"
+    steps = not loss and any(case.labels["backward"] for cases in curves.values() for case in cases)
+    title = f"times as fast as {'all logits' if loss else 'GRPO by TRL' if steps else 'the plain pass'}"
 
     def draw(figure: Figure, theme: Theme) -> None:
         _title(figure, result, f"{result.suite}: {title}", theme)
         for ax, (name, cases) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
             timed = [case for case in cases if all(record.seconds for record in case.records)]
             numbers = [int(case.labels["preset"].rsplit("-", 1)[1]) for case in timed]
-            bound = [case.labels["tokens_whole"] / case.labels["tokens_shared"] for case in timed]
-            other = "floor" if steps else "peer"
-            fast = [_least(_first(case, other)) / _least(_first(case, "ours")) for case in timed]
-            ax.plot(numbers, bound, color=theme.muted, linestyle=FLOOR_LINE, label="fewer tokens, times")
+            bound = [_less(case) for case in timed]
+            other = "plain" if loss else "floor" if steps else "peer"
+            fast = [_least(case, other) / _least(case, "ours") for case in timed]
+            fewer = f"fewer {'rows' if loss else 'tokens'}, times"
+            ax.plot(numbers, bound, color=theme.muted, linestyle=FLOOR_LINE, label=fewer)
             ax.plot(numbers, fast, color=theme.dependency, marker="o", label="as fast, times, measured")
             for number, value in zip(numbers, fast, strict=True):
                 ax.annotate(f"{value:.1f}", (number, value), (0, 7), textcoords="offset points", ha="center", size=8)
-            labels = timed[0].labels
-            fixed = f"{labels['response']} tokens a response"
-            same = (
-                f"{labels['rows'] // labels['prompts']} responses" if name == "prompt" else f"prompt {labels['prompt']}"
-            )
-            ax.set_title(f"{same}, {fixed}", loc="left", size=10)
+            ax.set_title(_same(timed[0].labels, name), loc="left", size=10)
             ax.set_xscale("log", base=2)
             ax.set_xticks(numbers, [f"{number:,}" for number in numbers])
             ax.minorticks_off()
             ax.set(xlabel=names.get(name, name), ylim=(0, 1.15 * max(bound + fast)))
-            ax.legend(loc="upper left", frameon=False, fontsize=8)
+            ax.legend(loc="upper right" if loss else "upper left", frameon=False, fontsize=8)
 
     return Plot(f"benchmark-{result.suite}", "", "", draw, (4.6 * len(curves), 4.0)).png(LIGHT)
 
 
-def _first(case: CaseResult, role: str) -> Record:
-    return next(record for record in case.records if record.role == role)
+def _less(case: CaseResult) -> float:
+    """How many times less is to be done than in the plain way."""
+    labels = case.labels
+    if "active_rows" in labels:
+        return float(labels["rows"] / labels["active_rows"])
+    return float(labels["tokens_whole"] / labels["tokens_shared"])
 
 
-def _least(record: Record) -> float:
-    """Least CPU time; the median of results that are older than its measurement."""
+def _same(labels: dict[str, Any], name: str) -> str:
+    """What the cases of a curve have in common."""
+    if "active_rows" in labels:
+        return f"{labels['rows']:,} rows, {labels['vocab']:,} x {labels['width']:,}"
+    each = f"{labels['rows'] // labels['prompts']} responses" if name == "prompt" else f"prompt {labels['prompt']}"
+    return f"{each}, {labels['response']} tokens a response"
+
+
+def _least(case: CaseResult, which: str) -> float:
+    """Least CPU time of the first of a role, or of a name; the median of results that are older than its measurement.
+    Of ours it is that of the backend which `auto` takes, the last of the table.
+    """
+    found = [record for record in case.records if which in (record.role, record.name)]
+    record: Record = found[-1 if which == "ours" else 0]
     return min(record.cpu_seconds, default=record.median)
 
 

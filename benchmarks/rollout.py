@@ -107,9 +107,17 @@ class Rollouts:
 
 
 def make_rollouts(
-    preset: str, rows: int, device: torch.device, dtype: torch.dtype, backward: bool, active: float = ACTIVE
+    preset: str,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    backward: bool,
+    active: float = ACTIVE,
+    padded: bool = True,
 ) -> Rollouts:
     """Seeded inputs; those of the previous call are kept, so cases that share them should follow each other.
+
+    Without padding every rollout has the full length, so that any share of the rows can be active.
 
     Raises:
         InputError: The rows do not make trajectories of one length.
@@ -117,15 +125,15 @@ def make_rollouts(
     trajectories = GROUP * max(1, min(4, rows // 1024))
     if rows % trajectories:
         raise InputError(f"--rows: got {rows}, takes a multiple of {trajectories} here: trajectories of one length")
-    plan = _plan(trajectories, rows // trajectories, active, device)
+    plan = _plan(trajectories, rows // trajectories, active, padded, device)
     return Rollouts(_tokens(preset, rows, device, dtype), _weight(preset, device, dtype), plan, backward)
 
 
-def make_plan(trajectories: int, length: int, active: float) -> Plan:
+def make_plan(trajectories: int, length: int, active: float, padded: bool = True) -> Plan:
     """Lengths, advantages and dependencies of `GROUP` rollouts per prompt, on the CPU.
 
-    Every eighth rollout is cut off at the limit, the others end after 55 to 95 % of it. Rewards are 0 or 1; in every
-    fourth group all are alike, so that its advantages are 0.
+    Every eighth rollout is cut off at the limit; the others end after 55 to 95 % of it, or with it where nothing is
+    padded. Rewards are 0 or 1; in every fourth group all are alike, so that its advantages are 0.
     """
     generator = torch.Generator().manual_seed(3)
 
@@ -133,7 +141,7 @@ def make_plan(trajectories: int, length: int, active: float) -> Plan:
         return torch.rand(*size, generator=generator)
 
     lengths = (length * (0.55 + 0.4 * draw(trajectories))).round().long()
-    lengths[::GROUP] = length
+    lengths[:: GROUP if padded else 1] = length
     mask = torch.arange(length) < lengths.unsqueeze(1)
     rewards = torch.zeros(trajectories // GROUP, GROUP)
     for group, right in enumerate(rewards):
@@ -157,8 +165,8 @@ def make_plan(trajectories: int, length: int, active: float) -> Plan:
 
 
 @lru_cache(maxsize=1)
-def _plan(trajectories: int, length: int, active: float, device: torch.device) -> Plan:
-    mask, advantages, dependency, keep_ratio, shaped = make_plan(trajectories, length, active)
+def _plan(trajectories: int, length: int, active: float, padded: bool, device: torch.device) -> Plan:
+    mask, advantages, dependency, keep_ratio, shaped = make_plan(trajectories, length, active, padded)
     return Plan(mask.to(device), advantages.to(device), dependency.to(device), keep_ratio, shaped.to(device))
 
 

@@ -2,6 +2,7 @@
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <cmath>
+#include <limits>
 
 #include "arguments.h"
 #include "library.h"
@@ -100,11 +101,17 @@ void gradient_pair_(TensorView tile, TensorView pair, Optional<TensorView> jsd_t
 }
 
 // `out` has the shape of the scores and is bool or float; it may be the scores themselves.
-void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional<TensorView> offsets, TensorView out) {
+void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional<double> keep_threshold,
+                Optional<TensorView> offsets, TensorView out) {
   const DLDevice device = device_of("scores", scores);
   if (!(keep_ratio > 0.0 && keep_ratio <= 1.0)) {
     TVM_FFI_THROW(ValueError) << "keep_ratio: got " << keep_ratio << ", takes a number above 0 and at most 1";
   }
+  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+  if (keep_threshold.has_value() && std::isnan(*keep_threshold)) {
+    TVM_FFI_THROW(ValueError) << "keep_threshold: got nan, takes None or a number";
+  }
+  const auto threshold = static_cast<float>(keep_threshold.has_value() ? *keep_threshold : kNone);
   const bool packed = offsets.has_value();
   if (scores.ndim() != (packed ? 1 : 2)) {
     TVM_FFI_THROW(ValueError) << "scores: got shape " << shape_of(scores) << ", takes "
@@ -130,7 +137,7 @@ void topk_mask_(TensorView scores, TensorView valid, double keep_ratio, Optional
   if (!packed) given.total = given.rows && given.columns ? given.rows * given.columns : 0;
   given.valid = like_scores(bool{}, "valid", valid);
   const auto write = [&](auto* keep) {
-    if (given.rows > 0 && given.total > 0) topk_mask(device, given, keep_ratio, keep);
+    if (given.rows > 0 && given.total > 0) topk_mask(device, given, keep_ratio, threshold, keep);
   };
   if (same(out.dtype(), dtype_of<bool>())) {
     write(like_scores(bool{}, "out", out));

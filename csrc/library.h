@@ -20,8 +20,8 @@ void gradient(DLDevice device, Tile tile, Fields softmax, Targets targets, Field
 // `jsd_terms.data` is null where the divergence is not Jensen-Shannon's
 void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Mixture mixture, Targets targets,
                    Fields grads, Slopes slopes);
-// the mask goes to `keep`, which may be the scores
-void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float* keep);
-void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, bool* keep);
+// the mask goes to `keep`, which may be the scores; a threshold of NaN is none
+void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float threshold, float* keep);
+void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float threshold, bool* keep);
 
 }  // namespace vppo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,28 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    def repeated(self, times: int) -> Batch:
+        """The rows several times over: row r of copy k is row `k * len(self) + r`. A view shows each copy its images:
+        the batch's own are not copied, and the clean view has none to show.
+        """
+        copies = copy(self)
+        copies.prompt_ids, copies.prompt_mask = self.prompt_ids.repeat(times, 1), self.prompt_mask.repeat(times, 1)
+        copies.completion_ids = self.completion_ids.repeat(times, 1)
+        copies.completion_mask = self.completion_mask.repeat(times, 1)
+        copies.mask, copies.has_image = self.mask.repeat(times, 1), self.has_image.repeat(times)
+        copies.prompt_lengths, copies.response_lengths = self.prompt_lengths * times, self.response_lengths * times
+        copies.prompt_bytes = self.prompt_bytes * times
+        copies.split = {}
+        for name in (*IMAGE_INPUTS, *TOKEN_INPUTS):
+            values = self.split.get(name)
+            if isinstance(values, list):
+                copies.split[name] = values * times
+            elif name == "pixel_values" and values is not None:
+                copies.split[name] = values[:1].expand(times * len(self), *values.shape[1:])
+            elif values is not None:
+                copies.split[name] = values.repeat(times, *[1] * (values.dim() - 1))
+        return copies
 
     def alike(self, prompts: Sequence[int]) -> list[int]:
         """For each row the first one of its prompt that has the same images: a tool or an environment may have shown

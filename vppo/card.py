@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +10,11 @@ if TYPE_CHECKING:
     from vppo.config import VPPOConfig
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a card calls an algorithm, and the paper that introduced it; None leaves GRPO's to TRL."""
-
-    name: str
-    paper: dict[str, str] | None
-
-
-VPPO = {
-    "title": "Spotlight on Token Perception for Multimodal Reinforcement Learning",
-    "id": "2510.09285",
-    "citation": """\
+PAPERS = {  # of `vppo.algorithms.Algorithm.paper`
+    "vppo": {
+        "title": "Spotlight on Token Perception for Multimodal Reinforcement Learning",
+        "id": "2510.09285",
+        "citation": """\
 @inproceedings{huang2026spotlight,
     title        = {{Spotlight on Token Perception for Multimodal Reinforcement Learning}},
     author       = {Siyuan Huang and Xiaoye Qu and Yafu Li and Yun Luo and Zefeng He and Daizong Liu and Yu Cheng},
@@ -30,24 +22,18 @@ VPPO = {
     year         = 2026,
     eprint       = {arXiv:2510.09285},
 }""",
-}
-DAPO = {
-    "title": "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
-    "id": "2503.14476",
-    "citation": """\
+    },
+    "dapo": {
+        "title": "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
+        "id": "2503.14476",
+        "citation": """\
 @article{yu2025dapo,
     title        = {{DAPO: An Open-Source LLM Reinforcement Learning System at Scale}},
     author       = {Qiying Yu and Zheng Zhang and Ruofei Zhu and Yufeng Yuan and others},
     year         = 2025,
     eprint       = {arXiv:2503.14476},
 }""",
-}
-METHODS = {
-    "vppo": Method("VPPO", VPPO),
-    "tgf": Method("VPPO's token filtering alone", VPPO),
-    "tas": Method("VPPO's advantage shaping alone", VPPO),
-    "dapo": Method("DAPO's objective, without dynamic sampling", DAPO),
-    "grpo": Method("GRPO", None),
+    },
 }
 BASE = re.compile(r"This model is a fine-tuned version of \[(.*?)\]\(https://huggingface\.co/.*?\)")
 QUICK_START = re.compile(r"## Quick start\n.*?(?=\n## )", re.DOTALL)
@@ -84,8 +70,10 @@ print(output["generated_text"])
 
 def _settings(args: VPPOConfig) -> str:
     shown: dict[str, object] = {"algorithm": args.algorithm, "recipe": args.recipe, "loss_type": args.loss_type}
+    if args.perturbs:
+        shown |= {"divergence": args.divergence, "perturbation": args.perturbation}
     if args.scores_tokens:
-        shown |= {"divergence": args.divergence, "perturbation": args.perturbation, **args.shaping}
+        shown |= args.shaping
     shown |= {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "num_generations": args.num_generations}
     values = {name: "null" if value is None else value for name, value in shown.items()}
     return "Its settings: " + ", ".join(f"`{name}: {value}`" for name, value in values.items()) + "."

@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from vppo.algorithms import COMMANDS, summaries
 from vppo.cli_options import (
     AnswerKey,
     AttnImplementation,
@@ -28,6 +29,11 @@ from vppo.cli_options import (
 from vppo.command_errors import clear_errors
 from vppo.errors import InputError
 from vppo.eval_cli import evaluation
+
+if TYPE_CHECKING:
+    AlgorithmName = str
+else:
+    AlgorithmName = Literal[COMMANDS]
 
 main = typer.Typer(
     name="vppo",
@@ -59,13 +65,7 @@ def options(
 
 @main.command()
 def demo(
-    algorithm: Annotated[
-        Literal["vppo", "tas", "tgf", "dapo", "grpo"],
-        typer.Option(
-            help="vppo: token filtering and advantage shaping. tas: shaping only. tgf: filtering only. dapo, grpo: "
-            "neither, as baselines."
-        ),
-    ] = "vppo",
+    algorithm: Annotated[AlgorithmName, typer.Option(help=f"What trains it. {summaries(COMMANDS)}.")] = "vppo",
     divergence: Annotated[
         Literal["kl", "k3", "jsd"],
         typer.Option(help="Dependency of a token, in nats: exact KL, one-sample k3 as published, or exact JSD."),

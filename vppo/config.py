@@ -64,7 +64,7 @@ class VPPOConfig(VPPOOptions, GRPOConfig):
 
     def __post_init__(self) -> None:
         VPPOOptions.__post_init__(self)
-        if self.algorithm == "grpo":
+        if self.method.symmetric_clip:
             self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         self.epsilon_high = 0.28 if self.epsilon_high is None else self.epsilon_high
         one_of("prefix_sharing", self.prefix_sharing, SHARING)

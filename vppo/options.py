@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from vppo.algorithms import ALGORITHMS, REGISTRY, Algorithm, summaries
 from vppo.perturbations import KINDS, Perturbation
 
-ALGORITHMS = ("vppo", "tas", "tgf", "dapo", "grpo")
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "k3")
 SCOPES = ("prompt", "rollout")
 
@@ -31,6 +31,7 @@ class Shaping(TypedDict):
     """What the shaping of advantages is told; see `vppo_kernels.vppo_advantages`."""
 
     keep_ratio: float
+    keep_threshold: float | None
     scale_min: float
     scale_max: float | None
 
@@ -43,13 +44,7 @@ class VPPOOptions:
         ValueError: A field is out of range; the message names it, what it got and what it takes.
     """
 
-    algorithm: str = field(
-        default="vppo",
-        metadata={
-            "help": "What is trained: 'vppo' (filtering and shaping), 'tgf' (token filtering only), 'tas' (advantage "
-            "shaping only), 'dapo' (neither) or 'grpo' (neither, symmetric clip)."
-        },
-    )
+    algorithm: str = field(default="vppo", metadata={"help": f"What is trained. {summaries()}."})
     recipe: str = field(
         default="default",
         metadata={
@@ -64,6 +59,13 @@ class VPPOOptions:
     )
     keep_ratio: float = field(
         default=0.4, metadata={"help": "Fraction of each trajectory's tokens that keep their gradient, in (0, 1]."}
+    )
+    keep_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Dependency in nats that those tokens have to exceed as well, at least 0; with keep_ratio 1 it "
+            "decides alone. A response that nowhere exceeds it carries no gradient. None for no such bound."
+        },
     )
     scale_min: float = field(
         default=0.9, metadata={"help": "Factor on the advantage of the least image-dependent trajectory, above 0."}
@@ -95,6 +97,13 @@ class VPPOOptions:
             "released code: the view's luck enters the shaping, and nothing of its pass is shared."
         },
     )
+    draws: int = field(
+        default=1,
+        metadata={
+            "help": "Perturbed views of each prompt; the dependency is the mean over them, and its standard error is "
+            "logged from two on. The first is that of draws=1. Each costs as much as the first."
+        },
+    )
     patch_size: int | None = field(
         default=None, metadata={"help": "Side of a blackened patch in pixels; None takes the model's own patch, or 14."}
     )
@@ -114,6 +123,7 @@ class VPPOOptions:
     def __post_init__(self) -> None:
         one_of("algorithm", self.algorithm, ALGORITHMS)
         one_of("recipe", self.recipe, tuple(RECIPES))
+        self.divergence = self.divergence or self.method.divergence
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name, value) is None:  # a trainer of its own losses lacks the fields of TRL's
                 setattr(self, name, value)
@@ -125,6 +135,18 @@ class VPPOOptions:
         one_of("perturbation_scope", self.perturbation_scope, SCOPES)
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f"keep_ratio: got {self.keep_ratio!r}, takes a number above 0 and at most 1")
+        threshold = self.keep_threshold
+        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
+            raise ValueError(f"keep_threshold: got {threshold!r}, takes None or a finite number of at least 0")
+        if threshold is not None and self.method.filters and not self.perturbs:
+            raise ValueError(
+                f"keep_threshold: got {threshold!r}, takes None with algorithm {self.algorithm!r}, which does not "
+                "measure dependency"
+            )
+        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
+            raise ValueError(f"draws: got {self.draws!r}, takes a whole number from 1")
+        if self.draws > 1 and self.perturbation in ("blur", "grey"):
+            raise ValueError(f"draws: got {self.draws!r}, takes 1 with {self.perturbation!r}, which is always the same")
         if not self.scale_min > 0:
             raise ValueError(f"scale_min: got {self.scale_min!r}, takes a number above 0")
         if self.scale_max is None and not self.scale_min <= 1:  # the factors' mean of 1 would lie below the smallest
@@ -138,17 +160,30 @@ class VPPOOptions:
         self.make_perturbation(14)  # validates its own fields
 
     @property
+    def method(self) -> Algorithm:
+        """The entry of `algorithm`."""
+        return REGISTRY[self.algorithm]
+
+    @property
     def scores_tokens(self) -> bool:
-        """Whether training needs the perturbed view at all."""
-        return self.algorithm in ("vppo", "tas", "tgf")
+        """Whether training weighs the tokens of a response at all."""
+        return self.method.score is not None
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether training needs the perturbed view."""
+        return self.method.perturbs
 
     @property
     def shaping(self) -> Shaping:
-        """`keep_ratio`, `scale_min` and `scale_max` as the algorithm uses them."""
+        """What `vppo_advantages` is told, as the algorithm uses it."""
+        method = self.method
+        given = method.score == "given"  # who names the tokens decides how many
         return {
-            "keep_ratio": 1.0 if self.algorithm == "tas" else self.keep_ratio,
-            "scale_min": 1.0 if self.algorithm == "tgf" else self.scale_min,
-            "scale_max": 1.0 if self.algorithm == "tgf" else self.scale_max,
+            "keep_ratio": self.keep_ratio if method.filters and not given else 1.0,
+            "keep_threshold": 0.0 if given else self.keep_threshold if method.filters else None,
+            "scale_min": self.scale_min if method.shapes else 1.0,
+            "scale_max": self.scale_max if method.shapes else 1.0,
         }
 
     def make_perturbation(self, model_patch_size: int) -> Perturbation:

@@ -9,7 +9,7 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vppo import manifest
-from vppo.card import METHODS, corrected
+from vppo.card import PAPERS, corrected
 from vppo.checkpoints import (
     check_resuming,
     check_saving,
@@ -40,8 +40,9 @@ class SavedTrainer(LoggedTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any, args: VPPOConfig, **kwargs: Any) -> None:
         check_saving(args)
-        method = METHODS[args.algorithm]
-        self.describe_method(method.name, method.paper, ["trl", "vppo" if args.scores_tokens else args.algorithm])
+        method = args.method
+        paper = None if method.paper is None else PAPERS[method.paper]
+        self.describe_method(method.title, paper, ["trl", method.paper or method.name])
         super().__init__(model, reward_funcs, args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,30 @@ from vppo.batch import Batch, View
 from vppo.heads import LogitOptions
 from vppo.prefix_sharing import ResponsePasses
 from vppo_kernels import linear_divergence, linear_logprob, sampled_divergence
+from vppo_kernels.statistics import DivergenceOutput
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What two views say of the response tokens of a batch.
+
+    Attributes:
+        outputs: Every field `[B, T]` float32 in nats, 0 at rows that were not scored and outside the responses: means
+            over the draws of the perturbed view.
+        stderr: `[B, T]` standard error of the mean divergence; None of a single draw.
+    """
+
+    outputs: DivergenceOutput
+    stderr: Tensor | None
+
+
+def score(*args: Any, **kwargs: Any) -> Tensor:
+    """Dependency of the response tokens alone, `[B, T]` float32 in nats; takes what `measure` takes."""
+    return measure(*args, **kwargs).outputs.divergence
 
 
 @torch.no_grad()
-def score(
+def measure(
     passes: ResponsePasses,
     batch: Batch,
     rows: Sequence[int],
@@ -26,23 +47,25 @@ def score(
     options: LogitOptions,
     hidden_clean: Tensor | None = None,
     check: bool = False,
-) -> Tensor:
-    """Dependency of the response tokens of the given rows: the divergence between two views (VPPO, Eq 3).
+) -> Scores:
+    """The divergence between two views, which is the dependency of a token (VPPO, Eq 3), and what comes with it.
 
     Args:
         passes: Of the policy.
         batch: The rows' tokens and images.
         rows: Which rows; all of them have an image.
-        clean, perturbed: The two views.
+        clean: The clean view.
+        perturbed: The perturbed one, with a key for each row. With several draws, one after the other, as many times as
+            many keys (see `Batch.repeated`): then all draws of as many prompts as fit the memory pass together.
         kind: "kl", "reverse_kl", "jsd" or "k3".
         options: From `logit_options`.
         hidden_clean: `[B, T, D]` hidden states of the clean view where they are known already; see `passes.hidden`.
         check: Compare a sample with the float64 definition.
-
-    Returns:
-        `[B, T]` float32 in nats, 0 at other rows and outside the responses.
     """
-    dependency = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    draws = len(perturbed.keys) // len(batch)
+    drawn = batch if draws == 1 else batch.repeated(draws)
+    fields = len(DivergenceOutput._fields)
+    found = torch.zeros(fields, draws, *batch.mask.shape, device=batch.mask.device)
     for portion in passes.portions(batch, rows, clean):
         known = passes.hidden(batch, portion, clean) if hidden_clean is None else hidden_clean[portion]
         place = {row: index for index, row in enumerate(portion)}
@@ -51,14 +74,55 @@ def score(
             head: Any, part: list[int], hidden: Tensor, known: Tensor = known, place: dict[int, int] = place
         ) -> None:
             length = hidden.shape[1]
-            before = known[[place[row] for row in part], :length].to(hidden.device)
-            mask, targets = batch.mask[part, :length], batch.completion_ids[part, :length]
-            values = torch.zeros(mask.shape, device=mask.device)
-            values[mask] = _divergence(head, before, hidden, targets, mask, kind, options, check).to(values)
-            dependency[part, :length] = values
+            draw, row = (list(index) for index in zip(*(divmod(one, len(batch)) for one in part), strict=True))
+            before = known[[place[one] for one in row], :length].to(hidden.device)
+            mask, targets = batch.mask[row, :length], batch.completion_ids[row, :length]
+            values = found.new_zeros(fields, *mask.shape)
+            outputs = _divergence(head, before, hidden, targets, mask, kind, options, check)
+            values[:, mask] = torch.stack([part for part in outputs if part is not None]).to(values)
+            found[:, draw, row, :length] = values
 
-        passes.run(batch, portion, perturbed, at_head)
-    return dependency
+        if draws == 1:
+            passes.run(batch, portion, perturbed, at_head)
+            continue
+        shown = [draw * len(batch) + row for draw in range(draws) for row in portion]
+        for part in passes.portions(drawn, shown, perturbed):
+            passes.run(drawn, part, perturbed, at_head)
+    stderr = None if draws == 1 else found[0].std(0) / draws**0.5
+    return Scores(DivergenceOutput(*(found[:, 0] if draws == 1 else found.mean(1))), stderr)
+
+
+@torch.no_grad()
+def entropies(
+    passes: ResponsePasses,
+    batch: Batch,
+    rows: Sequence[int],
+    clean: View,
+    *,
+    options: LogitOptions,
+    check: bool = False,
+) -> Tensor:
+    """Entropy of the policy at the response tokens of the given rows, `[B, T]` float32 in nats, 0 elsewhere.
+
+    Takes what `measure` takes, and one pass of the clean view.
+    """
+    found = torch.zeros(batch.mask.shape, device=batch.mask.device)
+
+    def at_head(head: Any, part: list[int], hidden: Tensor) -> None:
+        length = hidden.shape[1]
+        mask, targets = batch.mask[part, :length], batch.completion_ids[part, :length]
+        inside = mask.to(hidden.device)
+        values = torch.zeros(mask.shape, device=found.device)
+        output = linear_logprob(
+            hidden[inside], head.weight, targets.to(hidden.device)[inside], getattr(head, "bias", None), check=check,
+            **options,
+        )  # fmt: skip
+        values[mask] = output.entropy.to(values)
+        found[part, :length] = values
+
+    for portion in passes.portions(batch, rows, clean):
+        passes.run(batch, portion, clean, at_head)
+    return found
 
 
 def _divergence(
@@ -70,15 +134,13 @@ def _divergence(
     kind: str,
     options: LogitOptions,
     check: bool,
-) -> Tensor:
-    """`[tokens]` of the masked ones, which alone meet the head."""
+) -> DivergenceOutput:
+    """Every field `[tokens]` of the masked ones, which alone meet the head."""
     mask = mask.to(clean.device)
     weight, bias, targets = head.weight, getattr(head, "bias", None), targets.to(clean.device)[mask]
     clean, perturbed = clean[mask], perturbed[mask]
     if kind == "k3":
-        logprobs, logprobs_perturbed = (
-            linear_logprob(hidden, weight, targets, bias, check=check, **options).logprobs
-            for hidden in (clean, perturbed)
-        )
-        return sampled_divergence(logprobs, logprobs_perturbed, kind="k3")
-    return linear_divergence(clean, perturbed, weight, bias, kind=kind, check=check, **options).divergence
+        p, q = (linear_logprob(hidden, weight, targets, bias, check=check, **options) for hidden in (clean, perturbed))
+        estimate = sampled_divergence(p.logprobs, q.logprobs, kind="k3")
+        return DivergenceOutput(estimate, p.entropy, q.entropy, p.logprobs, q.logprobs)
+    return linear_divergence(clean, perturbed, weight, bias, targets=targets, kind=kind, check=check, **options)

@@ -10,9 +10,13 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import Tensor
 
+from vppo.monitoring.measured import UNSEEN, Measured
+
 logger = get_logger(__name__)
 COLUMNS = ("images", "image")  # where TRL looks, in this order
 BLIND = 1e-8  # nats: below this mean dependency the perturbed view has changed nothing
+PATIENCE = 10  # generation batches: what the first of them say of a run is luck
+MOST = 0.5  # of the kept tokens: if more of them do not look at the image, too many are kept
 
 
 def missing_images(dataset: Any) -> str:
@@ -64,7 +68,8 @@ class ImageWatch:
     """
 
     def __init__(self, algorithm: str) -> None:
-        self._warned = self._warned_blind = False
+        self._warned = self._warned_blind = self._warned_kept = False
+        self._batches = self._tokens = self._kept = self._unseen = 0  # with an image, of the run as yet
         self._last: int | None = None  # the step at which a batch has last shown one
         self._consequence = (
             f"No token can depend on an image then: algorithm {algorithm!r} filters and shapes nothing, and trains as "
@@ -105,4 +110,22 @@ class ImageWatch:
                 f"The perturbed view changes nothing: mean dependency {values.mean().item():.1e} nats over "
                 f"{values.numel()} tokens. Likely causes: images are dropped on the way to the model, the projector "
                 "between vision tower and language model is zero and frozen, or the perturbation is too weak."
+            )
+
+    def kept(self, measured: Measured, keep_ratio: float) -> None:
+        """Looks at which tokens of a generation batch of all processes carry gradient."""
+        if not measured.kept_count or self._warned_kept:
+            return
+        self._batches += 1
+        self._tokens += len(measured.kept)
+        self._kept += measured.kept_count
+        self._unseen += measured.unseen_count
+        share = self._unseen / self._kept
+        if self._batches >= PATIENCE and share > MOST:
+            self._warned_kept = True
+            logger.warning(
+                f"keep_ratio: got {keep_ratio}, which is above the share of visual tokens: {share:.0%} of the tokens "
+                f"that carry gradient depend on the image by less than {UNSEEN} nats, over {self._batches} generation "
+                f"batches. To train on those alone that look, set keep_threshold to {UNSEEN} or more, or keep_ratio to "
+                f"about {max((self._kept - self._unseen) / self._tokens, 0.01):.2f}."
             )

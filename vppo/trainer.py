@@ -11,6 +11,7 @@ Everything else is in the classes below, one concern each: `trl_seams.TRLTrainer
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -22,18 +23,21 @@ from torch import Tensor
 
 from vppo.batch import Batch, View
 from vppo.config import VPPOConfig
-from vppo.heads import logit_options
+from vppo.heads import LogitOptions, logit_options
 from vppo.loading import own_processor
 from vppo.monitoring import evaluation
-from vppo.monitoring.measured import Measured
+from vppo.monitoring.measured import Measured, spread
 from vppo.packed_trainer import PackedTrainer
 from vppo.perturbations import seeded
 from vppo.prefix_sharing import GIB, ResponsePasses, quiet
-from vppo.scoring import score
+from vppo.scoring import Scores, entropies, measure
 from vppo.sight import ImageWatch
 from vppo.views import ImageViews
 from vppo_kernels import TrajectoryStats, topk_mask, trajectory_scale, trajectory_stats
-from vppo_kernels.shaping import shape_advantages
+from vppo_kernels.shaping import Shaped, shape_advantages
+from vppo_kernels.statistics import DivergenceOutput
+
+RANDOM_TOKENS = 1 << 31  # beside seed, step, prompt and rollout: the stream of random scores
 
 
 class VPPOTrainer(PackedTrainer):
@@ -76,6 +80,12 @@ class VPPOTrainer(PackedTrainer):
             raise TypeError(f"args: got {type(args).__name__}, takes a vppo.VPPOConfig")
         self._problems: list[int] | None = None  # while a batch is evaluated, the fingerprint of each row's problem
         self._watch = ImageWatch(args.algorithm)
+        self._sampled_at = 0  # optimizer steps done when the batch at hand was sampled
+        if args.method.score == "given" and type(self).token_scores is VPPOTrainer.token_scores:
+            raise ValueError(
+                f"args: got algorithm {args.algorithm!r}, takes it of a subclass whose token_scores says which tokens "
+                "carry gradient"
+            )
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = own_processor(model, args)
         super().__init__(model, reward_funcs, args, **kwargs)
@@ -106,6 +116,8 @@ class VPPOTrainer(PackedTrainer):
     def generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's; then dependency is measured and, in training, folded into the advantages."""
         training = self.model.training
+        if training:
+            self._sampled_at = self.state.global_step
         scores = self.args.scores_tokens if training else self._measures_evaluation
         self._problems = None if training else [evaluation.fingerprint(row) for row in inputs]
         self._recorded = [] if scores else None
@@ -129,25 +141,31 @@ class VPPOTrainer(PackedTrainer):
         self._watch.step(self.state.global_step, seen, every=self.state.logging_steps)
         scored = batch.has_image & self._live_groups(output["advantages"])
         alike = batch.alike(self._prompts(batch))
-        dependency = self._score(batch, scored, hidden_clean, alike)
+        found = self._measure_tokens(batch, scored, hidden_clean, alike) if self.args.perturbs else None
+        scores = self._token_scores(batch, scored, found, alike)
         group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
-        stats = trajectory_stats(dependency, batch.mask & scored.unsqueeze(1), stats_group=group)
+        stats = trajectory_stats(scores, batch.mask & scored.unsqueeze(1), stats_group=group)
         folded_later = self.args.tas_statistics == "micro-batch"
         if self._packs(batch, View(alike), compared="old_per_token_logps" in output):
             output["prompt"] = torch.tensor(alike, device=batch.prompt_ids.device)
         shaped = shape_advantages(
             output["advantages"],
-            dependency,
+            scores,
             batch.mask,
             has_image=scored,  # groups without a signal have zero advantages: nothing to filter or to scale
             stats=TrajectoryStats(0.0, 0.0, 0.0, 0) if folded_later else stats,
             **self.args.shaping,
         )
+        if found is not None and self.args.method.token_weights:
+            shaped = self._weighed(shaped, found.outputs, batch.mask & scored.unsqueeze(1))
         if folded_later:
             # NaN marks what enters no statistic; so 0 / 0 is right for a row without response tokens
-            output["trajectory_dependency"] = torch.where(scored, dependency.sum(1) / batch.mask.sum(1), math.nan)
-        measured = Measured.gather(self.accelerator, dependency, batch.mask, shaped.keep, scored)
+            output["trajectory_dependency"] = torch.where(scored, scores.sum(1) / batch.mask.sum(1), math.nan)
+        dependency, stderr = (None, None) if found is None else (found.outputs.divergence, found.stderr)
+        measured = Measured.gather(self.accelerator, dependency, batch.mask, shaped.keep, scored, stderr)
         self._log_scoring(measured, started)
+        if self.args.method.filters and found is not None:
+            self._watch.kept(measured, self.args.keep_ratio)
         columns = measured.columns()
         for name, value in measured.metrics().items():
             self.metrics_of("train")[name].append(value)
@@ -167,28 +185,86 @@ class VPPOTrainer(PackedTrainer):
         started = time.perf_counter()
         batch = Batch(output)
         tokens = batch.mask & batch.has_image.unsqueeze(1)
-        dependency = self._score(batch, batch.has_image, hidden_clean, batch.alike(self._prompts(batch)))
-        filtered = self.args.algorithm in ("vppo", "tgf")
-        keep = topk_mask(dependency, tokens, self.args.keep_ratio) if filtered else tokens
-        measured = Measured.gather(self.accelerator, dependency, batch.mask, keep, batch.has_image)
+        alike, keep = batch.alike(self._prompts(batch)), tokens
+        found = self._measure_tokens(batch, batch.has_image, hidden_clean, alike)
+        dependency, method, gate = found.outputs.divergence, self.args.method, self.args.shaping
+        if method.filters:
+            scores = self._token_scores(batch, batch.has_image, found, alike)
+            keep = topk_mask(scores, tokens, gate["keep_ratio"], keep_threshold=gate["keep_threshold"])
+        elif method.token_weights:
+            keep = tokens & (method.load_token_weights()(found.outputs, tokens) != 0)
+        measured = Measured.gather(self.accelerator, dependency, batch.mask, keep, batch.has_image, found.stderr)
         self._measured.append(measured)
         self._log_scoring(measured, started)
         return output, measured.columns()
 
-    def _score(self, batch: Batch, scored: Tensor, hidden_clean: Tensor | None, alike: Sequence[int]) -> Tensor:
-        """`[B, T]` dependency of these rows' response tokens, in nats, 0 elsewhere; `alike` is of `Batch.alike`."""
+    def token_scores(self, batch: Batch, scored: Tensor) -> Tensor:
+        """What an algorithm filters tokens by whose score is "given", as "oracle": a subclass overrides it.
+
+        Args:
+            batch: The rows that were sampled, of this process.
+            scored: `[B]` bool, the rows that are to be scored.
+
+        Returns:
+            `[B, T]` floating; the response tokens whose score is above 0 carry gradient.
+        """
+        raise NotImplementedError
+
+    def _token_scores(self, batch: Batch, scored: Tensor, found: Scores | None, alike: Sequence[int]) -> Tensor:
+        """`[B, T]` what tokens are filtered and trajectories shaped by; `found` is what the two views have said."""
+        kind = self.args.method.score
+        if kind == "given":
+            return self.token_scores(batch, scored)
+        if kind == "random":
+            return self._random_scores(batch)
+        if kind == "entropy":
+            return self._entropies(batch, scored, alike) if found is None else found.outputs.entropy
+        assert found is not None
+        return found.outputs.divergence
+
+    def _random_scores(self, batch: Batch) -> Tensor:
+        """`[B, T]` in [0, 1), drawn by (seed, step, prompt, rollout) and one number more, which no view is drawn by."""
+        width, keys = batch.mask.shape[1], self._keys(batch)
+        rows = [torch.rand(width, generator=seeded(self.args.seed, *key, RANDOM_TOKENS)) for key in keys]
+        return torch.stack(rows).to(batch.mask.device)
+
+    def _entropies(self, batch: Batch, scored: Tensor, alike: Sequence[int]) -> Tensor:
+        """`[B, T]` of the policy in nats, by a pass of the clean view."""
+        with quiet(self.model), self.accelerator.autocast():
+            rows, check = scored.nonzero().flatten().tolist(), self.args.check_kernels
+            return entropies(self._passes, batch, rows, View(alike), options=self._logit_options, check=check)
+
+    def _weighed(self, shaped: Shaped, outputs: DivergenceOutput, tokens: Tensor) -> Shaped:
+        """With the algorithm's own weights multiplied into the advantages of the scored tokens."""
+        weights = self.args.method.load_token_weights()(outputs, tokens)
+        if weights.shape != tokens.shape:
+            raise ValueError(
+                f"token_weights: got shape {list(weights.shape)} of {self.args.method.token_weights!r}, takes "
+                f"{list(tokens.shape)}"
+            )
+        weights = torch.where(tokens, weights.to(shaped.advantages), 1)
+        return shaped._replace(advantages=shaped.advantages * weights, keep=shaped.keep & (weights != 0))
+
+    def _measure_tokens(
+        self, batch: Batch, scored: Tensor, hidden_clean: Tensor | None, alike: Sequence[int]
+    ) -> Scores:
+        """What both views say of these rows' response tokens; `alike` is of `Batch.alike`."""
         rows = scored.nonzero().flatten().tolist()
         with quiet(self.model), self.accelerator.autocast():
-            return score(
+            return measure(
                 self._passes,
                 batch,
                 rows,
                 *self._views(batch, rows, alike),
                 kind=str(self.args.divergence),
-                options=logit_options(self.accelerator.unwrap_model(self.model), self.temperature),
+                options=self._logit_options,
                 hidden_clean=hidden_clean,
                 check=self.args.check_kernels,
             )
+
+    @property
+    def _logit_options(self) -> LogitOptions:
+        return logit_options(self.accelerator.unwrap_model(self.model), self.temperature)
 
     def _live_groups(self, advantages: Tensor) -> Tensor:
         """`[B]` bool: rows of prompts whose rollouts do not all have zero advantage, also across processes."""
@@ -200,38 +276,45 @@ class VPPOTrainer(PackedTrainer):
     def _views(self, batch: Batch, rows: Sequence[int], alike: Sequence[int]) -> tuple[View, View]:
         """The clean view and the perturbed one, drawn by (seed, step, prompt) or (seed, step, prompt, rollout).
 
-        Rollouts of a prompt that were shown other images, as by a tool, have a view of their own from the same draw.
-        In evaluation the problem's own content takes the place of step and prompt, so that evaluations can be compared.
+        Of several draws the others have their number behind that; see `measure` for how they lie in the view. Rollouts
+        of a prompt that were shown other images, as by a tool, have a view of their own from the same draw. In
+        evaluation the problem's own content takes the place of step and prompt, so that evaluations can be compared.
         """
-        first, prompts = self.accelerator.process_index * len(batch), self._prompts(batch)
-        each = self.args.perturbation_scope == "rollout"
-        keys = list(range(len(batch))) if each else alike
+        each, drawn_by = self.args.perturbation_scope == "rollout", self._keys(batch)
+        one = list(range(len(batch))) if each else alike
+        keys = [draw * len(batch) + key for draw in range(self.args.draws) for key in one]
         pixels: dict[int, Tensor] = {}
         pictures, self._pictures = self._pictures, []  # whole photographs are kept no longer than they are needed
-        for row in rows:
-            if keys[row] not in pixels:
-                step, prompt = self.state.global_step, prompts[row]
-                if self._problems is not None:
-                    step, prompt = evaluation.KEY, self._problems[row]
-                draw = (prompt, (first + row) % self._group_size) if each else (prompt,)
-                generator = seeded(self.args.seed, step, *draw)
-                pixels[keys[row]] = self._image_views.perturbed(
-                    batch, row, pictures[row], self._perturbation, generator
-                )
+        for draw, row in itertools.product(range(self.args.draws), rows):
+            key = keys[draw * len(batch) + row]
+            if key not in pixels:
+                *which, rollout = drawn_by[row]
+                which += [rollout] * each + [draw] * (draw > 0)
+                generator = seeded(self.args.seed, *which)
+                pixels[key] = self._image_views.perturbed(batch, row, pictures[row], self._perturbation, generator)
         return View(alike), View(keys, pixels)
+
+    def _keys(self, batch: Batch) -> list[tuple[int, int, int]]:
+        """Of each row: step, prompt and rollout. In evaluation the problem takes the place of step and prompt."""
+        first, step = self.accelerator.process_index * len(batch), self.state.global_step
+        prompts = [(step, prompt) for prompt in self._prompts(batch)]
+        if self._problems is not None:
+            prompts = [(evaluation.KEY, problem) for problem in self._problems]
+        return [(*prompt, (first + row) % self._group_size) for row, prompt in enumerate(prompts)]
 
     def _log_scoring(self, measured: Measured, started: float) -> None:
         """The time it took; and a warning if the perturbed view changed nothing."""
-        if measured.values.is_cuda:
-            torch.cuda.synchronize(measured.values.device)
+        if measured.kept.is_cuda:
+            torch.cuda.synchronize(measured.kept.device)
         self.metrics_of()["vppo/seconds_scoring"].append(time.perf_counter() - started)
-        self._watch.dependency(measured.values)
+        if measured.values is not None:
+            self._watch.dependency(measured.values)
 
     def _log_factors(self, factors: Tensor) -> None:
         """Of the trajectories that were scored."""
         log = self.metrics_of("train")
-        for name, value in (("min", factors.min()), ("mean", factors.mean()), ("max", factors.max())):
-            log[f"vppo/alpha_{name}"].append(value.item())
+        for name, value in spread(factors).items():
+            log[f"vppo/alpha_{name}"].append(value)
 
     # -- in the loss -------------------------------------------------------------------------------------------------
 
@@ -247,6 +330,8 @@ class VPPOTrainer(PackedTrainer):
             mask &= inputs["tool_mask"].bool()
         if mode == "train" and self.args.nll_coef and self._train_logprobs is not None:
             loss = loss - self.args.nll_coef * torch.where(mask, self._train_logprobs, 0).sum() / self._tokens(inputs)
+        if mode == "train" and "old_per_token_logps" in inputs and self.state.global_step > self._sampled_at:
+            self._log_drift(inputs, mask)
         self._train_logprobs = None
         self._log_clip(inputs["advantages"], mask, mode)
         return loss
@@ -275,6 +360,24 @@ class VPPOTrainer(PackedTrainer):
         alpha = torch.where(alpha.isnan() & (means == window.min()), self.args.shaping["scale_min"], alpha)
         self._log_factors(alpha)
         return alpha
+
+    def _log_drift(self, inputs: dict[str, Any], mask: Tensor) -> None:
+        """How far the policy is from the one that sampled, of tokens with and without gradient: k3 of their
+        log-probabilities, in nats. Where several updates use the same rollouts both are at hand; the first finds none.
+        """
+        if self._train_logprobs is None:
+            return
+        gap = self._train_logprobs.detach() - inputs["old_per_token_logps"]
+        advantages = inputs["advantages"] if inputs["advantages"].dim() == 2 else inputs["advantages"].unsqueeze(1)
+        mask = mask & ~gap.isnan()  # rows that have not passed
+        gap = torch.where(mask, gap, 0).clamp(-20, 20)
+        drift, kept = gap.exp() - gap - 1, mask & (advantages != 0)
+        parts = [kept, mask & ~kept]
+        sums = torch.stack([*((drift * part).sum() for part in parts), *(part.sum() for part in parts)]).float()
+        of_kept, of_filtered, tokens, others = self.accelerator.reduce(sums, reduction="sum").tolist()
+        for name, total, count in (("kept", of_kept, tokens), ("filtered", of_filtered, others)):
+            if count:
+                self.metrics_of("train")[f"vppo/drift_{name}"].append(total / count)
 
     def _log_clip(self, advantages: Tensor, mask: Tensor, mode: str) -> None:
         """Clipped tokens among those that carry gradient; TRL's own ratio counts all response tokens."""

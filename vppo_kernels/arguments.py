@@ -43,6 +43,11 @@ def fraction(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value!r}, takes a number above 0 and at most 1")
 
 
+def threshold(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, int | float) and 0 <= value <= torch.finfo(torch.float32).max):
+        raise ValueError(f"{name}: got {value!r}, takes None or a finite number of at least 0")
+
+
 def scales(scale_min: float, scale_max: float | None) -> None:
     """Factors of the least and of the most dependent trajectory; a `scale_max` of None makes the mean factor 1."""
     positive("scale_min", scale_min)

@@ -21,7 +21,7 @@ from vppo_kernels.layout import layout_of
 from vppo_kernels.logits import LinearHead, LogitTransform, full_precision, logit_dtype
 from vppo_kernels.logprob import logprobs_of_rows
 from vppo_kernels.loss import Metrics, Reduction, check_tokens, loss_and_metrics, shaped_by
-from vppo_kernels.shaping import ScaleOptions, TrajectoryStats
+from vppo_kernels.shaping import Gate, ScaleOptions, TrajectoryStats
 from vppo_kernels.statistics import unpack_softmax
 from vppo_kernels.sweep import wants_gradient
 from vppo_kernels.vocab_parallel import Shard, max_ranks
@@ -112,6 +112,7 @@ def linear_vppo_loss(
     *,
     cu_seqlens: Tensor | None = None,
     keep_ratio: float = 0.4,
+    keep_threshold: float | None = None,
     scale_min: float = 0.9,
     scale_max: float | None = None,
     clip_low: float = 0.2,
@@ -169,7 +170,7 @@ def linear_vppo_loss(
     scaling = ScaleOptions(scale_min, scale_max, stats, stats_group)
     options = LossOptions(clip_low, clip_high, clip_dual, nll_coef, entropy_coef, kl_coef)
     reduction = Reduction(loss_agg, denominator)
-    arguments.fraction("keep_ratio", keep_ratio)
+    gate = Gate(keep_ratio, keep_threshold)
     exact = tensor_cores.check_precision(precision)
     transform = LogitTransform(temperature, logit_scale, softcap)
     weight, bias, process_group = vocab_parallel.localize(weight, bias, process_group)
@@ -193,7 +194,7 @@ def linear_vppo_loss(
     # `backend` names first of all what sweeps, which may take float64 where kernels of tokens do not
     double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tensors)
     ops = backends.token_ops("torch" if double else backend, old_logprobs)
-    shaped = shaped_by(dependency, advantages, valid, has_image, keep_ratio, scaling, layout, ops, check_values)
+    shaped = shaped_by(dependency, advantages, valid, has_image, gate, scaling, layout, ops, check_values)
     tokens = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "is_weights": is_weights}
     for name, value in tokens.items():
         check_tokens(name, value, valid, check_values)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vppo_kernels import arguments, backends
 from vppo_kernels.backends.protocols import PER_ACTIVE, PER_TOKEN, SUMS, LossInputs, LossOptions, TokenOps
 from vppo_kernels.layout import Layout, layout_of
-from vppo_kernels.shaping import ScaleOptions, Shaped, TrajectoryStats, apply_shaping, expand_advantages
+from vppo_kernels.shaping import Gate, ScaleOptions, Shaped, TrajectoryStats, apply_shaping, expand_advantages
 
 AGGREGATIONS = (
     "token-mean",
@@ -83,7 +83,7 @@ def shaped_by(
     advantages: Tensor,
     mask: Tensor,
     has_image: Tensor | None,
-    keep_ratio: float,
+    gate: Gate,
     options: ScaleOptions,
     layout: Layout,
     ops: TokenOps,
@@ -94,7 +94,7 @@ def shaped_by(
         arguments.floating("dependency", dependency)
         arguments.shape("dependency", dependency, tuple(mask.shape), "that of the mask")
         arguments.same_device("dependency", dependency, mask.device, "the mask")
-        return apply_shaping(advantages, dependency, mask, has_image, keep_ratio, options, layout, ops, check_values)
+        return apply_shaping(advantages, dependency, mask, has_image, gate, options, layout, ops, check_values)
     per_token = expand_advantages(advantages, mask, layout)
     if check_values:
         arguments.all_finite("advantages", per_token, mask)
@@ -141,9 +141,12 @@ def loss_and_metrics(
         loss = reduction(layout.sum(values, values.dtype) if layout.packed else values, lengths, layout.width)
     metrics = _metrics(sums.sum(1), inputs, options)
     if dependency is not None:
+        kept = layout.sum(inputs.keep, sums.dtype) if layout.packed else sums[SUMS.index("kept_fraction")]
+        metrics["responses_without_kept"] = ((kept == 0) & (lengths > 0)).sum(dtype=sums.dtype)
         metrics["dependency_mean"] = sums[SUMS.index("dependency")].sum() / scored.sum().clamp_min(1)
         alpha = alpha if len(alpha) else alpha.new_ones(1)
         metrics |= {"alpha_min": alpha.amin(), "alpha_mean": alpha.mean(), "alpha_max": alpha.amax()}
+        metrics["alpha_std"] = alpha.std(correction=0)
     return loss, metrics
 
 
@@ -171,6 +174,7 @@ def vppo_loss(
     *,
     cu_seqlens: Tensor | None = None,
     keep_ratio: float = 0.4,
+    keep_threshold: float | None = None,
     scale_min: float = 0.9,
     scale_max: float | None = None,
     clip_low: float = 0.2,
@@ -205,7 +209,7 @@ def vppo_loss(
         mask: `[B, T]` bool or 0/1, the response tokens. Whatever stands at other positions, NaN included, is not read.
         dependency: `[B, T]` dependency of each token on the image; None leaves the advantages as they are (DAPO).
         cu_seqlens: As in `topk_mask`, for packed trajectories. The loss is that of the same trajectories padded.
-        keep_ratio, scale_min, scale_max, has_image, stats, stats_group: As in `vppo_advantages`.
+        keep_ratio, keep_threshold, scale_min, scale_max, has_image, stats, stats_group: As in `vppo_advantages`.
         clip_low, clip_high: The ratio is clipped to `[1 - clip_low, 1 + clip_high]`.
         clip_dual: Bound on the ratio for negative advantages, above 1; None for no bound.
         loss_agg: "token-mean" divides the sum over response tokens by their number; "seq-mean-token-mean" and
@@ -228,7 +232,9 @@ def vppo_loss(
         The loss, float32 (or float64 where an argument is), a scalar, of tokens for "none"; detached scalar metrics. Of
         response tokens: kept_fraction, active_fraction (shaped advantage not 0). Of the active ones: ratio_mean,
         clip_fraction_low, clip_fraction_high, clip_fraction_dual, approx_kl. With a dependency: dependency_mean (of the
-        rows with an image), alpha_min, alpha_mean, alpha_max. Where given: entropy_mean, ref_kl.
+        rows with an image), alpha_min, alpha_mean, alpha_max, alpha_std, and responses_without_kept, how many
+        trajectories have tokens and keep none, as they do where none exceeds `keep_threshold`. Where given:
+        entropy_mean, ref_kl.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type, shape, device or range, or not finite when checked.
@@ -236,7 +242,7 @@ def vppo_loss(
     scaling = ScaleOptions(scale_min, scale_max, stats, stats_group)
     options = LossOptions(clip_low, clip_high, clip_dual, nll_coef, entropy_coef, kl_coef)
     reduction = Reduction(loss_agg, denominator)
-    arguments.fraction("keep_ratio", keep_ratio)
+    gate = Gate(keep_ratio, keep_threshold)
     layout = layout_of("logprobs", logprobs, cu_seqlens, check)
     if kl_coef and ref_logprobs is None:
         raise ValueError("ref_logprobs: got None, takes [B, T] log-probabilities where kl_coef is not 0")
@@ -248,7 +254,7 @@ def vppo_loss(
               "is_weights": is_weights}  # fmt: skip
     arguments.tensor("old_logprobs", old_logprobs)
     ops = backends.token_ops(backend, logprobs, advantages, dependency, *tokens.values())
-    shaped = shaped_by(dependency, advantages, valid, has_image, keep_ratio, scaling, layout, ops, check_values)
+    shaped = shaped_by(dependency, advantages, valid, has_image, gate, scaling, layout, ops, check_values)
     for name, value in tokens.items():
         check_tokens(name, value, valid, check_values)
     inputs = LossInputs(

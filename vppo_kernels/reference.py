@@ -142,13 +142,16 @@ def keep_count(length: int, keep_ratio: float) -> int:
     return math.ceil(Fraction(str(keep_ratio)) * length)
 
 
-def topk_mask(scores: Tensor, mask: Tensor, keep_ratio: float) -> Tensor:
-    """Per row the `ceil(keep_ratio * n)` highest of the `n` valid scores, the earlier first among equals (Eq. 4)."""
+def topk_mask(scores: Tensor, mask: Tensor, keep_ratio: float, keep_threshold: float | None = None) -> Tensor:
+    """Per row the `ceil(keep_ratio * n)` highest of the `n` valid scores, the earlier first among equals (Eq. 4); of
+    these, where there is a threshold, only those above it.
+    """
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for row in range(scores.shape[0]):
         valid = [t for t in range(scores.shape[1]) if bool(mask[row, t])]
         best = sorted(valid, key=lambda t: (-float(scores[row, t]), t))
-        keep[row, best[: keep_count(len(valid), keep_ratio)]] = True
+        best = best[: keep_count(len(valid), keep_ratio)]
+        keep[row, [t for t in best if keep_threshold is None or bool(scores[row, t] > keep_threshold)]] = True
     return keep
 
 

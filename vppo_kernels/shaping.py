@@ -28,6 +28,22 @@ class Shaped(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Which tokens keep their gradient; `topk_mask` says what the two mean.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    keep_ratio: float
+    keep_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        arguments.fraction("keep_ratio", self.keep_ratio)
+        arguments.threshold("keep_threshold", self.keep_threshold)
+
+
+@dataclass(frozen=True)
 class ScaleOptions:
     """The knobs of the trajectory factor; `trajectory_scale` says what they mean.
 
@@ -139,6 +155,7 @@ def shape_advantages(
     *,
     cu_seqlens: Tensor | None = None,
     keep_ratio: float = 0.4,
+    keep_threshold: float | None = None,
     scale_min: float = 0.9,
     scale_max: float | None = None,
     has_image: Tensor | None = None,
@@ -153,8 +170,8 @@ def shape_advantages(
     valid = layout.within(arguments.token_mask(mask, dependency))
     ops = backends.token_ops(backend, dependency, advantages)
     check_values = arguments.wanted(check, dependency)
-    arguments.fraction("keep_ratio", keep_ratio)
-    return apply_shaping(advantages, dependency, valid, has_image, keep_ratio, options, layout, ops, check_values)
+    gate = Gate(keep_ratio, keep_threshold)
+    return apply_shaping(advantages, dependency, valid, has_image, gate, options, layout, ops, check_values)
 
 
 @torch.no_grad()
@@ -163,7 +180,7 @@ def apply_shaping(
     dependency: Tensor,
     valid: Tensor,
     has_image: Tensor | None,
-    keep_ratio: float,
+    gate: Gate,
     options: ScaleOptions,
     layout: Layout,
     ops: TokenOps,
@@ -181,7 +198,7 @@ def apply_shaping(
         arguments.all_finite("dependency", dependency, seen)
         arguments.summable("dependency", dependency, seen)
         arguments.all_finite("advantages", per_token, valid)
-    keep = ops.topk(dependency, seen, keep_ratio, layout)
+    keep = ops.topk(dependency, seen, gate.keep_ratio, gate.keep_threshold, layout)
     if has_image is not None:
         keep |= valid & ~seen
     alpha = options.scale(ops, dependency, seen, layout)
@@ -206,6 +223,7 @@ def vppo_advantages(
     *,
     cu_seqlens: Tensor | None = None,
     keep_ratio: float = 0.4,
+    keep_threshold: float | None = None,
     scale_min: float = 0.9,
     scale_max: float | None = None,
     has_image: Tensor | None = None,
@@ -224,6 +242,8 @@ def vppo_advantages(
         mask: Bool or 0/1 like `dependency`, the response tokens.
         cu_seqlens: As in `topk_mask`, for packed trajectories.
         keep_ratio: Fraction of each trajectory's tokens that keep their gradient, above 0 and at most 1.
+        keep_threshold: Dependency that those have to exceed, in nats, finite and at least 0; None for no such bound. A
+            trajectory that nowhere exceeds it carries no gradient.
         scale_min: Factor on the advantage of the least dependent trajectory; at most 1 where `scale_max` is None.
         scale_max: Factor of the most dependent one, at least `scale_min`; None makes the mean factor 1.
         has_image: `[B]` bool; a row without an image keeps all its tokens, has alpha 1 and enters no statistic.
@@ -244,6 +264,7 @@ def vppo_advantages(
         mask,
         cu_seqlens=cu_seqlens,
         keep_ratio=keep_ratio,
+        keep_threshold=keep_threshold,
         scale_min=scale_min,
         scale_max=scale_max,
         has_image=has_image,

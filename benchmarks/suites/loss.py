@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -13,20 +14,24 @@ from benchmarks import gate
 from benchmarks.contest import Call, Case, Contestant, Setting, Suite, Verdict
 from benchmarks.floor import head_products
 from benchmarks.gradient_truth import GradientJudge
+from benchmarks.inputs import PRESETS
 from benchmarks.pair import differentiated
 from benchmarks.peers import peers
 from benchmarks.rollout import Rollouts, make_rollouts
 from vppo.errors import InputError
 from vppo_kernels import backends, linear_vppo_loss, reference
 
+SHARES = {f"active-{percent}": percent / 100 for percent in (100, 40, 20, 6, 2)}  # of the rows under the head "small"
+
 
 class Loss(Suite):
     name = "loss"
-    summary = "the VPPO loss from hidden states and its gradient, 40 % of the rows active"
+    summary = "the VPPO loss from hidden states and its gradient; 40 % of the rows active, or the share of active-N"
     modes = (True,)
+    known: Mapping[str, Any] = {**PRESETS, **SHARES}
 
     def presets(self, device: torch.device) -> list[str]:
-        return ["7b", "32b"] if device.type == "cuda" else ["small"]
+        return ["7b", "32b"] if device.type == "cuda" else list(SHARES)
 
     def rows(self, preset: str, device: torch.device) -> list[int]:
         return [8192, 16384] if device.type == "cuda" else [128 if preset == "tiny" else 1024]
@@ -35,7 +40,11 @@ class Loss(Suite):
         if not setting.backward:
             raise InputError("--no-backward: the loss is measured with its gradient")
         dtype = torch.bfloat16 if setting.device.type == "cuda" else torch.float32
-        rollouts = make_rollouts(setting.preset, setting.rows, setting.device, dtype, setting.backward)
+        share, given = SHARES.get(setting.preset), (setting.rows, setting.device, dtype, setting.backward)
+        if share is None:
+            rollouts = make_rollouts(setting.preset, *given)
+        else:
+            rollouts = make_rollouts("small", *given, active=share, padded=False)
         return Case(rollouts.labels(setting.preset), contestants(rollouts, peers), Judge(rollouts))
 
 

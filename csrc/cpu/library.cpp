@@ -20,9 +20,9 @@ void for_rows(std::int64_t rows, std::int64_t columns, const Body& body) {
 
 // A packed row may have any length, so a thread takes one at a time.
 template <typename Out>
-void write_mask(const Scores& scores, double keep_ratio, Out* keep) {
+void write_mask(const Scores& scores, double keep_ratio, float threshold, Out* keep) {
   for_rows(scores.rows, scores.offsets != nullptr ? kGrain : scores.columns,
-           [&](auto begin, auto end) { topk_mask(scores, keep_ratio, keep, begin, end); });
+           [&](auto begin, auto end) { topk_mask(scores, keep_ratio, threshold, keep, begin, end); });
 }
 
 }  // namespace
@@ -60,7 +60,12 @@ void gradient_pair(DLDevice, Tile tile, Fields pair, Fields jsd_terms, Mixture m
   });
 }
 
-void topk_mask(DLDevice, const Scores& scores, double keep_ratio, float* keep) { write_mask(scores, keep_ratio, keep); }
-void topk_mask(DLDevice, const Scores& scores, double keep_ratio, bool* keep) { write_mask(scores, keep_ratio, keep); }
+void topk_mask(DLDevice, const Scores& scores, double keep_ratio, float threshold, float* keep) {
+  write_mask(scores, keep_ratio, threshold, keep);
+}
+
+void topk_mask(DLDevice, const Scores& scores, double keep_ratio, float threshold, bool* keep) {
+  write_mask(scores, keep_ratio, threshold, keep);
+}
 
 }  // namespace vppo

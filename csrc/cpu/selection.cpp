@@ -19,7 +19,9 @@ std::uint32_t key_of(float score) {
 }  // namespace
 
 template <typename Out>
-void topk_mask(const Scores& scores, double keep_ratio, Out* keep, std::int64_t begin, std::int64_t end) {
+void topk_mask(const Scores& scores, double keep_ratio, float threshold, Out* keep, std::int64_t begin,
+               std::int64_t end) {
+  const std::uint32_t bar = std::isnan(threshold) ? 0 : key_of(threshold);
   for (std::int64_t row = begin; row < end; ++row) {
     std::int64_t first = row * scores.columns, last = first + scores.columns;
     if (scores.offsets != nullptr) {
@@ -51,12 +53,12 @@ void topk_mask(const Scores& scores, double keep_ratio, Out* keep, std::int64_t 
       const std::uint32_t key = scores.valid[i] ? key_of(scores.data[i]) : 0;  // no score has this key
       const bool equal = key == lowest && wanted > 0;  // of equal scores the earlier ones are kept
       wanted -= equal;
-      keep[i] = static_cast<Out>(key > lowest || equal);
+      keep[i] = static_cast<Out>(key > bar && (key > lowest || equal));
     }
   }
 }
 
-template void topk_mask(const Scores&, double, float*, std::int64_t, std::int64_t);
-template void topk_mask(const Scores&, double, bool*, std::int64_t, std::int64_t);
+template void topk_mask(const Scores&, double, float, float*, std::int64_t, std::int64_t);
+template void topk_mask(const Scores&, double, float, bool*, std::int64_t, std::int64_t);
 
 }  // namespace vppo

@@ -19,6 +19,6 @@ cudaError_t gradient_pair(Tile tile, Fields pair, Fields jsd_terms, Mixture mixt
                           Slopes slopes, cudaStream_t stream);
 // Out is float or bool; `keep` may be the scores
 template <typename Out>
-cudaError_t topk_mask(Scores scores, double keep_ratio, Out* keep, cudaStream_t stream);
+cudaError_t topk_mask(Scores scores, double keep_ratio, float threshold, Out* keep, cudaStream_t stream);
 
 }  // namespace vppo

@@ -23,12 +23,12 @@ void on(DLDevice device, std::int64_t rows, const Enqueue& enqueue) {
 }
 
 template <typename Out>
-void write_mask(DLDevice device, const Scores& scores, double keep_ratio, Out* keep) {
+void write_mask(DLDevice device, const Scores& scores, double keep_ratio, float threshold, Out* keep) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // tokens that an int can count
   if (scores.columns > kMost) {
     TVM_FFI_THROW(ValueError) << "scores: got " << scores.columns << " columns, takes at most " << kMost;
   }
-  on(device, scores.rows, [&](cudaStream_t stream) { return topk_mask(scores, keep_ratio, keep, stream); });
+  on(device, scores.rows, [&](cudaStream_t stream) { return topk_mask(scores, keep_ratio, threshold, keep, stream); });
 }
 
 }  // namespace
@@ -59,12 +59,12 @@ void gradient_pair(DLDevice device, Tile tile, Fields pair, Fields jsd_terms, Mi
   });
 }
 
-void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float* keep) {
-  write_mask(device, scores, keep_ratio, keep);
+void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float threshold, float* keep) {
+  write_mask(device, scores, keep_ratio, threshold, keep);
 }
 
-void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, bool* keep) {
-  write_mask(device, scores, keep_ratio, keep);
+void topk_mask(DLDevice device, const Scores& scores, double keep_ratio, float threshold, bool* keep) {
+  write_mask(device, scores, keep_ratio, threshold, keep);
 }
 
 }  // namespace vppo

@@ -47,7 +47,8 @@ __device__ int sum_before(int value, int (&of_warp)[kWarps], int& total) {
 }
 
 template <typename Out>
-__global__ void __launch_bounds__(kThreads) topk_mask_kernel(Scores scores, double keep_ratio, Out* keep) {
+__global__ void __launch_bounds__(kThreads) topk_mask_kernel(Scores scores, double keep_ratio, float threshold,
+                                                             Out* keep) {
   __shared__ unsigned staged[kStaged];
   __shared__ int counts[kDigits], of_warp[kWarps];
   __shared__ struct {
@@ -94,6 +95,7 @@ __global__ void __launch_bounds__(kThreads) topk_mask_kernel(Scores scores, doub
     wanted -= found.above;
   }
 
+  const unsigned bar = isnan(threshold) ? 0u : key_of(threshold);  // NaN is no threshold
   const bool surplus = found.equal > wanted;  // then the earlier of the equal ones are kept
   int equal_before = 0;
   for (int64_t start = first; start < last; start += kThreads) {
@@ -106,19 +108,19 @@ __global__ void __launch_bounds__(kThreads) topk_mask_kernel(Scores scores, doub
       rank = equal_before + sum_before(equal, of_warp, equals);
       equal_before += equals;
     }
-    if (i < last) keep[i] = static_cast<Out>(key > lowest || (equal && rank < wanted));
+    if (i < last) keep[i] = static_cast<Out>(key > bar && (key > lowest || (equal && rank < wanted)));
   }
 }
 
 }  // namespace
 
 template <typename Out>
-cudaError_t topk_mask(Scores scores, double keep_ratio, Out* keep, cudaStream_t stream) {
+cudaError_t topk_mask(Scores scores, double keep_ratio, float threshold, Out* keep, cudaStream_t stream) {
   return launch(topk_mask_kernel<Out>, dim3(static_cast<unsigned>(scores.rows)), dim3(kThreads), stream, scores,
-                keep_ratio, keep);
+                keep_ratio, threshold, keep);
 }
 
-template cudaError_t topk_mask(Scores, double, float*, cudaStream_t);
-template cudaError_t topk_mask(Scores, double, bool*, cudaStream_t);
+template cudaError_t topk_mask(Scores, double, float, float*, cudaStream_t);
+template cudaError_t topk_mask(Scores, double, float, bool*, cudaStream_t);
 
 }  // namespace vppo

@@ -35,6 +35,12 @@ def test_the_wanted_share_of_rows_is_active(shape: tuple[int, int], active: floa
     assert float((plan.shaped != 0).double().mean()) == pytest.approx(active, abs=0.5 / length)
 
 
+@pytest.mark.parametrize("active", [1.0, 0.4, 0.06, 0.02])
+def test_any_share_of_rows_without_padding(active: float) -> None:
+    plan = make_plan(8, 128, active, padded=False)
+    assert plan.mask.all() and int((plan.shaped != 0).sum()) == pytest.approx(active * 8 * 128, abs=8)
+
+
 def test_a_share_beyond_the_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="takes at most"):
         make_plan(32, 64, 0.9)

@@ -166,7 +166,7 @@ def measured(path: Path, world: int, **case: Any) -> dict[str, int]:
     gc.collect()  # what is let go later would be taken off
     with torch.profiler.profile(profile_memory=True) as profile:
         trainer = trainer_of(path, world, **case)
-        _mark(trainer, "_score", "scoring")
+        _mark(trainer, "_measure_tokens", "scoring")
         _mark(trainer, "_compute_loss", "training pass", until="training_step")
         trainer.train()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

@@ -81,11 +81,12 @@ def trainer(
     peft_config: Any = None,
     rollout_func: Any = None,
     reward: Any = varied_reward,
+    kind: type[VPPOTrainer] = VPPOTrainer,
     **changes: Any,
 ) -> VPPOTrainer:
     """A trainer of a tiny model; `changes` go into its config."""
     built, processor = families.build(family)
-    return VPPOTrainer(
+    return kind(
         model=built if model is None else model,
         reward_funcs=reward,
         args=VPPOConfig(**options(path, **changes)),
@@ -134,11 +135,16 @@ def group_advantages(trainer: VPPOTrainer, batch: dict[str, Any]) -> Tensor:
 
 
 def perturbed_pixels(
-    trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0, problems: Sequence[int] | None = None
+    trainer: VPPOTrainer,
+    batch: dict[str, Any],
+    step: int = 0,
+    problems: Sequence[int] | None = None,
+    draw: int = 0,
 ) -> Tensor:
     """The batch's pixels with the perturbed view of every row, drawn as the documentation says.
 
-    `problems` are the fingerprints of the rows' problems where the batch is one of an evaluation.
+    `problems` are the fingerprints of the rows' problems where the batch is one of an evaluation; `draw` is the number
+    of the view where each row has several.
     """
     layout = PixelLayout.of(trainer.processing_class.image_processor)
     perturbation: Perturbation = trainer.args.make_perturbation(layout.patch_size)
@@ -160,9 +166,11 @@ def perturbed_pixels(
         key = [trainer.args.seed, *which]
         if trainer.args.perturbation_scope == "rollout":
             key.append(rollout)
+        if draw:
+            key.append(draw)
         if canvas:
-            draw, given = seeded(*key), vars(trainer)["given_images"][row]
-            pictures.append([families.blackened(one, canvas(*one.size), layout.patch_size, draw) for one in given])
+            stream, given = seeded(*key), vars(trainer)["given_images"][row]
+            pictures.append([families.blackened(one, canvas(*one.size), layout.patch_size, stream) for one in given])
             continue
         if not counts[row]:
             views.append(part)
@@ -238,13 +246,17 @@ def plain_model(trainer: VPPOTrainer, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def plain_dependency(
-    trainer: VPPOTrainer, batch: dict[str, Any], step: int = 0, problems: Sequence[int] | None = None
+    trainer: VPPOTrainer,
+    batch: dict[str, Any],
+    step: int = 0,
+    problems: Sequence[int] | None = None,
+    draw: int = 0,
 ) -> Tensor:
     """`[B, T]` dependency of every response token by two ordinary forwards in float64, zero at padding."""
     model = plain_model(trainer, torch.float64)
     clean, perturbed = (
         plain_logits(model, batch, pixels, trainer.args.temperature)
-        for pixels in (batch["pixel_values"], perturbed_pixels(trainer, batch, step, problems))
+        for pixels in (batch["pixel_values"], perturbed_pixels(trainer, batch, step, problems, draw))
     )
     if trainer.args.divergence == "k3":
         p, q = (reference.logprob(z, batch["completion_ids"]) for z in (clean, perturbed))

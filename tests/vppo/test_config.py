@@ -56,9 +56,12 @@ def test_defaults_are_the_papers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "scores", "shaping"),
     [
-        ("vppo", True, (0.4, 0.9, None)),
-        ("tas", True, (1.0, 0.9, None)),
-        ("tgf", True, (0.4, 1.0, 1.0)),
+        ("vppo", True, (0.4, None, 0.9, None)),
+        ("tas", True, (1.0, None, 0.9, None)),
+        ("tgf", True, (0.4, None, 1.0, 1.0)),
+        ("random", True, (0.4, None, 1.0, 1.0)),
+        ("entropy", True, (0.4, None, 1.0, 1.0)),
+        ("oracle", True, (1.0, 0.0, 1.0, 1.0)),
         ("dapo", False, None),
         ("grpo", False, None),
     ],
@@ -67,7 +70,7 @@ def test_algorithms(algorithm: str, scores: bool, shaping: tuple[Any, ...] | Non
     args = config(tmp_path, algorithm=algorithm)
     assert args.scores_tokens == scores
     if shaping is not None:
-        assert tuple(args.shaping[name] for name in ("keep_ratio", "scale_min", "scale_max")) == shaping
+        assert tuple(args.shaping.values()) == shaping
     assert args.epsilon_high == (0.2 if algorithm == "grpo" else 0.28)
     assert config(tmp_path, algorithm=algorithm, epsilon_high=0.3).epsilon_high == 0.3
 
@@ -86,6 +89,13 @@ def test_algorithms(algorithm: str, scores: bool, shaping: tuple[Any, ...] | Non
         ("keep_ratio", 0.0),
         ("keep_ratio", 1.5),
         ("keep_ratio", float("nan")),
+        ("keep_threshold", -0.1),
+        ("keep_threshold", float("nan")),
+        ("keep_threshold", float("inf")),
+        ("keep_threshold", "0.1"),
+        ("draws", 0),
+        ("draws", 1.5),
+        ("draws", True),
         ("scale_min", 0.0),
         ("scale_min", 1.5),
         ("scale_max", 0.5),
@@ -107,12 +117,36 @@ def test_refused(name: str, value: Any, tmp_path: Path) -> None:
         config(tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize(("algorithm", "expected"), [("vppo", (0.3, 0.05)), ("tgf", (0.3, 0.05)), ("tas", (1.0, None))])
+def test_the_gate_as_the_algorithm_uses_it(algorithm: str, expected: tuple[Any, ...], tmp_path: Path) -> None:
+    """What does not filter takes no notice of it, so that one config serves for all."""
+    shaping = config(tmp_path, algorithm=algorithm, keep_ratio=0.3, keep_threshold=0.05).shaping
+    assert (shaping["keep_ratio"], shaping["keep_threshold"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "random", "keep_threshold": 0.1}, "keep_threshold: got 0.1, takes None with algorithm 'random'"),
+        ({"algorithm": "oracle", "keep_threshold": 0.1}, "keep_threshold: got 0.1, takes None with algorithm 'oracle'"),
+        ({"perturbation": "blur", "draws": 2}, "draws: got 2, takes 1 with 'blur', which is always the same"),
+        ({"perturbation": "grey", "draws": 4}, "draws: got 4, takes 1 with 'grey'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config(tmp_path, **changes)
+
+
 def test_scale_min_above_one_needs_a_scale_max(tmp_path: Path) -> None:
     """The dynamic maximum would lie below the minimum, and could turn advantages around."""
     assert config(tmp_path, scale_min=1.5, scale_max=2.0).shaping["scale_min"] == 1.5
 
 
 def test_command_line_types(tmp_path: Path) -> None:
-    line = f"--output_dir {tmp_path} --bf16 false --use_cpu true --divergence k3 --scale_max 1.2 --patch_size 28"
+    line = f"--output_dir {tmp_path} --bf16 false --use_cpu true --divergence k3 --scale_max 1.2 --patch_size 28 "
+    line += "--keep_threshold 0.05 --draws 4"
     (args,) = HfArgumentParser(VPPOConfig).parse_args_into_dataclasses(line.split())
     assert (args.divergence, args.scale_max, args.patch_size, args.nll_coef) == ("k3", 1.2, 28, 0.0)
+    assert (args.keep_threshold, args.draws) == (0.05, 4)

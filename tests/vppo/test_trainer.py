@@ -226,13 +226,13 @@ def test_truncated_rows_that_are_masked_out(tmp_path: Path, monkeypatch: pytest.
 
 def views_of(run: VPPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The perturbed pixels of each row of one generation batch."""
-    real, seen = vppo.trainer.score, []
+    real, seen = vppo.trainer.measure, []
 
-    def listening(passes: Any, batch: Any, rows: Any, clean: Any, perturbed: Any, **kwargs: Any) -> Tensor:
+    def listening(passes: Any, batch: Any, rows: Any, clean: Any, perturbed: Any, **kwargs: Any) -> Any:
         seen.extend(perturbed.pixels[perturbed.keys[row]] for row in rows)
         return real(passes, batch, rows, clean, perturbed, **kwargs)
 
-    monkeypatch.setattr(vppo.trainer, "score", listening)
+    monkeypatch.setattr(vppo.trainer, "measure", listening)
     same_image = [{**row, "images": [families.picture(0, (112, 112))]} for row in rows(2)]
     fix_rollouts(run)
     generation_batch(run, same_image)
@@ -477,7 +477,8 @@ def test_metrics_reach_the_callbacks(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.train()
     names = {"dependency_mean", "dependency_q50", "dependency_q90", "dependency_q99", "kept_fraction", "alpha_min"}
-    names |= {"alpha_mean", "alpha_max", "scored_fraction", "clip_ratio_kept", "seconds_scoring"}
+    names |= {"alpha_mean", "alpha_max", "alpha_std", "scored_fraction", "clip_ratio_kept", "seconds_scoring"}
+    names |= {"kept_dependency_fraction", "kept_unseen_fraction", "responses_without_kept"}
     for log in run.state.log_history[:2]:
         assert {name for name in log if name.startswith("vppo/")} == {f"vppo/{name}" for name in names}
 

@@ -153,6 +153,10 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
         ((*KEEPERS, *LOSSES), {"keep_ratio": value}, ValueError, (f"keep_ratio: got {value!r}", "at most 1"))
         for value in (0.0, -0.1, 1.1, float("nan"), "0.4")
     ),
+    *(
+        ((*KEEPERS, *LOSSES), {"keep_threshold": value}, ValueError, (f"keep_threshold: got {value!r}", "at least 0"))
+        for value in (-0.1, float("nan"), float("inf"), 1e39, "0.4")
+    ),
     ((*SCALERS, *LOSSES), dict(scale_min=0.0), ValueError, ("scale_min: got 0.0", "above 0")),
     ((*SCALERS, *LOSSES), dict(scale_max=-1.0), ValueError, ("scale_max: got -1.0", "above 0")),
     ((*SCALERS,), dict(stats=TrajectoryStats(0, 1, 0.5), stats_group=1), TypeError, ("stats_group: got int",)),

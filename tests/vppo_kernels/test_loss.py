@@ -192,19 +192,27 @@ def test_homogeneous_in_the_advantage(factor: float, seed: int, dual: float | No
 
 
 @given(
-    st.integers(0, 1000), st.sampled_from([None, 3.0]), st.sampled_from(AGGREGATIONS), st.sampled_from([0.4, 1e-9, 1.0])
+    st.integers(0, 1000),
+    st.sampled_from([None, 3.0]),
+    st.sampled_from(AGGREGATIONS),
+    st.sampled_from([(0.4, None), (1e-9, None), (1.0, None), (0.4, 0.3), (1.0, 1.0), (1.0, 1e9)]),
 )
-def test_advantages_shaped_beforehand(seed: int, dual: float | None, agg: str, ratio: float) -> None:
+def test_advantages_shaped_beforehand(
+    seed: int, dual: float | None, agg: str, gate: tuple[float, float | None]
+) -> None:
     """Advantages shaped beforehand = mask and scale given to the loss = mask and scale applied to the plain loss."""
     given = batch(seed)
     logprobs = given["logprobs"].requires_grad_()
     dependency, mask = given.pop("dependency"), given["mask"]
     options: dict[str, Any] = dict(clip_dual=dual, loss_agg=agg)
-    inside, _ = vppo_loss(**given, dependency=dependency, keep_ratio=ratio, **options)
-    shaped = vppo_advantages(given["advantages"], dependency, mask, keep_ratio=ratio)
+    kept = dict(keep_ratio=gate[0], keep_threshold=gate[1])
+    inside, metrics = vppo_loss(**given, dependency=dependency, **kept, **options)
+    shaped = vppo_advantages(given["advantages"], dependency, mask, **kept)
     before, _ = vppo_loss(**{**given, "advantages": shaped}, **options)
     raw = reference.clipped_loss(logprobs, given["old_logprobs"], given["advantages"].unsqueeze(1), clip_dual=dual)
-    factors = topk_mask(dependency, mask, ratio) * trajectory_scale(dependency, mask).unsqueeze(1)
+    keep = topk_mask(dependency, mask, **kept)
+    factors = keep * trajectory_scale(dependency, mask).unsqueeze(1)
+    assert metrics["responses_without_kept"] == (mask.any(1) & ~keep.any(1)).sum()
     after = reduce(raw * factors, mask, agg)
     first = value_and_gradient(inside, logprobs)
     assert_all_close(first, value_and_gradient(before, logprobs), 0)
@@ -283,6 +291,8 @@ def test_metrics_by_hand(backend_tokens: str) -> None:
         "alpha_min": 0.9,
         "alpha_mean": 1.0,
         "alpha_max": 1.2,
+        "alpha_std": math.sqrt((2 * 0.1**2 + 0.2**2) / 3),
+        "responses_without_kept": 0,
     }
     assert {name: round(float(value), 5) for name, value in metrics.items()} == pytest.approx(
         {name: round(value, 5) for name, value in expected.items()}, abs=1e-5
@@ -296,6 +306,8 @@ def test_metrics_by_hand(backend_tokens: str) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "keep": dict(keep_ratio=0.7, scale_min=0.5, scale_max=1.4),
+    "threshold": dict(keep_ratio=0.7, keep_threshold=0.5),
+    "threshold above all": dict(keep_threshold=1e9),
     "clip": dict(clip_low=0.1, clip_high=0.5, clip_dual=1.2),
     "nll": dict(nll_coef=0.06),
     "entropy": dict(entropy_coef=0.01),
@@ -490,14 +502,18 @@ def test_float16_under_a_gradient_scaler(backend: str, temperature: float, entro
         assert (got - right).norm() < 1.1 * (expected - right).norm() + 1e-3 * right.norm()
 
 
-@pytest.mark.parametrize("coefficients", [{}, dict(nll_coef=0.1)], ids=["kept rows", "every response token"])
+@pytest.mark.parametrize(
+    "coefficients",
+    [{}, dict(keep_threshold=0.5), dict(keep_threshold=1e9), dict(nll_coef=0.1)],
+    ids=["kept rows", "rows above a threshold", "none above a threshold", "every response token"],
+)
 def test_only_rows_that_can_carry_gradient_meet_the_weight(backend_float64: str, coefficients: dict) -> None:
     given = batch()
     del given["logprobs"]
     given["advantages"][1] = 0
-    keep = topk_mask(given["dependency"], given["mask"], 0.4)
+    keep = topk_mask(given["dependency"], given["mask"], 0.4, keep_threshold=coefficients.get("keep_threshold"))
     keep[1] = False
-    rows = int((given["mask"] if coefficients else keep).sum())
+    rows = int((given["mask"] if "nll_coef" in coefficients else keep).sum())
     hidden = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
     with counted_products() as forward:
@@ -505,11 +521,11 @@ def test_only_rows_that_can_carry_gradient_meet_the_weight(backend_float64: str,
             hidden, weight, torch.zeros(B, T).long(), **given, backend=backend_float64, **coefficients
         )
     # logits, and the gradients of hidden states and of the weight, all while the logits are there
-    assert 0 < rows < B * T and sum(forward) == 3 * rows * V * D
+    assert (0 < rows < B * T or not keep.any()) and sum(forward) == 3 * rows * V * D
     with counted_products() as backward:
         loss.backward()
     assert backward == []
-    if not coefficients:
+    if "nll_coef" not in coefficients:
         assert hidden.grad is not None and not hidden.grad[~keep].any()
 
 

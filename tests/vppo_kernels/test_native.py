@@ -5,6 +5,7 @@ What its operations compute is tested with every other backend's; `make sanitize
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -271,8 +272,8 @@ def arguments() -> dict[str, list[Any]]:
         "fold_jsd": [z, pair, jsd_terms, 0.5],
         "gradient": [z[0].clone(), pair[:4], targets, 0, grads[:2], 1.0, 0.0],
         "gradient_pair": [z.clone(), pair, jsd_terms, 0.5, targets, 0, grads, 1.0, 0.0, 1.0, 0.0],
-        "topk_mask": [like(), mask, 0.4, None, mask.clone()],
-        "topk_mask packed": [like()[0], mask[0], 0.4, offsets, like()[0]],
+        "topk_mask": [like(), mask, 0.4, None, None, mask.clone()],
+        "topk_mask packed": [like()[0], mask[0], 0.4, 0.5, offsets, like()[0]],
         "evaluate": ["exp", like()[0], like()[0]],
     }
 
@@ -302,7 +303,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 }
 TILES = ("fold", "fold_pair", "fold_jsd", "gradient", "gradient_pair")
 FINE = {(name, 0, what) for name in TILES for what in ("one entry more", "no entries")}  # a tile is of any width
-FINE |= {("topk_mask packed", 3, what) for what in ("one row less", "one entry more")}  # and offsets of any number
+FINE |= {("topk_mask packed", 4, what) for what in ("one row less", "one entry more")}  # and offsets of any number
 REFUSALS = (TypeError, ValueError, RuntimeError, BufferError)
 TENSORS = [(n, i) for n, given in arguments().items() for i, x in enumerate(given) if isinstance(x, Tensor)]
 
@@ -334,6 +335,8 @@ def test_messages_name_the_argument() -> None:
         call("fold", [given[0].T.contiguous().T, *given[1:]])
     with pytest.raises(ValueError, match="keep_ratio: got 0, takes a number above 0 and at most 1"):
         call("topk_mask", [*arguments()["topk_mask"][:2], 0.0, *arguments()["topk_mask"][3:]])
+    with pytest.raises(ValueError, match="keep_threshold: got nan, takes None or a number"):
+        call("topk_mask", [*arguments()["topk_mask"][:3], math.nan, *arguments()["topk_mask"][4:]])
     with pytest.raises(ValueError, match="function: got 'sin', takes exp"):
         call("evaluate", ["sin", torch.ones(2), torch.ones(2)])
 
@@ -434,7 +437,7 @@ def test_hostile_sizes_of_a_product_are_refused(rows: int, hidden_size: int) -> 
 @drawn(offsets=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 12), min_size=1, max_size=6))
 def test_offsets_out_of_order_stay_within_the_scores(offsets: list[int]) -> None:
     scores, out = torch.rand(9), torch.zeros(9, dtype=torch.bool)
-    LIBRARY.topk_mask(scores, torch.ones(9, dtype=torch.bool), 0.5, torch.tensor(offsets), out)
+    LIBRARY.topk_mask(scores, torch.ones(9, dtype=torch.bool), 0.5, None, torch.tensor(offsets), out)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

@@ -76,7 +76,9 @@ def test_shaping(backend_tokens: str, t: Trajectories, per_token: bool, images: 
     ):
         close(got, expected)
     advantages = (t.pack(t.per_token), t.per_token) if per_token else (t.advantages, t.advantages)
-    more: dict[str, Any] = dict(keep_ratio=0.6, scale_max=1.2, has_image=t.has_image if images else None)
+    more: dict[str, Any] = dict(
+        keep_ratio=0.6, keep_threshold=0.4, scale_max=1.2, has_image=t.has_image if images else None
+    )
     if per_token and len(flat) == len(t.advantages):
         return  # as many tokens as trajectories: read as advantages of these
     got = vppo_advantages(advantages[0], flat, mask, **packing, **more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,74 @@ def test_padding_on_either_side_does_not_matter(
     keep = topk_mask(padded, wider, ratio, backend=backend_tokens)
     assert torch.equal(keep[:, left : left + length], topk_mask(scores, mask, ratio))
     assert keep.sum() == keep[:, left : left + length].sum()
+
+
+thresholds = st.sampled_from([None, 0.0, 0.2, 0.5, 1e-45, 3.4e38])
+
+
+@given(batches(), ratios, thresholds)
+def test_of_the_highest_only_those_above_the_threshold(
+    backend_tokens: str, batch: tuple[Tensor, Tensor], ratio: float, threshold: float | None
+) -> None:
+    """Strictly above it, also where it is one of the scores; never more than without it."""
+    scores, mask = batch
+    options: dict[str, Any] = dict(keep_threshold=threshold, backend=backend_tokens)
+    keep = topk_mask(scores, mask, ratio, **options)
+    assert torch.equal(keep, reference.topk_mask(scores, mask, ratio, threshold))
+    assert torch.equal(
+        topk_mask(scores, mask, 1.0, **options), mask & (scores > (-math.inf if threshold is None else threshold))
+    )
+    plain = topk_mask(scores, mask, ratio, backend=backend_tokens)
+    assert torch.equal(keep, plain if threshold is None else plain & (scores > threshold))
+
+
+@few
+@given(batches(), ratios, thresholds)
+def test_a_threshold_in_place_and_packed(
+    backend_tokens: str, batch: tuple[Tensor, Tensor], ratio: float, threshold: float | None
+) -> None:
+    scores, mask = batch
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype == torch.float64 and backend_tokens != "torch":
+            continue
+        written = torch.where(mask, scores, math.nan).to(dtype)
+        as_read = written.float() if written.dtype.itemsize < 4 else written
+        expected = reference.topk_mask(as_read, mask, ratio, threshold)
+        offsets = torch.arange(len(scores) + 1) * scores.shape[1]
+        packed = topk_mask(
+            written.flatten(),
+            mask.flatten(),
+            ratio,
+            keep_threshold=threshold,
+            cu_seqlens=offsets,
+            backend=backend_tokens,
+        )
+        assert torch.equal(packed.view(mask.shape), expected)
+        assert topk_mask_(written, mask, ratio, keep_threshold=threshold, backend=backend_tokens) is written
+        assert torch.equal(written, expected.to(dtype))
+
+
+def test_a_threshold_of_16_bits_is_read_in_float32(backend_tokens: str) -> None:
+    """0.3 is 0.30078125 in bfloat16, which exceeds it."""
+    scores = torch.tensor([[0.3, 0.2], [0.25, 0.25]], dtype=torch.bfloat16)
+    keep = topk_mask(scores, torch.ones(2, 2), 1.0, keep_threshold=0.3, backend=backend_tokens)
+    assert keep.tolist() == [[True, False], [False, False]]
+    exact = topk_mask(scores, torch.ones(2, 2), 1.0, keep_threshold=0.25, backend=backend_tokens)
+    assert exact.tolist() == [[True, False], [False, False]]
+
+
+def test_unchecked_values_beside_a_threshold(backend_tokens: str) -> None:
+    """A NaN exceeds every threshold, as it ranks above every number; so does inf; -inf and zeros of either sign do not
+    exceed 0.
+    """
+    nan, inf = math.nan, math.inf
+    scores = torch.tensor([[-inf, nan, inf, 0.0], [-nan, -0.0, 1e-45, -1.0]])
+    for threshold, kept in ((0.0, [[1, 2], [0, 2]]), (3e38, [[1, 2], [0]])):
+        options: dict[str, Any] = dict(keep_threshold=threshold, backend=backend_tokens, check=False)
+        keep = topk_mask(scores, torch.ones(2, 4), 1.0, **options)
+        assert [row.nonzero().flatten().tolist() for row in keep] == kept
+    with pytest.raises(ValueError, match="scores: "):
+        topk_mask(scores, torch.ones(2, 4), 1.0, keep_threshold=0.1, backend=backend_tokens, check=True)
 
 
 def test_the_earlier_of_equals_wins(backend_tokens: str) -> None:

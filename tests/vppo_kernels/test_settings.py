@@ -55,6 +55,7 @@ def everything(backend: str, dtype: torch.dtype, made: dict[str, Tensor]) -> lis
         *metrics.values(),
         topk_mask(dependency, mask, 0.4, **shaped),
         topk_mask_(dependency.clone(), mask, 0.4, **shaped),
+        topk_mask(dependency, mask, 0.4, keep_threshold=0.8, **shaped),
         *trajectory_stats(dependency, mask, **shaped),
         trajectory_scale(dependency, mask, **shaped),
         trajectory_scale(dependency.flatten(), mask.flatten(), **packing),

@@ -80,12 +80,20 @@ def test_order_and_padding_do_not_matter(
 
 
 @settings(max_examples=12)  # a launch under the interpreter takes its time
-@given(batches(), scales, st.sampled_from([0.4, 1e-9, 1.0]), st.booleans(), st.sampled_from(["float32", "bfloat16"]))
+@given(
+    batches(),
+    scales,
+    st.sampled_from([0.4, 1e-9, 1.0]),
+    st.sampled_from([None, 0.3]),
+    st.booleans(),
+    st.sampled_from(["float32", "bfloat16"]),
+)
 def test_advantages_are_alpha_times_advantage_times_mask(
     backend_tokens: str,
     batch: tuple[Tensor, Tensor],
     scale: tuple[float, float | None],
     ratio: float,
+    threshold: float | None,
     per_token: bool,
     dtype: str,
 ) -> None:
@@ -93,12 +101,13 @@ def test_advantages_are_alpha_times_advantage_times_mask(
     g = torch.Generator().manual_seed(1)
     advantages = torch.randn(scores.shape if per_token else scores.shape[:1], generator=g).to(getattr(torch, dtype))
     options: dict[str, Any] = dict(scale_min=scale[0], scale_max=scale[1], backend=backend_tokens)
-    shaped = shape_advantages(advantages, scores, mask, keep_ratio=ratio, **options)
-    keep, alpha = topk_mask(scores, mask, ratio, backend="torch"), trajectory_scale(scores, mask, **options)
+    gate: dict[str, Any] = dict(keep_ratio=ratio, keep_threshold=threshold)
+    shaped = shape_advantages(advantages, scores, mask, **gate, **options)
+    keep, alpha = topk_mask(scores, mask, **gate, backend="torch"), trajectory_scale(scores, mask, **options)
     expanded = advantages if per_token else advantages.unsqueeze(1).expand_as(scores)
     assert torch.equal(shaped.keep, keep) and torch.equal(shaped.alpha, alpha)
     assert torch.equal(shaped.advantages, torch.where(keep, expanded * alpha.unsqueeze(1).to(advantages.dtype), 0))
-    assert torch.equal(vppo_advantages(advantages, scores, mask, keep_ratio=ratio, **options), shaped.advantages)
+    assert torch.equal(vppo_advantages(advantages, scores, mask, **gate, **options), shaped.advantages)
     assert shaped.advantages.dtype == advantages.dtype
 
 
@@ -177,6 +186,8 @@ def test_text_only_rows_are_left_out(backend_tokens: str) -> None:
     torch.testing.assert_close(shaped.alpha[seen], alone.alpha)  # their sums may be made in another order
     assert shaped.alpha[1] == 1
     assert torch.equal(shaped.keep[seen], alone.keep) and shaped.keep[1].all()
+    gated = shape_advantages(advantages, scores, mask, has_image=has_image, keep_threshold=1.0, backend=backend_tokens)
+    assert gated.keep.sum(1).tolist() == [0, 6, 0, 0]  # what was never measured exceeds nothing and is not filtered
     none = shape_advantages(advantages, scores, mask, has_image=torch.zeros(4), backend=backend_tokens)
     assert torch.equal(none.advantages, advantages.unsqueeze(1).expand(4, 6))
 

@@ -91,7 +91,8 @@ def _loss(x: dict[str, Tensor], backend: str, **options: Any) -> Any:
 def _selection(x: dict[str, Tensor], backend: str) -> list[Tensor]:
     options: dict[str, Any] = dict(cu_seqlens=x.get("offsets"), backend=backend)
     written = topk_mask_(x["dependency"].clone(), x["mask"], 0.4, **options)
-    return [topk_mask(x["dependency"], x["mask"], 0.4, **options), written]
+    gated = topk_mask(x["dependency"], x["mask"], 0.4, keep_threshold=0.7, **options)
+    return [topk_mask(x["dependency"], x["mask"], 0.4, **options), written, gated]
 
 
 def _shaping(x: dict[str, Tensor], backend: str) -> list[Any]:

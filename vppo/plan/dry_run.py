@@ -60,7 +60,7 @@ def dry_run(config: dict[str, Any], *, gpus: int, gpu_memory: float, accelerate:
     print(f"Data: {len(dataset)} rows; the longest prompt of the first {len(rows)} has {text + image} tokens")
     print(f"Rewards: {', '.join(getattr(reward, '__name__', str(reward)) for reward in rewards)}")
     shown = next((row for row, problem in enumerate(rows) if problem.images), None)
-    if args.scores_tokens and shown is not None:
+    if args.perturbs and shown is not None:
         perturbation = args.make_perturbation(layout.patch_size)
         view = prompts.perturbed(shown, perturbation, seeded(args.seed, 0, shown))
         changed = (view != prompts.join([shown], [[0]])["pixel_values"]).float().mean().item()

@@ -280,7 +280,7 @@ def from_config(
         checkpointing=bool(args.gradient_checkpointing),
         lora=None if peft is None else {"r": peft.r, "lora_alpha": peft.lora_alpha, "target": peft.target_modules},
         optimizer=str(getattr(args.optim, "value", args.optim)),
-        divergence=str(args.divergence) if args.scores_tokens else None,
+        divergence=str(args.divergence) if args.perturbs else None,
         sharing=args.prefix_sharing if args.tas_statistics != "micro-batch" else "off",
         scoring_memory=int(args.scoring_memory * GIB),
         own_views=args.perturbation_scope == "rollout",

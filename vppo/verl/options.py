@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vppo.algorithms import REGISTRY
 from vppo.errors import InputError
 from vppo.options import RECIPES, VPPOOptions, one_of
 from vppo.verl.engine import Ask
@@ -51,6 +52,16 @@ class VerlOptions(VPPOOptions):
             raise InputError(f"trainer.v1.vppo.{error}") from error
         if not (isinstance(self.seed, int) and self.seed >= 0):
             raise InputError(f"trainer.v1.vppo.seed: got {self.seed!r}, takes a whole number from 0")
+        if self.draws != 1:
+            raise InputError(
+                f"trainer.v1.vppo.draws: got {self.draws!r}, takes 1 with verl, whose workers draw one view"
+            )
+        if (self.scores_tokens and not self.perturbs) or self.method.token_weights:
+            takes = [name for name, one in REGISTRY.items() if one.score in (None, "dependency")]
+            raise InputError(
+                f"trainer.v1.vppo.algorithm: got {self.algorithm!r}, takes one of "
+                f"{[name for name in takes if not REGISTRY[name].token_weights]} with verl"
+            )
         if self.tas_statistics != "batch":
             raise InputError(
                 f"trainer.v1.vppo.tas_statistics: got {self.tas_statistics!r}, takes 'batch' with verl, whose workers "

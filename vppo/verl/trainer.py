@@ -19,7 +19,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
-from vppo.monitoring.measured import Measured
+from vppo.monitoring.measured import Measured, spread
 from vppo.verl.engine import ASK, DRAW, LEFT_OUT, NLL
 from vppo.verl.options import VerlOptions
 from vppo.verl.whole_groups import rows_together, whole_groups
@@ -143,8 +143,7 @@ class VPPOMixin:
         metrics.update(_measured(dependency[real], mask[real], shaped.keep[real], scored[real]).metrics())
         factors = shaped.alpha[scored & real]
         if len(factors):
-            for name, value in (("min", factors.min()), ("mean", factors.mean()), ("max", factors.max())):
-                metrics[f"vppo/alpha_{name}"] = value.item()
+            metrics.update({f"vppo/alpha_{name}": value for name, value in spread(factors).items()})
         elif not self._warned:
             self._warned = True
             logger.warning(

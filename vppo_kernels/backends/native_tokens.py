@@ -15,26 +15,29 @@ from vppo_kernels.native_library import library
 __all__ = ["clipped_loss", "row_means", "shape", "topk", "topk_", "trajectory_scale"]
 
 
-def topk(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout) -> Tensor:
+def topk(scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout) -> Tensor:
     """See `TokenOps`."""
     # unchecked offsets may leave tokens between rows, which are not written
     blank = torch.zeros_like if layout.packed else torch.empty_like
     scores = scores.resolve_neg().contiguous()
     keep = blank(scores, dtype=torch.bool)
-    _write_mask(scores, valid, keep_ratio, layout, keep)
+    _write_mask(scores, valid, keep_ratio, keep_threshold, layout, keep)
     return keep
 
 
-def topk_(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout) -> Tensor:
+def topk_(scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout) -> Tensor:
     """See `TokenOps`."""
     if layout.packed or scores.dtype != torch.float32 or scores.is_neg() or not scores.is_contiguous():
-        return scores.copy_(topk(scores, valid, keep_ratio, layout))
-    _write_mask(scores, valid, keep_ratio, layout, scores)
+        return scores.copy_(topk(scores, valid, keep_ratio, keep_threshold, layout))
+    _write_mask(scores, valid, keep_ratio, keep_threshold, layout, scores)
     return scores
 
 
-def _write_mask(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout, out: Tensor) -> None:
+def _write_mask(
+    scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout, out: Tensor
+) -> None:
     """The mask goes to `out`, which may be `scores`; both contiguous."""
     offsets = layout.offsets if isinstance(layout, Packed) else None
     operations = library(scores.device.type)
-    operations.topk_mask(scores.detach().float(), valid.contiguous(), keep_ratio, offsets, out.detach())
+    detached = scores.detach().float()
+    operations.topk_mask(detached, valid.contiguous(), keep_ratio, keep_threshold, offsets, out.detach())

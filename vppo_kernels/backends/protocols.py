@@ -189,11 +189,17 @@ SUMS = (*PER_TOKEN, *PER_ACTIVE, "ref_kl", "dependency", "loss")
 class TokenOps(Protocol):
     """Operations on tokens, `[B, T]` or, packed, `[total]`; arguments are checked, and may lie in memory in any way."""
 
-    def topk(self, scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout) -> Tensor:
-        """Bool mask of the `ceil(keep_ratio * n)` highest of each trajectory's n valid scores; see `topk_mask`."""
+    def topk(
+        self, scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout
+    ) -> Tensor:
+        """Bool mask of the `ceil(keep_ratio * n)` highest of each trajectory's n valid scores, of which only those
+        above the threshold are kept where there is one; see `topk_mask`.
+        """
         ...
 
-    def topk_(self, scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout) -> Tensor:
+    def topk_(
+        self, scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout
+    ) -> Tensor:
         """The same written over `scores`, which are returned."""
         ...
 

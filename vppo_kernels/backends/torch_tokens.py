@@ -24,8 +24,11 @@ def keep_counts(lengths: Tensor, keep_ratio: float) -> Tensor:
     return torch.ceil(lengths.double() * keep_ratio * (1 - 2**-40)).long()
 
 
-def topk(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout) -> Tensor:
+def topk(scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout) -> Tensor:
     """See `TokenOps`."""
+    if keep_threshold is not None:  # a NaN exceeds it, as it ranks above every number
+        wide = scores.float() if scores.dtype.itemsize < 4 else scores
+        return topk(scores, valid, keep_ratio, None, layout) & ~(wide <= keep_threshold)
     padding_last = torch.where(valid, scores.clamp_min(torch.finfo(scores.dtype).min), -math.inf)
     if isinstance(layout, Packed):
         return _topk_packed(padding_last, valid, keep_ratio, layout)
@@ -45,9 +48,9 @@ def _topk_packed(padding_last: Tensor, valid: Tensor, keep_ratio: float, layout:
     return (rank < layout.spread(keep_counts(layout.sum(valid, torch.int64), keep_ratio))) & valid
 
 
-def topk_(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout) -> Tensor:
+def topk_(scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout) -> Tensor:
     """See `TokenOps`."""
-    return scores.copy_(topk(scores, valid, keep_ratio, layout))
+    return scores.copy_(topk(scores, valid, keep_ratio, keep_threshold, layout))
 
 
 def row_means(scores: Tensor, valid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

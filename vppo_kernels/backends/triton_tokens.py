@@ -30,20 +30,26 @@ KEYS = 16384 if triton.knobs.runtime.interpret else 2048  # scores that a select
 
 @triton.jit
 def _block_of_keys(scores_ptr, mask_ptr, start, length, KEYS: tl.constexpr):
-    """A block of scores as uint32 keys of the same order: -0 equals 0, every NaN is the same and above all numbers."""
+    """Where a block of scores lies, which of them are valid, and their keys."""
     index = start + tl.arange(0, KEYS)
     valid = tl.load(mask_ptr + index, mask=index < length, other=0) != 0
-    score = tl.load(scores_ptr + index, mask=valid, other=0.0).to(tl.float32)
+    return index, valid, _key_of(tl.load(scores_ptr + index, mask=valid, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def _key_of(score):
+    """A float32 score as a uint32 key of the same order: -0 equals 0, every NaN is the same and above all numbers."""
     bits = score.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     key = tl.where(bits < 0, -magnitude, magnitude)
     key = tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, key)
-    return index, valid, key.to(tl.uint32, bitcast=True) ^ 0x80000000
+    return key.to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit(do_not_specialize=["ratio_bits"])
 def _topk_kernel(
-    scores_ptr, mask_ptr, offsets_ptr, keep_ptr, ratio_bits, columns, total, PACKED: tl.constexpr, KEYS: tl.constexpr
+    scores_ptr, mask_ptr, offsets_ptr, keep_ptr, ratio_bits, threshold, columns, total,
+    PACKED: tl.constexpr, BOUNDED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Radix select: histograms give the lowest kept key, eight bits at a time, and a last pass writes the mask."""
     row = tl.program_id(0).to(tl.int64)
@@ -87,29 +93,33 @@ def _topk_kernel(
         equal = (valid & (key == lowest)).to(tl.int32)
         rank = equal_before + tl.cumsum(equal, 0)  # from 1
         keep = valid & ((key > lowest) | ((equal != 0) & (rank <= wanted)))
+        if BOUNDED:
+            keep &= key > _key_of(tl.full((), threshold, tl.float32))
         tl.store(keep_ptr + index, keep.to(tl.float32).to(keep_ptr.dtype.element_ty), mask=index < length)
         equal_before += tl.sum(equal, 0)
 
 
-def topk(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout) -> Tensor:
+def topk(scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout) -> Tensor:
     """See `TokenOps`."""
     # unchecked offsets may leave tokens between rows, which no program writes
     blank = torch.zeros_like if layout.packed else torch.empty_like
     scores = scores.resolve_neg().contiguous()
     keep = blank(scores, dtype=torch.bool)
-    _write_mask(scores, valid, keep_ratio, layout, keep)
+    _write_mask(scores, valid, keep_ratio, keep_threshold, layout, keep)
     return keep
 
 
-def topk_(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout) -> Tensor:
+def topk_(scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout) -> Tensor:
     """See `TokenOps`."""
     if layout.packed or scores.is_neg() or not scores.is_contiguous():
-        return scores.copy_(topk(scores, valid, keep_ratio, layout))
-    _write_mask(scores, valid, keep_ratio, layout, scores)
+        return scores.copy_(topk(scores, valid, keep_ratio, keep_threshold, layout))
+    _write_mask(scores, valid, keep_ratio, keep_threshold, layout, scores)
     return scores
 
 
-def _write_mask(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout, out: Tensor) -> None:
+def _write_mask(
+    scores: Tensor, valid: Tensor, keep_ratio: float, keep_threshold: float | None, layout: Layout, out: Tensor
+) -> None:
     """The mask goes to `out`, which may be `scores`; both contiguous."""
     offsets = layout.offsets if isinstance(layout, Packed) else None
     rows = layout.count
@@ -118,8 +128,8 @@ def _write_mask(scores: Tensor, valid: Tensor, keep_ratio: float, layout: Layout
     if rows:
         launch(
             _topk_kernel, (rows,),
-            scores, valid.contiguous(), offsets, out, ratio_bits, scores.shape[-1], scores.numel(),
-            layout.packed, KEYS, num_warps=WARPS,
+            scores, valid.contiguous(), offsets, out, ratio_bits, keep_threshold or 0.0, scores.shape[-1],
+            scores.numel(), layout.packed, keep_threshold is not None, KEYS, num_warps=WARPS,
         )  # fmt: skip
 
 
