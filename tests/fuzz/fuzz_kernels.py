@@ -18,7 +18,8 @@ from vppo_kernels import divergence, linear_divergence, linear_logprob, referenc
 from vppo_kernels import vppo_loss as loss_of_tokens
 from vppo_kernels.backends import available
 from vppo_kernels.logits import LogitTransform
-from vppo_kernels.verify import bound, exact_logits, magnitude, rounding
+from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
+from vppo_kernels.verify import exact_logits, magnitude, rounding
 from vppo_kernels.vocab_parallel import Shard
 
 pytestmark = pytest.mark.fuzz
@@ -31,7 +32,10 @@ FAST = [name for name in available("cpu") if not name.startswith("triton")]
 BACKENDS = st.integers(0, 49).flatmap(
     lambda n: st.sampled_from(FAST if n else available("cpu"))
 )  # interpreting is slow
-KINDS = st.sampled_from(["kl", "reverse_kl", "jsd"])
+KINDS = st.one_of(
+    st.sampled_from([dict(kind=kind) for kind in ("kl", "reverse_kl", "jsd")]),
+    st.floats(0, 1).map(lambda beta: dict(kind="jsd", beta=beta)),
+)
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])
 LAYOUTS = st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "negated"])
 ROUND = settings(
@@ -94,7 +98,8 @@ def machine(draw: st.DrawFn) -> Iterator[None]:
 def assert_within(got: Any, truth: Any, slack: Tensor) -> None:
     for name, value, exact in zip(truth._fields, got, truth, strict=True):
         moved = slack * exact.clamp_min(0).sqrt() + slack**2 if name == "divergence" else slack
-        allowed = bound(name, exact) + moved + exact.abs() * EPS
+        bound = divergence_bound(exact) if name == "divergence" else LOGPROB_BOUND
+        allowed = bound + moved + exact.abs() * EPS
         right = torch.where(torch.isinf(exact), value == exact, (value.double() - exact).abs() <= allowed)
         assert right.all(), (name, value[~right], exact[~right], allowed[~right])
     if hasattr(truth, "divergence"):
@@ -111,7 +116,7 @@ def test_divergence_of_logits(for_a_while: Repeat) -> None:
     @ROUND
     @given(st.data())
     def examples(data: st.DataObject) -> None:
-        draw, options = data.draw, dict(kind=data.draw(KINDS), backend=data.draw(BACKENDS))
+        draw, kind, backend = data.draw, data.draw(KINDS), data.draw(BACKENDS)
         rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 70))
         z_p = numbers(draw, rows, columns)
         z_q = draw(st.sampled_from([0.0, 1.0])) * z_p + numbers(draw, rows, columns) + draw(SIZES)
@@ -124,16 +129,16 @@ def test_divergence_of_logits(for_a_while: Repeat) -> None:
         transform = draw(st.sampled_from([{}, {}, dict(temperature=0.7), dict(temperature=2.0, softcap=30.0)]))
         exact = [z.detach().double().requires_grad_() for z in views]
         finished = [reference.transform(z, **transform) for z in exact]
-        truth = reference.divergence(*finished, targets, options["kind"])
+        truth = reference.divergence(*finished, targets, **kind)
         leaves = [z.detach().requires_grad_() for z in views]
         with machine(draw):
-            got = divergence(*leaves, targets=targets, **options, **transform)
+            got = divergence(*leaves, targets=targets, backend=backend, **kind, **transform)
             found = gradients(got, leaves)
         slack = rounding(*(z.detach() for z in finished)) if transform else torch.zeros(rows)
         assert_within(got, truth, slack)
         plain = [z.detach().float().requires_grad_() for z in views]
         textbook = gradients(
-            reference.divergence(*(reference.transform(z, **transform) for z in plain), targets, options["kind"]), plain
+            reference.divergence(*(reference.transform(z, **transform) for z in plain), targets, **kind), plain
         )
         for ours, right, theirs in zip(found, gradients(truth, exact), textbook, strict=True):
             narrow = 2**-8 if dtype == torch.bfloat16 else 2**-11 if dtype == torch.float16 else 1e-6
@@ -160,14 +165,14 @@ def test_divergence_and_logprob_of_hidden_states(for_a_while: Repeat) -> None:
         transform, shard = LogitTransform(**options), Shard(0, columns, columns, columns)
         leaves = [x.detach().requires_grad_() for x in (hidden, perturbed, weight, bias)]
         with machine(draw):
-            got = linear_divergence(*leaves, targets=targets, kind=kind, backend=backend, **options)
+            got = linear_divergence(*leaves, targets=targets, backend=backend, **kind, **options)
             single = linear_logprob(leaves[0], leaves[2], targets, leaves[3], backend=backend, **options)
             found = gradients([*got, *single], leaves)
-            again = linear_divergence(*leaves, targets=targets, kind=kind, backend=backend, **options)
+            again = linear_divergence(*leaves, targets=targets, backend=backend, **kind, **options)
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
         z = [exact_logits(h, weight, bias, transform, shard) for h in (hidden, perturbed)]
         terms = torch.stack([magnitude(h, weight, bias, transform, shard) for h in (hidden, perturbed)]).amax(0)
-        assert_within(got, reference.divergence(*z, targets, kind), rounding(*z, terms=terms))
+        assert_within(got, reference.divergence(*z, targets, **kind), rounding(*z, terms=terms))
         assert_within(single, reference.logprob_output(z[0], targets), rounding(z[0], terms=terms))
         assert all(torch.isfinite(g).all() for g in found)
         assert not found[3][bias == -INF].any() or "softcap" in options

@@ -163,8 +163,11 @@ def test_the_ends_of_beta_are_the_two_directions(backend: str) -> None:
     """As in TRL; close to an end the divergence is that much smaller, and by that number it tends to the same."""
     views = make_views(rows=24, vocab=300, divergences=(0.01, 0.3))
     for beta, near, kind in ((0, 1e-3, "reverse_kl"), (1.0, 1 - 1e-3, "kl")):
-        end = run(views, backend, kind="jsd", beta=beta)
-        for a, b in zip(end, run(views, backend, kind=kind), strict=True):
+        leaves, plain = views.grad(), views.grad()
+        end, expected = run(leaves, backend, kind="jsd", beta=beta), run(plain, backend, kind=kind)
+        grads = torch.autograd.grad(end.divergence.sum(), (leaves.hidden, leaves.perturbed, leaves.weight))
+        same = torch.autograd.grad(expected.divergence.sum(), (plain.hidden, plain.perturbed, plain.weight))
+        for a, b in zip((*end, *grads), (*expected, *same), strict=True):
             assert torch.equal(a, b)
         close = run(views, backend, kind="jsd", beta=near).divergence / min(near, 1 - near)
         # but for a row of very unlike tails, which would have to come closer still

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from support.heads import make_heads
 from support.views import Views, make_views, relative_error, worst
 from torch import Tensor
 
@@ -83,6 +85,26 @@ def no_waiting() -> Iterator[None]:
 
 def home(output: Any) -> Any:
     return type(output)(*(None if x is None else x.detach().cpu() for x in output))
+
+
+@pytest.mark.parametrize("kind", [dict(kind="kl"), dict(kind="jsd", beta=0.1), dict(kind="topk", k=20)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_heads(on_gpu: str, dtype: torch.dtype, kind: dict[str, Any]) -> None:
+    heads = make_heads(64, 3000, 256, 384, padding=(8, 136), dtype=dtype, divergences=(1e-2, 5.0))
+    here = replace(heads, **{name: x.to(DEVICE) for name, x in {**heads.tensors(), "targets": heads.targets}.items()})
+    leaves, exact = here.grad(("student", "weight")), heads.double().grad(("student", "weight"))
+    got = linear_divergence(
+        leaves.student, leaves.teacher, leaves.weight, leaves.bias, weight_other=leaves.weight_other,
+        bias_other=leaves.bias_other, targets=leaves.targets, vocab_size=leaves.vocab_size, softcap_other=30.0,
+        backend=on_gpu, check=True, **kind,
+    )  # fmt: skip
+    truth = exact.truth(kind, other=dict(softcap_other=30.0))
+    assert worst(home(got), truth, is_cut(dtype)) < 1
+    sets = [
+        torch.autograd.grad(x.divergence.sum(), (of.student, of.weight)) for x, of in ((got, leaves), (truth, exact))
+    ]
+    for a, b in zip(*sets, strict=True):
+        assert relative_error(a.cpu(), b) < (1e-5 if dtype == torch.float32 else 2**-6)
 
 
 @pytest.mark.parametrize("head", [{}, dict(temperature=0.7, softcap=30.0, logit_scale=1.2, vocab_size=1990)], ids=str)

@@ -7,6 +7,7 @@ to allocate a temporary of a tile's size costs more than the arithmetic on it.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,22 +119,36 @@ def _gap_and_excess(z_p: Tensor, z_q: Tensor, weights: Tensor, max_p: Tensor, ma
     return torch.where(hidden, math.inf, mean_diff), torch.where(d < 1.0, near, far).sum(1)
 
 
-def _log_share(d: Tensor, beta: float) -> Tensor:
-    """`log(p / m)` for `d = log(p / q)` and `m = (1 - beta) p + beta q`, for small and for very negative `d` too."""
-    if beta != 0.5:  # near 0 from the gap itself, elsewhere from logarithms: exp(-d) could overflow, or cancel the rest
-        near = torch.log1p(d.clamp(-0.5, 0.5).neg_().expm1_().mul_(beta))
-        far = torch.logaddexp(math.log(beta) - d, d.new_tensor(math.log1p(-beta)))
-        return torch.where(d.abs() < 0.5, near, far).neg_()
-    return torch.where(d > -1.0, torch.log1p(torch.tanh(0.5 * d)), math.log(2) - torch.nn.functional.softplus(-d))
+class _Share(NamedTuple):
+    """Of one view in `m = own p + other q`: the other's share, and the logarithms of both."""
+
+    other: float
+    log_own: float
+    log_other: float
+
+
+def _shares(beta: float) -> tuple[_Share, _Share]:
+    """Of p and of q in `m = (1 - beta) p + beta q`."""
+    return _Share(beta, math.log1p(-beta), math.log(beta)), _Share(1 - beta, math.log(beta), math.log1p(-beta))
+
+
+def _log_share(d: Tensor, of: _Share) -> Tensor:
+    """`log(p / m)` for `d = log(p / q)`, accurate for small and for very negative `d`."""
+    if of.other == 0.5:
+        return torch.where(d > -1.0, torch.log1p(torch.tanh(0.5 * d)), math.log(2) - torch.nn.functional.softplus(-d))
+    # near 0 from the gap itself, elsewhere from logarithms: exp(-d) could overflow, or cancel what is added to it
+    near = torch.log1p(d.clamp(-0.5, 0.5).neg_().expm1_().mul_(of.other))
+    far = torch.logaddexp(of.log_other - d, d.new_tensor(of.log_own))
+    return torch.where(d.abs() < 0.5, near, far).neg_()
 
 
 def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor, beta: float) -> Tensor:
     """See `TileOps`."""
     tile, both = tile.clamp_min(-EXP_FLOOR), unpack_pair(pair)
     logp, logq = _log_softmax(tile[0], both.p), _log_softmax(tile[1], both.q)
-    d = _log_ratio(_centred_gap(tile, both), both.kl, logp, logq)
+    d, (of_p, of_q) = _log_ratio(_centred_gap(tile, both), both.kl, logp, logq), _shares(beta)
     return jsd_terms.add_(
-        torch.stack([logp.exp_().mul_(_log_share(d, beta)).sum(1), logq.exp_().mul_(_log_share(-d, 1 - beta)).sum(1)])
+        torch.stack([logp.exp_().mul_(_log_share(d, of_p)).sum(1), logq.exp_().mul_(_log_share(-d, of_q)).sum(1)])
     )
 
 
@@ -220,8 +235,9 @@ def gradient_pair_(
         # q - p = -q (exp(d) - 1): the difference of two exponentials would lose the digits of a small gap
         inner_p, inner_q = scale * centred, d.clamp_max(1.0).expm1_().mul_(-scale)
     else:
-        inner_p = (1 - beta) * scale * (_log_share(d, beta) - jsd_terms[JSD_P].unsqueeze(1))
-        inner_q = beta * scale * (_log_share(-d, 1 - beta) - jsd_terms[JSD_Q].unsqueeze(1))
+        of_p, of_q = _shares(beta)
+        inner_p = (1 - beta) * scale * (_log_share(d, of_p) - jsd_terms[JSD_P].unsqueeze(1))
+        inner_q = beta * scale * (_log_share(-d, of_q) - jsd_terms[JSD_Q].unsqueeze(1))
     grad_logprobs = (None, None) if targets is None else (grads[GRAD_LOGPROB_P], grads[GRAD_LOGPROB_Q])
     z_p.copy_(_view_gradient(logp, both.p, grads[GRAD_ENTROPY_P], grad_logprobs[0], inner_p))
     z_q.copy_(_view_gradient(logq, both.q, grads[GRAD_ENTROPY_Q], grad_logprobs[1], inner_q))

@@ -4,7 +4,8 @@ A program takes a block of rows and a part of the vocabulary. It multiplies tile
 tile of the weight, folds each into its statistics and writes those; a second kernel merges the parts. No tile of logits
 exists in memory, so it also works in a few MiB. A library's matrix product is faster than this one as long as its tiles
 stay in the cache, so "auto" does not choose this backend. It is for a workspace too small for useful tiles, and for few
-rows. Jensen-Shannon divergences, capped logits, logits that are given, and whatever has a gradient go through tiles.
+rows. Jensen-Shannon divergences, those of the likeliest words, capped logits, logits that are given, two heads, and
+whatever has a gradient go through tiles.
 """
 
 from __future__ import annotations
