@@ -170,9 +170,9 @@ def visual_weights(scores: Tensor, mask: Tensor, *, share: float = 0.2, mass: fl
     has the sum 1, which is `loss_agg="seq-mean-token-mean"` of these.
 
     Args:
-        scores: `[B, T]`. VA-OPD's visual advantage is `max(0, log q(y | image) - log q(y | perturbed))` of the teacher's
-            log-probabilities of the sampled token; the teacher's exact dependency (`linear_divergence` of its two
-            views) says the same without the sampling noise.
+        scores: `[B, T]`. VA-OPD's visual advantage is `max(0, log q(y | image) - log q(y | perturbed))` of the
+            teacher's log-probabilities of the sampled token; the teacher's exact dependency (`linear_divergence` of
+            its two views) says the same without the sampling noise.
         mask: `[B, T]` bool or 0/1, response tokens.
         share: Of the tokens in the group of highest scores, above 0 and at most 1; among equal ones the earlier.
         mass: Their part of the weight, 0 to 1.
