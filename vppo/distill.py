@@ -7,6 +7,7 @@ compared, from hidden states and the two heads, without logits of either. This p
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -55,17 +56,6 @@ class Distillation(NamedTuple):
     teacher_entropy: Tensor
 
 
-def kind_of(beta: float) -> str:
-    """The kind that GKD and TRL mean by a `beta`: 0 is the forward KL, 1 the reverse KL, between them lies the JSD.
-
-    Raises:
-        ValueError: `beta` is not a number from 0 to 1.
-    """
-    if not (isinstance(beta, int | float) and 0 <= beta <= 1):
-        raise ValueError(f"beta: got {beta!r}, takes a number from 0 to 1")
-    return {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")
-
-
 def distillation_loss(
     student: Tensor,
     student_head: Head,
@@ -97,8 +87,7 @@ def distillation_loss(
         kind: "forward_kl" is `KL(q || p)`, "reverse_kl" `KL(p || q)`. "jsd" is GKD's
             `beta KL(q || m) + (1 - beta) KL(p || m)` with `m = beta q + (1 - beta) p`. "topk" is `KL(q || p)` over
             the teacher's `k` most probable tokens and one bin for all others.
-        beta: Of "jsd", between 0 and 1. At either end that divergence is 0 everywhere, so the ends are not taken: TRL
-            and GKD mean the two KLs by them, see `kind_of`.
+        beta: Of "jsd", from 0 to 1. At the ends it means, as in GKD and TRL, the forward KL (0) and the reverse KL (1).
         k: Of "topk".
         temperature: Divides the logits of both; above 0. The loss is not multiplied by its square.
         weights: `[B, T]` floating-point factors of the tokens, without gradient; None for 1. See `visual_weights`.
@@ -116,16 +105,8 @@ def distillation_loss(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {list(KINDS)}")
-    if kind == "jsd" and not (isinstance(beta, int | float) and 0 < beta < 1):
-        raise ValueError(f"beta: got {beta!r}, takes a number between 0 and 1 (0 is forward_kl, 1 is reverse_kl)")
     _check("student", student, "[B, T, D]", mask)
     _check("teacher", teacher, "[B, T, E]", mask)
-    rows_of = [len(head.weight) for head in (student_head, teacher_head)]
-    if vocab_size is None and "process_group" not in options and rows_of[0] != rows_of[1]:
-        raise ValueError(
-            f"teacher_head: got {rows_of[1]} rows beside the student's {rows_of[0]}, takes as many, or a vocab_size "
-            "that says how many of them are vocabulary"
-        )
     if weights is not None and tuple(weights.shape) != tuple(mask.shape):
         raise ValueError(f"weights: got shape {list(weights.shape)}, takes {list(mask.shape)} (that of mask)")
     reduction = Reduction(loss_agg, denominator)
@@ -135,14 +116,14 @@ def distillation_loss(
         teacher.detach()[inside],
         student_head.weight,
         student_head.bias,
-        weight_other=teacher_head.weight.detach(),
-        bias_other=None if teacher_head.bias is None else teacher_head.bias.detach(),
+        weight_other=_constant(teacher_head.weight),
+        bias_other=None if teacher_head.bias is None else _constant(teacher_head.bias),
         kind=KINDS[kind],
         temperature=temperature,
         logit_scale=student_head.logit_scale,
         logit_scale_other=teacher_head.logit_scale,
         softcap=student_head.softcap,
-        softcap_other=teacher_head.softcap,
+        softcap_other=math.inf if teacher_head.softcap is None else teacher_head.softcap,
         vocab_size=vocab_size,
         **({"beta": beta} if kind == "jsd" else {"k": k} if kind == "topk" else {}),
         **options,
@@ -153,6 +134,11 @@ def distillation_loss(
     each = divergence if weights is None else divergence * weights.detach().masked_fill(~inside, 0)
     loss = each if reduction.per_token else reduction(each.sum(1), inside.sum(1), mask.shape[1])
     return Distillation(loss, divergence.detach(), entropy.detach(), teacher_entropy.detach())
+
+
+def _constant(value: Tensor) -> Tensor:
+    """Without gradient; a frozen head that both models share stays one tensor, whose rows then share one product."""
+    return value.detach() if value.requires_grad else value
 
 
 def _check(name: str, hidden: Tensor, takes: str, mask: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from trl import DistillationTrainer
 
 from vppo.batch import IMAGE_INPUTS, TOKEN_INPUTS, Batch, View
-from vppo.distill import Distillation, Head, distillation_loss, kind_of, visual_weights
+from vppo.distill import Distillation, Head, distillation_loss, visual_weights
 from vppo.errors import InputError
 from vppo.heads import head_forward
 from vppo.perturbations import Perturbation, seeded
@@ -111,7 +111,7 @@ class ExactDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
             results.append(
                 distillation_loss(
                     given[0], Head.of(unwrapped_student), given[1], teacher_head, given[2],
-                    kind=kind_of(self.beta), beta=self.beta, temperature=self.temperature, vocab_size=self._shared,
+                    kind="jsd", beta=self.beta, temperature=self.temperature, vocab_size=self._shared,
                     weights=None if weights is None else weights.to(device), denominator=num_items_in_batch,
                 )
             )  # fmt: skip

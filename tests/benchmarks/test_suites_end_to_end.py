@@ -30,6 +30,8 @@ def tiny(name: str, backward: bool) -> Case:
         ("logprob", False, {"plain", "trl", "ours: torch"}, {"cce"}),
         ("logprob", True, {"plain", "trl", "ours: torch"}, {"cce"}),
         ("loss", True, {"plain", "trl", "ours: torch"}, set()),
+        ("distill", False, {"plain", "trl", "ours: torch"}, set()),
+        ("distill", True, {"plain", "trl", "ours: torch"}, set()),
         ("selection", False, {"mask: plain", "mask: sort", "our mask: torch", "our advantages: torch"}, set()),
     ],
 )
