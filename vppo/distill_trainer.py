@@ -94,25 +94,25 @@ class ExactDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
 
         def taught(view: Perturbation | None) -> Tensor:
             found: Tensor = self._forward_redirection(self.teacher_model, teacher, hidden, teacher, view, 1)
-            return found
+            return found.to(teacher_head.weight.device)  # of a model that is spread over devices
 
         self.teacher_model.eval()
         with torch.no_grad():
-            teacher_head, teacher_hidden = _whole(Head.of(teacher)), taught(None)
-            weights = None
+            teacher_head = _whole(Head.of(teacher))
+            teacher_hidden, weights = taught(None), None
             if self._weighing_view is not None and "pixel_values" in clean:
-                other, targets = taught(self._weighing_view), inputs["completion_ids"]
-                weights = self._weights(teacher_head, teacher_hidden, other, targets, mask, Batch(inputs).has_image)
+                other = taught(self._weighing_view)
+                weights = self._weights(teacher_head, teacher_hidden, other, inputs["completion_ids"], mask, inputs)
         results: list[Distillation] = []
 
         def at_head(head: Any, found: Tensor) -> Tensor:
             device = head.weight.device
-            given = [value.to(device) for value in (found, teacher_hidden, mask)]
+            given = found, teacher_hidden, mask, weights, num_items_in_batch
+            here = [value.to(device) if isinstance(value, Tensor) else value for value in given]
             results.append(
                 distillation_loss(
-                    given[0], Head.of(unwrapped_student), given[1], teacher_head, given[2],
-                    kind="jsd", beta=self.beta, temperature=self.temperature, vocab_size=self._shared,
-                    weights=None if weights is None else weights.to(device), denominator=num_items_in_batch,
+                    here[0], Head.of(unwrapped_student), here[1], teacher_head, here[2], kind="jsd", beta=self.beta,
+                    temperature=self.temperature, weights=here[3], denominator=here[4], vocab_size=self._shared,
                 )
             )  # fmt: skip
             return results[0].loss
@@ -135,9 +135,10 @@ class ExactDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
         return {"pixel_values": shown}
 
     def _weights(
-        self, head: Head, clean: Tensor, perturbed: Tensor, targets: Tensor, mask: Tensor, has_image: Tensor
+        self, head: Head, clean: Tensor, perturbed: Tensor, targets: Tensor, mask: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
         """`[B, T]` of the teacher's visual advantage; responses of problems without image have 1 everywhere."""
+        has_image, targets, mask = (x.to(clean.device) for x in (Batch(inputs).has_image, targets, mask))
         inside = mask & has_image.unsqueeze(1)
         views = linear_divergence(
             clean[inside], perturbed[inside], head.weight, head.bias, targets=targets[inside],

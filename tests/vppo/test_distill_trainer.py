@@ -201,6 +201,15 @@ def test_a_student_learns_what_it_is_shown(tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_mixed_precision_is_near(tmp_path: Path) -> None:
+    losses = []
+    for name, bf16 in (("exact", False), ("mixed", True)):
+        run = run_of(ExactDistillationTrainer, tmp_path / name, {"vision": True, "beta": 0.0, "bf16": bf16})
+        run.train()
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_views_differ_from_step_to_step_and_repeat(tmp_path: Path) -> None:
     run = run_of(ExactDistillationTrainer, tmp_path, {"vision": True, "beta": 0.0}, student_view=Perturbation("patch"))
     batch = micro_batch(run, rows(4))
