@@ -28,7 +28,7 @@ from vppo_kernels import linear_divergence
 SEAM = "trl.trainer.distillation_trainer:DistillationTrainer"
 
 
-class ExactDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
+class ExactDistillationTrainer(DistillationTrainer):
     """`trl.DistillationTrainer` with the exact divergence. Takes the same arguments, and `beta` as TRL means it.
 
     Args:
@@ -45,6 +45,8 @@ class ExactDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
             cannot be perturbed as tensors; DeepSpeed ZeRO-3, whose backward would not find the weights.
         MovedSeamError: This TRL is not one that is overridden here.
     """
+
+    model: Any
 
     def __init__(
         self,
@@ -144,6 +146,7 @@ class ExactDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
             clean[inside], perturbed[inside], head.weight, head.bias, targets=targets[inside],
             logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=self._shared,
         )  # fmt: skip
+        assert views.logprobs is not None and views.logprobs_perturbed is not None
         advantage = (views.logprobs - views.logprobs_perturbed).clamp_min(0)
         scores = advantage.new_zeros(mask.shape).masked_scatter(inside, advantage)
         return torch.where(has_image.unsqueeze(1), visual_weights(scores, inside), 1.0)
@@ -151,8 +154,8 @@ class ExactDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
 
 def _whole(head: Head) -> Head:
     """A head whose weight FSDP2 has split, gathered: the backward of the student's loss reads it again."""
-    weight, bias = (value.full_tensor() if isinstance(value, DTensor) else value for value in head[:2])
-    return head._replace(weight=weight, bias=bias)
+    bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+    return head._replace(weight=head.weight.full_tensor(), bias=bias) if isinstance(head.weight, DTensor) else head
 
 
 def _pixel_views(processor: Any) -> ImageViews:
