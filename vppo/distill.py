@@ -65,7 +65,7 @@ def distillation_loss(
     *,
     kind: str = "forward_kl",
     beta: float = 0.5,
-    k: int = 100,
+    k: int | None = None,
     temperature: float = 1.0,
     weights: Tensor | None = None,
     loss_agg: str = "token-mean",
@@ -88,7 +88,7 @@ def distillation_loss(
             `beta KL(q || m) + (1 - beta) KL(p || m)` with `m = beta q + (1 - beta) p`. "topk" is `KL(q || p)` over
             the teacher's `k` most probable tokens and one bin for all others.
         beta: Of "jsd", from 0 to 1. At the ends it means, as in GKD and TRL, the forward KL (0) and the reverse KL (1).
-        k: Of "topk".
+        k: Of "topk", and None for the others.
         temperature: Divides the logits of both; above 0. The loss is not multiplied by its square.
         weights: `[B, T]` floating-point factors of the tokens, without gradient; None for 1. See `visual_weights`.
         loss_agg: How tokens are averaged; the names of `vppo_kernels.vppo_loss`.
@@ -119,13 +119,14 @@ def distillation_loss(
         weight_other=_constant(teacher_head.weight),
         bias_other=None if teacher_head.bias is None else _constant(teacher_head.bias),
         kind=KINDS[kind],
+        beta=beta,
+        k=k,
         temperature=temperature,
         logit_scale=student_head.logit_scale,
         logit_scale_other=teacher_head.logit_scale,
         softcap=student_head.softcap,
         softcap_other=math.inf if teacher_head.softcap is None else teacher_head.softcap,
         vocab_size=vocab_size,
-        **({"beta": beta} if kind == "jsd" else {"k": k} if kind == "topk" else {}),
         **options,
     )
     divergence, entropy, teacher_entropy = (

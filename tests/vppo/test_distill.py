@@ -122,8 +122,9 @@ def changed(change: dict[str, Any]) -> tuple[tuple[Tensor, Head, Tensor, Head], 
 def test_heads_may_differ(kind: str, change: dict[str, Any]) -> None:
     args, options = changed(change)
     z = [logits(h.double(), in_dtype(x, torch.float64), **options) for h, x in (args[:2], args[2:])]
+    k = K if kind == "topk" else None
+    found = distillation_loss(*args, MASK, kind=kind, k=k, **options)
     truth = divergence(*z, kind, k=K)
-    found = distillation_loss(*args, MASK, kind=kind, k=K, **options)
     assert within(found.divergence[MASK], truth[MASK])
 
 
@@ -289,6 +290,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "beta": ({"kind": "jsd", "beta": math.nan}, "beta: got nan"),
     "temperature": ({"temperature": 0.0}, "temperature: got 0.0"),
     "k": ({"kind": "topk", "k": V + 1}, f"k: got {V + 1}"),
+    "no k": ({"kind": "topk"}, "k: got None"),
+    "k of another": ({"kind": "jsd", "k": 3}, "k: got 3, takes None"),
     "k 0": ({"kind": "topk", "k": 0}, "k: got 0"),
     "weights": ({"weights": torch.ones(B, T + 1)}, r"weights: got shape \[3, 6\], takes \[3, 5\]"),
     "loss_agg": ({"loss_agg": "mean"}, "loss_agg: got 'mean'"),
