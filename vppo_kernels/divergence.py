@@ -24,7 +24,7 @@ def _output(values: Tensor, leading: torch.Size) -> DivergenceOutput:
     return DivergenceOutput(*rows, *(None,) * (5 - len(rows)))
 
 
-def _checked_kind(kind: str, beta: float, k: int | None) -> str:
+def _checked_kind(kind: str, beta: float, k: int | None) -> tuple[str, float]:
     """The kind, which at either end of "jsd" is a Kullback-Leibler divergence.
 
     Raises:
@@ -37,7 +37,10 @@ def _checked_kind(kind: str, beta: float, k: int | None) -> str:
         raise ValueError(f"k: got {k!r}, takes None with kind {kind!r}")
     if not (isinstance(beta, int | float) and 0 <= beta <= 1):
         raise ValueError(f"beta: got {beta!r}, takes a number from 0 to 1")
-    return {0.0: "reverse_kl", 1.0: "kl"}.get(float(beta), kind) if kind == "jsd" else kind
+    if kind == "jsd" and 0 < beta < 1:
+        return kind, beta
+    unread = 0.5  # operations on tiles take a share that "jsd" could have, whatever they compute
+    return {0.0: "reverse_kl", 1.0: "kl"}[float(beta)] if kind == "jsd" else kind, unread
 
 
 def _check_words(kind: str, total: int) -> None:
@@ -170,7 +173,7 @@ def linear_divergence(
         ValueError: A shape, device, target or number is out of range; with `check`, an input is not finite.
         RuntimeError: With `check`, a row disagrees with the definition.
     """
-    kind = _checked_kind(kind, beta, k)
+    kind, beta = _checked_kind(kind, beta, k)
     exact = tensor_cores.check_precision(precision)
     own = _Head(weight, bias, LogitTransform(temperature, logit_scale, softcap))
     other = _head_of_other(own, weight_other, bias_other, temperature_other, logit_scale_other, softcap_other)
@@ -262,7 +265,7 @@ def divergence(
     Raises:
         TypeError, ValueError, RuntimeError: As `linear_divergence`.
     """
-    kind = _checked_kind(kind, beta, k)
+    kind, beta = _checked_kind(kind, beta, k)
     transform = LogitTransform(temperature, logit_scale, softcap)
     arguments.floating("logits", logits)
     arguments.floating("logits_perturbed", logits_perturbed)

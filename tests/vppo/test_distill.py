@@ -22,6 +22,7 @@ K = 7
 OPTIONS: dict[str, dict[str, Any]] = {
     "forward_kl": {"kind": "forward_kl"},
     "reverse_kl": {"kind": "reverse_kl"},
+    "reverse_kl, a beta that it does not read": {"kind": "reverse_kl", "beta": 1.0},
     "jsd": {"kind": "jsd"},
     "jsd 0.1": {"kind": "jsd", "beta": 0.1},
     "jsd 0.999": {"kind": "jsd", "beta": 0.999},
