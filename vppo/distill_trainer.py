@@ -153,7 +153,7 @@ class ExactDistillationTrainer(DistillationTrainer):
 
 
 def _whole(head: Head) -> Head:
-    """A head whose weight FSDP2 has split, gathered: the backward of the student's loss reads it again."""
+    """The head of a teacher that came split by FSDP2, gathered: the backward of the student's loss reads it again."""
     bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
     return head._replace(weight=head.weight.full_tensor(), bias=bias) if isinstance(head.weight, DTensor) else head
 

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from support.distilling import text_model, trainer, vision_model
 from support.shards import shard_over_cpus
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from vppo.distill_trainer import ExactDistillationTrainer
@@ -20,6 +21,7 @@ from vppo.perturbations import Perturbation
 
 CASES: dict[str, dict[str, Any]] = {
     "text": {"vision": False, "beta": 0.0},
+    "a teacher that came sharded": {"vision": False, "beta": 1.0, "shard_teacher": True},
     "images, checkpointed": {"vision": True, "beta": 0.5, "gradient_checkpointing": True},
     "images, two views": {
         "vision": True, "beta": 1.0, "student_view": Perturbation("grey"), "weighing_view": Perturbation("blur"),
@@ -33,8 +35,12 @@ def whole(weight: Tensor) -> Tensor:
 
 def trained(path: Path, case: dict[str, Any], world: int) -> dict[str, Any]:
     make = vision_model if case["vision"] else text_model
-    settings = {**case, "per_device_train_batch_size": 4 // world, "max_steps": 2}
-    run = trainer(ExactDistillationTrainer, path, make(32, 0), make(48, 1), **settings)
+    student, teacher = make(32, 0), make(48, 1)
+    if case.get("shard_teacher") and world > 1:  # accelerate leaves it whole
+        teacher = fully_shard(teacher)
+    settings = {name: value for name, value in case.items() if name != "shard_teacher"}
+    settings |= {"per_device_train_batch_size": 4 // world, "max_steps": 2}
+    run = trainer(ExactDistillationTrainer, path, student, teacher, **settings)
     start = {name: whole(weight) for name, weight in run.model.named_parameters()}
     run.train()
     weights = dict(run.model.named_parameters())
@@ -42,7 +48,9 @@ def trained(path: Path, case: dict[str, Any], world: int) -> dict[str, Any]:
         "moved": {name: whole(weight) - start[name] for name, weight in weights.items()},
         "losses": [log["loss"] for log in run.state.log_history if "loss" in log],
         "entropies": [log["entropy"] for log in run.state.log_history if "entropy" in log],
-        "sharded": all(isinstance(w, DTensor) for w in (*weights.values(), *run.teacher_model.parameters())),
+        "sharded": [
+            all(isinstance(w, DTensor) for w in model.parameters()) for model in (run.model, run.teacher_model)
+        ],
     }
 
 
@@ -67,9 +75,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(case: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     alone = trained(tmp_path, CASES[case], 1)
-    assert not alone["sharded"] and max(moved.abs().max() for moved in alone["moved"].values()) > 1e-3
+    assert alone["sharded"] == [False, False] and max(moved.abs().max() for moved in alone["moved"].values()) > 1e-3
     for found in (rank[case] for rank in ranks):
-        assert found["sharded"]
+        assert found["sharded"] == [True, CASES[case].get("shard_teacher", False)]
         for name in ("losses", "entropies"):
             assert found[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6)
         for name, moved in alone["moved"].items():
