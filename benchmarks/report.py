@@ -42,7 +42,10 @@ class CaseResult:
         if "vocab" not in labels:
             return f"{labels['rows']:,} x {labels['length']:,}, {labels['dtype']}"
         active = f", {labels['active_rows']:,} rows active" if "active_rows" in labels else ""
-        return f"{labels['vocab']:,} x {labels['width']:,}, {labels['dtype']}{active}"
+        width = f"{labels['width']:,}"
+        if "teacher_width" in labels:
+            width = f"({width} and {labels['teacher_width']:,}), {labels['divergence']}"
+        return f"{labels['vocab']:,} x {width}, {labels['dtype']}{active}"
 
     def over_floor(self, record: Record) -> float | None:
         """The median over the floor's median; None where either was not timed."""

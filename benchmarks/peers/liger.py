@@ -1,4 +1,4 @@
-"""Liger's fused linear JSD with beta 0, which is KL(teacher || student), and its fused linear GRPO loss."""
+"""Liger's fused linear JSD, with beta 0 KL(teacher || student), and its fused linear GRPO loss."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.lesson import Lesson
 from benchmarks.pair import Pair
 from benchmarks.rollout import Rollouts
 from vppo_kernels import vppo_advantages
@@ -14,6 +15,7 @@ from vppo_kernels import vppo_advantages
 NOTES = {
     "divergence": "returns the mean only; its forward computes the gradient already, of the perturbed view only; the "
     "clean view is the teacher",
+    "distill": "returns the mean only; its forward computes the gradient already",
     "loss": "the same loss (its DAPO on shaped advantages), one trajectory at a time, padding included",
 }
 
@@ -29,6 +31,22 @@ def divergence(pair: Pair) -> Callable[[], Tensor]:
     def call() -> Tensor:
         labels = torch.where(pair.upstream != 0, 0, ignored)
         value: Tensor = module(pair.perturbed, pair.weight, teacher, teacher_weight, labels)
+        return value
+
+    return call
+
+
+def distill(lesson: Lesson) -> Callable[[], Tensor]:
+    if not lesson.student.is_cuda:
+        raise NotImplementedError("needs a GPU with Triton")
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    module, ignored = LigerFusedLinearJSD(jsd_beta=lesson.beta), -100
+    student, weight, teacher, teacher_weight = lesson.tensors
+
+    def call() -> Tensor:
+        labels = torch.where(lesson.upstream != 0, 0, ignored)
+        value: Tensor = module(student, weight, teacher, teacher_weight, labels)
         return value
 
     return call

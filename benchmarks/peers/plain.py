@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks import lesson as lessons
+from benchmarks.lesson import Lesson
 from benchmarks.pair import Pair
 from benchmarks.rollout import Rollouts
 from benchmarks.scores import Scores
@@ -15,6 +17,7 @@ from vppo_kernels import vppo_loss
 
 NOTES = {
     "divergence": "holds all logits",
+    "distill": "holds all logits",
     "logprob": "holds all logits",
     "loss": "holds all logits; then vppo_loss",
     "selection": "a loop over the rows",
@@ -34,6 +37,15 @@ def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def divergence(pair: Pair) -> Callable[[], Tensor]:
     return lambda: kl(pair.hidden, pair.perturbed, pair.weight)
+
+
+def distill(lesson: Lesson) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        student, weight, teacher, teacher_weight = lesson.tensors
+        z = linear(student, weight).float(), linear(teacher, teacher_weight).float()
+        return lessons.divergence(*z, lesson.beta)
+
+    return call
 
 
 def logprob(rollouts: Rollouts) -> Callable[[], Tensor]:

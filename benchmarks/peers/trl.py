@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from benchmarks.lesson import Lesson
 from benchmarks.pair import Pair
 from benchmarks.rollout import Rollouts
 from vppo_kernels import vppo_loss
 
 NOTES = {
     "divergence": "differentiates the perturbed view only; the clean view is the teacher",
+    "distill": "the function of its distillation trainer",
     "logprob": "differentiates every row",
     "loss": "the log-probabilities of all response tokens, on a CPU of the padding too; then vppo_loss",
 }
@@ -26,6 +28,20 @@ def divergence(pair: Pair) -> Callable[[], Tensor]:
     def call() -> Tensor:
         value: Tensor = ChunkedDivergenceFunction.apply(
             pair.perturbed, pair.weight, None, teacher, teacher_weight, None, forward_kl, temperature
+        )[0]
+        return value
+
+    return call
+
+
+def distill(lesson: Lesson) -> Callable[[], Tensor]:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    student, weight, teacher, teacher_weight = lesson.tensors
+
+    def call() -> Tensor:
+        value: Tensor = ChunkedDivergenceFunction.apply(
+            student, weight, None, teacher, teacher_weight, None, lesson.beta
         )[0]
         return value
 
