@@ -33,7 +33,8 @@ class Algorithm:
         shapes: Whether a trajectory's advantage grows with its mean score.
         token_weights: `module:function`, imported when it is used. From the two views' `DivergenceOutput`, every field
             `[B, T]`, and the mask of response tokens, `[B, T]` bool, to `[B, T]` factors on the advantages, in place of
-            filtering and shaping; what it returns outside the mask is not read.
+            filtering; what it returns outside the mask is not read.
+        penalizes: Whether the loss itself has both views' divergence and entropies, with their gradient.
         symmetric_clip: Whether the upper clip is the lower one.
 
     Raises:
@@ -49,19 +50,22 @@ class Algorithm:
     filters: bool = False
     shapes: bool = False
     token_weights: str | None = None
+    penalizes: bool = False
     symmetric_clip: bool = False
 
     def __post_init__(self) -> None:
         if self.score not in (None, *SCORES):
             raise ValueError(f"score: got {self.score!r}, takes None or one of {list(SCORES)}")
-        weighs = bool(self.filters or self.shapes or self.token_weights)
+        weighs = bool(self.filters or self.shapes or self.token_weights or self.penalizes)
         if weighs != (self.score is not None):
             raise ValueError(f"score: got {self.score!r} for {self.name!r}, takes one where tokens are weighed by it")
-        if self.token_weights and (self.filters or self.shapes or not self.perturbs):
+        if self.token_weights and (self.filters or not self.perturbs):
             raise ValueError(
-                f"token_weights: got {self.token_weights!r} for {self.name!r}, takes the place of filtering and "
-                "shaping, from both views"
+                f"token_weights: got {self.token_weights!r} for {self.name!r}, takes the place of filtering, from both "
+                "views"
             )
+        if self.penalizes and not self.perturbs:
+            raise ValueError(f"penalizes: got True for {self.name!r}, takes the score 'dependency'")
 
     @property
     def perturbs(self) -> bool:
@@ -83,6 +87,39 @@ REGISTRY = {
         ),
         Algorithm("tas", "advantage shaping only", "VPPO's advantage shaping alone", score="dependency", shapes=True),
         Algorithm("tgf", "token filtering only", "VPPO's token filtering alone", score="dependency", filters=True),
+        Algorithm(
+            "soft",
+            "advantage shaping, and a weight between 0 and 1 for every token in place of the filtering",
+            "VPPO with its soft mask",
+            score="dependency",
+            shapes=True,
+            token_weights="vppo.methods:soft_mask_weights",
+        ),
+        Algorithm(
+            "pgpo",
+            "advantages moved to the tokens that depend on the image, at an unchanged sum",
+            "PGPO",
+            paper="pgpo",
+            score="dependency",
+            token_weights="vppo.methods:pgpo_weights",
+        ),
+        Algorithm(
+            "vepo",
+            "the fifth of the tokens that are uncertain and moved by the image",
+            "VEPO",
+            paper="vepo",
+            score="dependency",
+            divergence="jsd",
+            token_weights="vppo.methods:vepo_weights",
+        ),
+        Algorithm(
+            "papo",
+            "the divergence of the two views rises, and both entropies fall, by terms of the loss",
+            "PAPO",
+            paper="papo",
+            score="dependency",
+            penalizes=True,
+        ),
         Algorithm(
             "random",
             "a control: as many tokens as tgf, drawn at random",

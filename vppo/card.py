@@ -23,6 +23,42 @@ PAPERS = {  # of `vppo.algorithms.Algorithm.paper`
     eprint       = {arXiv:2510.09285},
 }""",
     },
+    "papo": {
+        "title": "Perception-Aware Policy Optimization for Multimodal Reasoning",
+        "id": "2507.06448",
+        "citation": """\
+@article{wang2025papo,
+    title        = {{Perception-Aware Policy Optimization for Multimodal Reasoning}},
+    author       = {Zhenhailong Wang and Xuehang Guo and Sofia Stoica and Haiyang Xu and Hongru Wang and others},
+    year         = 2025,
+    eprint       = {arXiv:2507.06448},
+}""",
+    },
+    "pgpo": {
+        "title": "Not All Tokens See Equally: Perception-Grounded Policy Optimization for Large Vision-Language Models",
+        "id": "2604.01840",
+        "citation": """\
+@article{ye2026pgpo,
+    title        = {{Not All Tokens See Equally: Perception-Grounded Policy Optimization for Large Vision-Language
+                    Models}},
+    author       = {Zekai Ye and Qiming Li and Xiaocheng Feng and Ruihan Chen and Ziming Li and others},
+    year         = 2026,
+    eprint       = {arXiv:2604.01840},
+}""",
+    },
+    "vepo": {
+        "title": "Entropy Is Not Enough: Unlocking Effective Reinforcement Learning for Visual Reasoning via "
+        "Vision-Anchored Token Selection",
+        "id": "2606.03937",
+        "citation": """\
+@article{jin2026vepo,
+    title        = {{Entropy Is Not Enough: Unlocking Effective Reinforcement Learning for Visual Reasoning via
+                    Vision-Anchored Token Selection}},
+    author       = {Senjie Jin and Peixin Wang and Boyang Liu and Xiaoran Fan and Shuo Li and others},
+    year         = 2026,
+    eprint       = {arXiv:2606.03937},
+}""",
+    },
     "dapo": {
         "title": "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
         "id": "2503.14476",

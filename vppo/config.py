@@ -24,6 +24,12 @@ class VPPOConfig(VPPOOptions, GRPOConfig):
         ValueError: A field is out of range; the message names it, what it got and what it takes.
     """
 
+    papo_kl_coef: float = field(
+        default=0.01, metadata={"help": "With papo: weight of the divergence that is to rise, at least 0."}
+    )
+    papo_entropy_coef: float = field(
+        default=0.03, metadata={"help": "With papo: weight of each view's entropy, which is to fall, at least 0."}
+    )
     prefix_sharing: str = field(
         default="auto",
         metadata={
@@ -67,6 +73,11 @@ class VPPOConfig(VPPOOptions, GRPOConfig):
         if self.method.symmetric_clip:
             self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         self.epsilon_high = 0.28 if self.epsilon_high is None else self.epsilon_high
+        for name in ("papo_kl_coef", "papo_entropy_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, takes a finite number of at least 0")
+        if self.method.penalizes:
+            self._check_penalty()
         one_of("prefix_sharing", self.prefix_sharing, SHARING)
         one_of("sampler_guard", self.sampler_guard, GUARDS)
         if self.sampler_tolerance is not None and not 0 < self.sampler_tolerance < math.inf:
@@ -79,3 +90,10 @@ class VPPOConfig(VPPOOptions, GRPOConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes a number of at least 1")
         GRPOConfig.__post_init__(self)
+
+    def _check_penalty(self) -> None:
+        for name, choices in (("divergence", ("kl", "k3")), ("loss_type", ("dapo", "grpo")), ("draws", (1,))):
+            value = getattr(self, name)
+            if value not in choices:
+                takes = " or ".join(map(repr, choices))
+                raise ValueError(f"{name}: got {value!r}, takes {takes} with algorithm {self.algorithm!r}")

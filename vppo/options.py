@@ -9,7 +9,8 @@ from typing import TypedDict
 from vppo.algorithms import ALGORITHMS, REGISTRY, Algorithm, summaries
 from vppo.perturbations import KINDS, Perturbation
 
-DIVERGENCES = ("kl", "reverse_kl", "jsd", "k3")
+SAMPLED = ("k3", "prob_drop")  # from the sampled token alone
+DIVERGENCES = ("kl", "reverse_kl", "jsd", *SAMPLED)
 SCOPES = ("prompt", "rollout")
 
 # What a recipe sets where the user has not: the paper's equations, its released code, and this library's own choice.
@@ -55,7 +56,10 @@ class VPPOOptions:
     )
     divergence: str | None = field(
         default=None,
-        metadata={"help": "Dependency of a token: 'kl', 'reverse_kl', 'jsd' (exact, in nats) or 'k3' (one sample)."},
+        metadata={
+            "help": "Dependency of a token: 'kl', 'reverse_kl', 'jsd' (exact, in nats), 'k3' (one sample) or "
+            "'prob_drop' (by how much the sampled token is less probable)."
+        },
     )
     keep_ratio: float = field(
         default=0.4, metadata={"help": "Fraction of each trajectory's tokens that keep their gradient, in (0, 1]."}

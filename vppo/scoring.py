@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vppo.batch import Batch, View
 from vppo.heads import LogitOptions
+from vppo.options import SAMPLED
 from vppo.prefix_sharing import ResponsePasses
 from vppo_kernels import linear_divergence, linear_logprob, sampled_divergence
 from vppo_kernels.statistics import DivergenceOutput
@@ -57,7 +58,7 @@ def measure(
         clean: The clean view.
         perturbed: The perturbed one, with a key for each row. With several draws, one after the other, as many times as
             many keys (see `Batch.repeated`): then all draws of as many prompts as fit the memory pass together.
-        kind: "kl", "reverse_kl", "jsd" or "k3".
+        kind: "kl", "reverse_kl", "jsd", "k3" or "prob_drop".
         options: From `logit_options`.
         hidden_clean: `[B, T, D]` hidden states of the clean view where they are known already; see `passes.hidden`.
         check: Compare a sample with the float64 definition.
@@ -139,8 +140,8 @@ def _divergence(
     mask = mask.to(clean.device)
     weight, bias, targets = head.weight, getattr(head, "bias", None), targets.to(clean.device)[mask]
     clean, perturbed = clean[mask], perturbed[mask]
-    if kind == "k3":
+    if kind in SAMPLED:
         p, q = (linear_logprob(hidden, weight, targets, bias, check=check, **options) for hidden in (clean, perturbed))
-        estimate = sampled_divergence(p.logprobs, q.logprobs, kind="k3")
+        estimate = sampled_divergence(p.logprobs, q.logprobs, kind=kind)
         return DivergenceOutput(estimate, p.entropy, q.entropy, p.logprobs, q.logprobs)
     return linear_divergence(clean, perturbed, weight, bias, targets=targets, kind=kind, check=check, **options)

@@ -104,7 +104,7 @@ class ImageWatch:
         Args:
             values: `[N]` dependency of its tokens, in nats.
         """
-        if len(values) and values.mean() < BLIND and not self._warned_blind:
+        if len(values) and values.abs().mean() < BLIND and not self._warned_blind:
             self._warned_blind = True
             logger.warning(
                 f"The perturbed view changes nothing: mean dependency {values.mean().item():.1e} nats over "

@@ -6,7 +6,8 @@ clipped losses take as they are. The released recipe also adds its penalty to th
 
 Everything else is in the classes below, one concern each: `trl_seams.TRLTrainer` (TRL's private names), `LoggedTrainer`
 (metrics and completions), `SavedTrainer` (checkpoints), `ListeningTrainer` (hidden states from TRL's own passes),
-`SampledTrainer` (vLLM), `RolloutTrainer` (images and rewards), `PackedTrainer` (prompts shared in training passes).
+`SampledTrainer` (vLLM), `RolloutTrainer` (images and rewards), `PackedTrainer` (prompts shared in training passes),
+`TwoViewTrainer` (training passes over both views).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from vppo.heads import LogitOptions, logit_options
 from vppo.loading import own_processor
 from vppo.monitoring import evaluation
 from vppo.monitoring.measured import Measured, spread
-from vppo.packed_trainer import PackedTrainer
 from vppo.perturbations import seeded
 from vppo.prefix_sharing import GIB, ResponsePasses, quiet
 from vppo.scoring import Scores, entropies, measure
 from vppo.sight import ImageWatch
+from vppo.two_view_trainer import TwoViewTrainer
 from vppo.views import ImageViews
 from vppo_kernels import TrajectoryStats, topk_mask, trajectory_scale, trajectory_stats
 from vppo_kernels.shaping import Shaped, shape_advantages
@@ -40,7 +41,7 @@ from vppo_kernels.statistics import DivergenceOutput
 RANDOM_TOKENS = 1 << 31  # beside seed, step, prompt and rollout: the stream of random scores
 
 
-class VPPOTrainer(PackedTrainer):
+class VPPOTrainer(TwoViewTrainer):
     """`trl.GRPOTrainer` that rewards looking. Takes the same arguments, with a `VPPOConfig` as `args`.
 
     Example:
@@ -142,7 +143,7 @@ class VPPOTrainer(PackedTrainer):
         batch = Batch(output)
         seen = bool(self.accelerator.gather(batch.has_image).any())
         self._watch.step(self.state.global_step, seen, every=self.state.logging_steps)
-        scored = batch.has_image & self._live_groups(output["advantages"])
+        scored = batch.has_image & (self._live_groups(output["advantages"]) | self.args.method.penalizes)
         alike = batch.alike(self._prompts(batch))
         found = self._measure_tokens(batch, scored, hidden_clean, alike) if self.args.perturbs else None
         scores = self._token_scores(batch, scored, found, alike)
@@ -151,6 +152,8 @@ class VPPOTrainer(PackedTrainer):
         folded_later = self.args.tas_statistics == "micro-batch"
         if self._packs(batch, View(alike), compared="old_per_token_logps" in output):
             output["prompt"] = torch.tensor(alike, device=batch.prompt_ids.device)
+        if self.args.method.penalizes:
+            output["view"] = torch.tensor(self.shown.keys, device=batch.prompt_ids.device)
         shaped = shape_advantages(
             output["advantages"],
             scores,
@@ -295,7 +298,10 @@ class VPPOTrainer(PackedTrainer):
                 which += [rollout] * each + [draw] * (draw > 0)
                 generator = seeded(self.args.seed, *which)
                 pixels[key] = self._image_views.perturbed(batch, row, pictures[row], self._perturbation, generator)
-        return View(alike), View(keys, pixels)
+        perturbed = View(keys, pixels)
+        if self.args.method.penalizes and self._problems is None:
+            self.show_in_training(batch, perturbed)
+        return View(alike), perturbed
 
     def _keys(self, batch: Batch) -> list[tuple[int, int, int]]:
         """Of each row: step, prompt and rollout. In evaluation the problem takes the place of step and prompt."""
@@ -332,17 +338,13 @@ class VPPOTrainer(PackedTrainer):
         if "tool_mask" in inputs:
             mask &= inputs["tool_mask"].bool()
         if mode == "train" and self.args.nll_coef and self._train_logprobs is not None:
-            loss = loss - self.args.nll_coef * torch.where(mask, self._train_logprobs, 0).sum() / self._tokens(inputs)
+            nll = -torch.where(mask, self._train_logprobs, 0).sum()
+            loss = loss + self.args.nll_coef * nll / self.tokens_of_a_step(inputs)
         if mode == "train" and "old_per_token_logps" in inputs and self.state.global_step > self._sampled_at:
             self._log_drift(inputs, mask)
         self._train_logprobs = None
         self._log_clip(inputs["advantages"], mask, mode)
         return loss
-
-    def _tokens(self, inputs: dict[str, Any]) -> Tensor:
-        """Response tokens that one optimizer step averages over, per process: the divisor of TRL's "dapo" loss."""
-        share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
 
     def _micro_batch_scale(self, means: Tensor) -> Tensor:
         """Factors of the released code: minimum and maximum of this device's mini-batch, mean of this micro-batch."""

@@ -19,6 +19,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from vppo.errors import InputError
 from vppo.heads import head_forward, logit_options
+from vppo.options import SAMPLED
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
 from vppo.verl.shared_prompts import SharedPrompts, groups_alike
 from vppo_kernels import linear_divergence, linear_logprob, sampled_divergence
@@ -35,7 +36,7 @@ class Ask:
     """What a pass over old log-probabilities is to measure beside them.
 
     Attributes:
-        divergence: "kl", "reverse_kl", "jsd" or "k3".
+        divergence: "kl", "reverse_kl", "jsd", "k3" or "prob_drop".
         perturbation: What the perturbed view does to an image; its patches are the model's own where `own_patches`.
         own_patches: Whether no patch size was given.
         seed, step: Of the draw, beside each row's own.
@@ -219,10 +220,10 @@ class VPPOEngine(FSDPEngineWithLMHead):
 
             def at_head(head: Any, perturbed: Tensor) -> None:
                 rows, weight, bias = take(perturbed), head.weight, _bias(head)
-                if ask.divergence == "k3":
+                if ask.divergence in SAMPLED:
                     targets = self._places.targets[same]
                     after = linear_logprob(rows, weight, targets, bias, check=ask.check, **self._options).logprobs
-                    found.append(sampled_divergence(logprobs[same], after, kind="k3"))
+                    found.append(sampled_divergence(logprobs[same], after, kind=ask.divergence))
                 else:
                     values = linear_divergence(
                         hidden[same], rows, weight, bias, kind=ask.divergence, check=ask.check, **self._options

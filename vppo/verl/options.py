@@ -56,12 +56,10 @@ class VerlOptions(VPPOOptions):
             raise InputError(
                 f"trainer.v1.vppo.draws: got {self.draws!r}, takes 1 with verl, whose workers draw one view"
             )
-        if (self.scores_tokens and not self.perturbs) or self.method.token_weights:
-            takes = [name for name, one in REGISTRY.items() if one.score in (None, "dependency")]
-            raise InputError(
-                f"trainer.v1.vppo.algorithm: got {self.algorithm!r}, takes one of "
-                f"{[name for name in takes if not REGISTRY[name].token_weights]} with verl"
-            )
+        own = [one for one in REGISTRY.values() if not (one.token_weights or one.penalizes)]
+        takes = [one.name for one in own if one.score in (None, "dependency")]
+        if self.algorithm not in takes:
+            raise InputError(f"trainer.v1.vppo.algorithm: got {self.algorithm!r}, takes one of {takes} with verl")
         if self.tas_statistics != "batch":
             raise InputError(
                 f"trainer.v1.vppo.tas_statistics: got {self.tas_statistics!r}, takes 'batch' with verl, whose workers "
