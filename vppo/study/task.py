@@ -10,7 +10,7 @@ reading and say so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from vppo.demo.digits import SPLITS, Strip, strips
+from vppo.rewards.accuracy import last_boxed, response_text
+from vppo.study.options import TASKS
 
-TASKS = ("narrated", "guess")
 WORDS = tuple(
     f"{word} "
-    for word in "now look here the first next shape is bold thin round one line with a gap so it reads quite clearly as "
-    "well then".split()
+    for word in (
+        *("now", "look", "here", "the", "first", "next", "shape", "is", "bold", "thin", "round", "one"),
+        *("line", "with", "a", "gap", "so", "it", "reads", "quite", "clearly", "as", "well", "then"),
+    )
 )
 NEXT, CHANCES = (1, 5, 10, 17), (0.4, 0.3, 0.2, 0.1)  # the grammar: how far around the list the next word lies
 IN_A_ROW = 8
@@ -131,4 +134,10 @@ class Parser:
 
 def guesses(text: str) -> bool:
     """Whether an answer says that it guesses."""
-    return text.startswith(GUESS.strip())
+    return text.startswith(GUESS)
+
+
+def reward(completions: Sequence[Any], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    """1.0 where the last box of a completion holds the very digits of the answer: no verifier is needed for those."""
+    boxed = [last_boxed(response_text(completion)) for completion in completions]
+    return [float(found == right) for found, right in zip(boxed, answer, strict=True)]

@@ -13,7 +13,7 @@ from vppo.demo.batches import encode
 from vppo.demo.warmup import BATCH, LEARNING_RATE, MISMATCHED, RAMP
 from vppo.study.task import Parser, questions
 
-READ_WEIGHT = 6.0  # three tokens of 36 would be learned last
+FIXED_WEIGHT = 6.0  # of what is read or computed: a dozen tokens of 33, which free words would drown
 TARGET = 0.08  # nats per token
 WINDOW = 10
 MAX_STEPS = 900
@@ -35,13 +35,17 @@ def learned(steps: list[WarmStep]) -> bool:
 
 
 def warm_up(
-    model: Any, processor: Any, task: str, seed: int, progress: Callable[[int, WarmStep], None] = lambda step, loss: None
+    model: Any,
+    processor: Any,
+    task: str,
+    seed: int,
+    progress: Callable[[int, WarmStep], None] = lambda step, loss: None,
 ) -> list[WarmStep]:
     """Teach the model the words, the form of an answer, adding, and the few labelled images.
 
     As in `vppo.demo.warmup`, a few rows of every batch show the image of another strip and count only what can be known
-    without it. Neither of the two kinds of tokens alone is enough to stop at: a model that reads and cannot add, or adds
-    and cannot read, is rewarded for nothing.
+    without it. Neither of the two kinds of tokens alone is enough to stop at: a model that reads and cannot add, or
+    adds and cannot read, is rewarded for nothing.
 
     Args:
         model: Trained in place.
@@ -67,7 +71,7 @@ def warm_up(
         ids = inputs["input_ids"][:, prompt_length:]
         weight = inputs["attention_mask"][:, prompt_length:].float()
         read, free = parser.read(ids), parser.free(ids)
-        weight[~free & (weight > 0)] = READ_WEIGHT
+        weight[~free & (weight > 0)] = FIXED_WEIGHT
         weight[-MISMATCHED:][read[-MISMATCHED:]] = 0.0
         logits = model(**inputs).logits[:, prompt_length - 1 : -1]
         losses = cross_entropy(logits.transpose(1, 2), ids, reduction="none")
