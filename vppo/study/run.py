@@ -53,8 +53,7 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
         runs = [
             ("train", arm, seed) for seed in seeds for arm in options.arms if not options.run_file(arm, seed).exists()
         ]
-        needed = {seed for _, _, seed in runs}
-        _work_off(options, [task for task in warm if task[2] in needed], WARM_STEPS, "warm-up", console)
+        _work_off(options, warm, WARM_STEPS, "warm-up", console)
         _work_off(options, runs, options.steps, "training", console)
         summary = {
             **summarise(options, [read_run(options, arm, seed) for seed in seeds for arm in options.arms]),
