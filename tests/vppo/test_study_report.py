@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_study_summary import run
+from support.study import run
 
 from vppo.pages.plot import percent
 from vppo.study.options import StudyOptions
@@ -49,7 +49,7 @@ def test_numbers_and_errors_as_a_person_writes_them() -> None:
 
 def test_the_table(tmp_path: Path) -> None:
     columns, rows = results(study(tmp_path))
-    assert [label for label, _ in rows][0].startswith("DAPO") and len(rows) == 3
+    assert next(label for label, _ in rows).startswith("DAPO") and len(rows) == 3
     assert all(len(values) == len(columns) for _, values in rows)
     assert "guesses" not in columns
     columns, rows = results(study(tmp_path, task="guess"))

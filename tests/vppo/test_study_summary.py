@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.study import run
 
 from vppo.errors import InputError
 from vppo.study.arms import ARMS
@@ -62,21 +63,6 @@ def test_one_seed_has_no_error() -> None:
     assert found["tgf"][0] == 0.5 and math.isnan(found["tgf"][1])
     assert mean_and_error([2.0])[0] == 2.0 and math.isnan(mean_and_error([2.0])[1])
     assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
-
-
-def run(arm: str, seed: int, sampled: float, tokens: float = 100.0) -> dict[str, Any]:
-    """The row of a pretended run."""
-    products = {
-        "scoring": 2 * tokens,
-        "forward": tokens,
-        "backward": 0.3 * tokens,
-        "tokens": tokens,
-        "active": 0.1 * tokens,
-    }
-    return {
-        "arm": arm, "seed": seed, "seconds": 50.0, "reward": sampled - 0.1, "rewards": [0.2, sampled], "kept": 0.1,
-        "sampled": sampled, "greedy": sampled + 0.05, "drift": 0.1, "drift_read": 0.5, "read": 0.09, "products": products,
-    }  # fmt: skip
 
 
 def test_the_summary(tmp_path: Path) -> None:
