@@ -344,7 +344,7 @@ def _die_at(point: str | None) -> None:
     elif point == "checkpoint":  # with the weights written and the state not
         transformers.TrainerState.save_to_json = die  # type: ignore[method-assign]
     elif point == "model":  # after the last step, which has no more to do
-        run._save_whole = die
+        run.save_whole = die
     elif point == "evaluation":
         vppo.demo.scored.score_responses = die  # type: ignore[assignment]
 

@@ -91,7 +91,7 @@ def test_a_broken_run_is_named(finished: tuple[Path, dict[str, Any]]) -> None:
         for broken in ("{", "{}"):
             file.write_text(broken)
             with pytest.raises(
-                InputError, match=r"tgf-1\.json: is no .*; remove .* and the same command makes it anew"
+                InputError, match=r"tgf-1\.json: is no .*; remove .* and the same command"
             ):
                 run_study(small(out))
     finally:
