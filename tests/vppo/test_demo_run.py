@@ -83,6 +83,9 @@ def test_the_summary_has_what_is_promised(finished: tuple[Path, dict[str, Any]])
     assert (summary["algorithm"], summary["divergence"], summary["seed"], summary["steps"]) == ("vppo", "kl", 0, STEPS)
     assert summary["held_out"] == 8 and 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
     assert summary["dependency_digits"] >= 0 and summary["dependency_other"] > 0
+    products = summary["head_products"]
+    assert products["tokens"] >= products["active"] >= 0
+    assert products["left_out"] == 4 * products["tokens"] - products["forward"] - products["backward"]
     assert summary["seconds_warmup"] > 0
     assert summary["seconds_per_step"] == pytest.approx(summary["seconds_train"] / STEPS)
     assert 100 < summary["peak_rss_mib"] < 100_000
