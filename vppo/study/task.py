@@ -33,6 +33,7 @@ WORDS = tuple(
 NEXT, CHANCES = (1, 5, 10, 17), (0.4, 0.3, 0.2, 0.1)  # the grammar: how far around the list the next word lies
 IN_A_ROW = 8
 LOOK, GUESS = "look: ", "guess: "
+LABELLED = 8  # images of each digit that the warm-up sees; by the demo's 4 this smaller model reads too little at first
 ODD, GUESSED = 0.75, 0.5  # in the task "guess": odd strips, and worked answers that guess
 MAX_NEW_TOKENS = 48
 
@@ -77,7 +78,7 @@ def questions(task: str, split: str, count: int, seed: int) -> Iterator[Question
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, takes one of {list(TASKS)}")
-    endless = strips(split, 1 << 40, seed)
+    endless = strips(split, 1 << 40, seed, LABELLED)
     random = np.random.default_rng([seed, SPLITS[split], 1])
     for _ in range(count):
         strip = next(endless)
