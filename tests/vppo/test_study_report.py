@@ -75,6 +75,7 @@ def test_the_page_is_whole(page: Path) -> None:
     for text in ("Which tokens carry the learning", "seed 0, not learned", "seed 1", "vppo study --out &lt;b&gt;"):
         assert text in html
     assert "<b>" not in html and html.count("<figure") == 4
+    assert (page.parent / "results.md").read_text().count("\n") == 2 + 3
     for name in ("difference", "drift", "products", "reward"):
         assert (page.parent / "figures" / f"{name}.png").exists()
 

@@ -1,4 +1,4 @@
-"""The report of a study: a page in one file, and a table in the terminal."""
+"""The report of a study: a page in one file, a table in Markdown, and a table in the terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vppo.evaluation.report import markdown
 from vppo.files import write_atomic
 from vppo.pages.page import NBSP, render, write_figures
 from vppo.pages.plot import nats, percent
@@ -22,12 +23,13 @@ Found = Mapping[str, float | None]
 
 
 def write_report(out: Path, summary: Mapping[str, Any]) -> Path:
-    """Writes `report.html` and `figures/*.png` from what `study.json` holds.
+    """Writes `report.html`, `figures/*.png` and `results.md` from what `study.json` holds.
 
     Returns:
         The path of the page.
     """
     columns, rows = results(summary)
+    write_atomic(out / "results.md", markdown(columns, rows))
     page = render(
         "study.html",
         task=summary["task"],
