@@ -33,6 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         (0.2, 0.01, 20, False),  # it adds, and cannot read
         (0.079, 0.079, 10, True),
         (float("nan"), 0.01, 10, False),
+        (0.01, float("nan"), 10, False),
     ],
 )
 def test_both_kinds_of_tokens_have_to_be_learned(read: float, computed: float, steps: int, stops: bool) -> None:
@@ -54,7 +55,7 @@ def test_the_seed_is_the_result(processor: Any) -> None:
     def run(seed: int) -> tuple[list[WarmStep], Any]:
         model = build_model(processor, 0, 64)
         torch.rand(3)  # what the process draws elsewhere must not matter
-        return warm_up(model, processor, "guess", seed), model
+        return warm_up(model, processor, "narrated", seed), model
 
     (first, model), (again, same) = run(1), run(1)
     assert first == again and len(first) == 12

@@ -31,7 +31,7 @@ def learned(steps: list[WarmStep]) -> bool:
     """Whether, over the last ten steps, both kinds of tokens are below the target."""
     last = steps[-WINDOW:]
     means = [sum(losses) / WINDOW for losses in zip(*((step.read, step.computed) for step in last), strict=True)]
-    return len(last) == WINDOW and max(means) < TARGET
+    return len(last) == WINDOW and all(mean < TARGET for mean in means)
 
 
 def warm_up(
