@@ -90,9 +90,7 @@ def test_a_broken_run_is_named(finished: tuple[Path, dict[str, Any]]) -> None:
     try:
         for broken in ("{", "{}"):
             file.write_text(broken)
-            with pytest.raises(
-                InputError, match=r"tgf-1\.json: is no .*; remove .* and the same command"
-            ):
+            with pytest.raises(InputError, match=r"tgf-1\.json: is no .*; remove .* and the same command"):
                 run_study(small(out))
     finally:
         file.write_text(whole)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from vppo.pages.plot import DASHED, Plot, legend_beside_title, nats, percent, prepare
+from vppo.pages.plot import DASHED, Plot, nats, percent, prepare
 from vppo.pages.theme import Theme, series_colours
 from vppo.study.arms import BASE
 
@@ -81,8 +81,10 @@ def drift_plot(summary: Mapping[str, Any]) -> Plot:
                 label=label,
             )
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.set_xlabel("KL in nats, log scale")
-        legend_beside_title(ax)
+        figure.legend(loc="outside lower left", ncols=2)
 
     told = "; ".join(f"{arm['label']} {nats(arm['drift']['mean'])}" for arm in arms.values())
     return Plot(
@@ -101,9 +103,9 @@ def products_plot(summary: Mapping[str, Any]) -> Plot:
     labels = [arm["label"] for arm in arms.values()]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        ax = _rows(figure, "Products of the head, for each response token", labels, theme)
+        ax = _rows(figure, "Head products for each token", labels, theme)
         base = np.zeros(len(arms))
-        for part, colour in zip(PARTS, (theme.faint, theme.outcome, theme.dependency), strict=True):
+        for part, colour in zip(PARTS, (theme.outcome, theme.dependency, theme.faint), strict=True):
             values = np.array([arm["products"][part] for arm in arms.values()])
             ax.barh(range(len(arms)), values, 0.6, base, color=colour, label=part)
             base = base + values

@@ -62,6 +62,11 @@ def difference(found: Found | None) -> str:
     return plus_minus(found, lambda share: f"{100 * share:.1f}").replace("-", MINUS)
 
 
+def drift(value: float) -> str:
+    """Nats to three decimals: the fourth says nothing with a handful of seeds."""
+    return f"{value:.3f}"
+
+
 def results(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """A row an arm: titles of the columns, and the rows."""
     base = summary["arms"][BASE]
@@ -82,7 +87,7 @@ def results(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list
         values = [plus_minus(arm["sampled"], percent)]
         values += [difference(arm.get(f"{key}_difference")) for key in ("sampled", "greedy", "reward")]
         values += [plus_minus(arm["guess_rate"], percent)] if guess else []
-        values += [percent(arm["kept"]["mean"]), plus_minus(arm["drift"], nats), plus_minus(arm["drift_read"], nats)]
+        values += [percent(arm["kept"]["mean"]), plus_minus(arm["drift"], drift), plus_minus(arm["drift_read"], drift)]
         values += [percent(part(arm) / part(base)) for part in (training, products)]
         values += [f"{arm['seconds']['mean']:.0f}", str(arm["seeds"])]
         rows.append((arm["label"], values))
