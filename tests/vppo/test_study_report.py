@@ -43,6 +43,7 @@ def test_numbers_and_errors_as_a_person_writes_them() -> None:
     assert plus_minus({"mean": 0.402, "se": 0.012}, percent) == f"40.2{NBSP}%{NBSP}±{NBSP}1.2"
     assert plus_minus({"mean": 0.402, "se": None}, percent) == f"40.2{NBSP}%"
     assert difference({"mean": -0.015, "se": 0.012}).replace(NBSP, " ") == "\N{MINUS SIGN}1.5 ± 1.2"
+    assert difference({"mean": 0.004, "se": None}) == "+0.4"
     assert difference(None) == "0"
     assert difference({"mean": None, "se": None}) == "–"  # noqa: RUF001
 

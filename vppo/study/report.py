@@ -56,10 +56,13 @@ def plus_minus(found: Found, form: Any) -> str:
 
 
 def difference(found: Found | None) -> str:
-    """A difference of two shares in points, with its standard error: `−1.5 ± 1.2`."""
+    """A difference of two shares in points, with its standard error: `+1.5 ± 1.2`."""
     if found is None:
         return "0"
-    return plus_minus(found, lambda share: f"{100 * share:.1f}").replace("-", MINUS)
+    if found["mean"] is None:
+        return DASH
+    after = "" if found["se"] is None else f" ± {100 * found['se']:.1f}"
+    return f"{100 * found['mean']:+.1f}{after}".replace("-", MINUS).replace(" ", NBSP)
 
 
 def drift(value: float) -> str:
