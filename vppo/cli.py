@@ -29,6 +29,7 @@ from vppo.cli_options import (
 from vppo.command_errors import clear_errors
 from vppo.errors import InputError
 from vppo.eval_cli import evaluation
+from vppo.study_cli import study
 
 if TYPE_CHECKING:
     AlgorithmName = str
@@ -283,6 +284,7 @@ def compare(
 
 
 main.add_typer(evaluation, name="eval")
+main.command()(study)
 
 
 @main.command(

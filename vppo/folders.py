@@ -14,6 +14,7 @@ ELSEWHERE = "choose another --out, or remove that folder"
 _KINDS = (
     ("a comparison of analyses", ("comparison.json",)),
     ("a comparison of evaluations", ("eval_comparison.json",)),
+    ("a study", ("study.json",)),
     ("an evaluation", ("questions.parquet", "answers.parquet")),
     ("the beginning of an evaluation", ("answers",)),
     ("an analysis", ("trajectories.parquet",)),

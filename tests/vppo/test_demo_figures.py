@@ -18,6 +18,7 @@ from vppo.demo.figures import (
     accuracy_plot,
     answer_histogram,
     dependency_plot,
+    products_plot,
     reward_plot,
     run_plots,
     shaping_plot,
@@ -173,3 +174,15 @@ def test_shaping_shows_what_was_logged() -> None:
 def test_a_run_of_one_step_is_drawn() -> None:
     for plot in run_plots(SUMMARY, metrics(1), responses(1)):
         assert plot.png(LIGHT).startswith(b"\x89PNG")
+
+
+def test_products_fill_the_width_and_those_of_scoring_stand_apart() -> None:
+    found = {"scoring": 1000, "forward": 800, "backward": 1200, "tokens": 1000, "active": 400, "left_out": 2000}
+    plot = products_plot({**SUMMARY, "head_products": found})
+    (ax,) = axes(plot)
+    widths = [round(patch.get_width(), 6) for patch in ax.patches]  # type: ignore[attr-defined]
+    assert widths == [0.2, 0.3, 0.5, 0.25]
+    assert plot is not None and "1,000 sampled tokens" in plot.caption and "40.0" in plot.caption
+    assert "left out 50.0" in plot.alt.replace("\N{NO-BREAK SPACE}", " ")
+    assert products_plot(SUMMARY) is None
+    assert products_plot({**SUMMARY, "head_products": dict.fromkeys(found, 0)}) is None

@@ -127,6 +127,19 @@ def test_headline_has_the_numbers() -> None:
     )
 
 
+PRODUCTS = {"scoring": 1000, "forward": 800, "backward": 1200, "tokens": 1000, "active": 400, "left_out": 2000}
+
+
+def test_headline_says_what_the_head_did() -> None:
+    text = headline({**SUMMARY, "head_products": PRODUCTS}).replace("\N{NO-BREAK SPACE}", " ")
+    assert text.endswith(
+        "40.0 % of the sampled tokens carried gradient: the head made 50.0 % of the products that training on all of "
+        "them takes, and 25.0 % more to measure dependency."
+    )
+    counted = {**SUMMARY, "head_products": {**PRODUCTS, "scoring": 0}}
+    assert headline(counted).replace("\N{NO-BREAK SPACE}", " ").endswith("that training on all of them takes.")
+
+
 def test_headline_claims_nothing_that_did_not_happen() -> None:
     worse = {**SUMMARY, "algorithm": "dapo", "accuracy_after": 0.25, "dependency_digits": 0.0, "dependency_other": 0.0}
     text = headline(worse).replace("\N{NO-BREAK SPACE}", " ")

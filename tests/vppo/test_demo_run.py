@@ -83,6 +83,9 @@ def test_the_summary_has_what_is_promised(finished: tuple[Path, dict[str, Any]])
     assert (summary["algorithm"], summary["divergence"], summary["seed"], summary["steps"]) == ("vppo", "kl", 0, STEPS)
     assert summary["held_out"] == 8 and 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
     assert summary["dependency_digits"] >= 0 and summary["dependency_other"] > 0
+    products = summary["head_products"]
+    assert products["tokens"] >= products["active"] >= 0
+    assert products["left_out"] == 4 * products["tokens"] - products["forward"] - products["backward"]
     assert summary["seconds_warmup"] > 0
     assert summary["seconds_per_step"] == pytest.approx(summary["seconds_train"] / STEPS)
     assert 100 < summary["peak_rss_mib"] < 100_000
@@ -344,7 +347,7 @@ def _die_at(point: str | None) -> None:
     elif point == "checkpoint":  # with the weights written and the state not
         transformers.TrainerState.save_to_json = die  # type: ignore[method-assign]
     elif point == "model":  # after the last step, which has no more to do
-        run._save_whole = die
+        run.save_whole = die
     elif point == "evaluation":
         vppo.demo.scored.score_responses = die  # type: ignore[assignment]
 

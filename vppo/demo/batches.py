@@ -41,21 +41,41 @@ def forbidden_tokens(processor: Any) -> list[int]:
     ]
 
 
-def answer(model: Any, processor: Any, strips: Sequence[Strip]) -> list[list[int]]:
-    """Greedy responses as token ids, each with its end token if it reached one."""
+def answer(
+    model: Any,
+    processor: Any,
+    strips: Sequence[Strip],
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_tokens: int = MAX_NEW_TOKENS,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Responses as token ids, each with its end token if it reached one; those to a strip follow each other.
+
+    Args:
+        model: Left in the mode it was in.
+        processor: Its processor.
+        strips: What is asked.
+        samples: Responses to each strip.
+        temperature: 0 takes the most probable token each time.
+        max_tokens: The longest response.
+        seed: Response `k` to strip `i` is drawn from (seed, i, k).
+    """
     from vppo.analysis.sampling import Sampling, with_transformers  # these need TRL, beside which verl does not run
     from vppo.data import Problem
     from vppo.data.prompts import Prompts
     from vppo.prefix_sharing import GIB, quiet
 
     end = processor.tokenizer.eos_token_id
-    sample, responses = with_transformers(model), list[list[int]]()
-    greedy = Sampling(MAX_NEW_TOKENS, 0.0, 0, 4 * GIB, forbidden_tokens(processor), [end])
+    draw, responses = with_transformers(model), list[list[int]]()
+    sampling = Sampling(max_tokens, temperature, seed, 4 * GIB, forbidden_tokens(processor), [end])
     with quiet(model):
         for start in range(0, len(strips), BATCH):
             problems = [Problem(strip.prompt, [strip.image], strip.answer) for strip in strips[start : start + BATCH]]
-            rows = range(len(problems))
-            responses += sample(Prompts(processor, problems), rows, [(start + row, 0) for row in rows], greedy)
+            rows = [row for row in range(len(problems)) for _ in range(samples)]
+            keys = [(start + row, sample) for row in range(len(problems)) for sample in range(samples)]
+            responses += draw(Prompts(processor, problems), rows, keys, sampling)
     return responses
 
 

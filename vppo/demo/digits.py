@@ -84,23 +84,24 @@ def _cells() -> tuple[np.ndarray, np.ndarray]:
     return np.stack(enlarged), data.target
 
 
-def images_of(split: str) -> np.ndarray:
+def images_of(split: str, labelled: int = LABELLED_PER_DIGIT) -> np.ndarray:
     """Indices of the images that belong to a split; the same in every run. "labelled" is a part of "train"."""
     labels = _cells()[1]
     order = np.random.default_rng(0).permutation(len(labels))
     train, held_out = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
     if split == "labelled":
-        return np.concatenate([train[labels[train] == digit][:LABELLED_PER_DIGIT] for digit in range(10)])
+        return np.concatenate([train[labels[train] == digit][:labelled] for digit in range(10)])
     return train if split == "train" else held_out
 
 
-def strips(split: str, count: int, seed: int) -> Iterator[Strip]:
+def strips(split: str, count: int, seed: int, labelled: int = LABELLED_PER_DIGIT) -> Iterator[Strip]:
     """Random strips of a split; the same (split, seed) gives the same sequence.
 
     Args:
         split: "train", "labelled" or "held-out".
         count: How many.
         seed: Of the draw.
+        labelled: How many images of each digit are "labelled".
 
     Raises:
         ValueError: There is no such split.
@@ -108,7 +109,7 @@ def strips(split: str, count: int, seed: int) -> Iterator[Strip]:
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, takes one of {list(SPLITS)}")
     cells, labels = _cells()
-    pool = images_of(split)
+    pool = images_of(split, labelled)
     random = np.random.default_rng([seed, SPLITS[split]])
     for _ in range(count):
         chosen = random.choice(pool, DIGITS, replace=False)

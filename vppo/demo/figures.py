@@ -46,6 +46,7 @@ def run_plots(
         answer_histogram(responses),
         dependency_plot(metrics),
         shaping_plot(metrics),
+        products_plot(summary),
     ]
     return [plot for plot in plots if plot is not None]
 
@@ -250,6 +251,41 @@ def shaping_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
 
     captions, values = " ".join(caption for _, caption, _ in rows), ", ".join(value for _, _, value in rows)
     return Plot("shaping", captions, f"Lines over the steps; at the last: {values}.", draw)
+
+
+def products_plot(summary: dict[str, Any]) -> Plot | None:
+    """What the head multiplied in training, and what it left out; None where it was not counted."""
+    found = summary.get("head_products")
+    if not found or not found["tokens"]:
+        return None
+    passes = [("forward", "forward"), ("backward", "backward"), ("left_out", "left out")]
+    whole = sum(found[name] for name, _ in passes)
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        ax = prepare(figure.subplots(), "What the head multiplied, and what it left out")
+        start = 0.0
+        for (name, label), colour in zip(passes, (theme.outcome, theme.dependency, theme.low), strict=True):
+            share = found[name] / whole
+            ax.barh(0, share, 0.5, start, color=colour)
+            if share > 0.08:
+                ax.text(start + share / 2, -0.33, f"{label} {percent(share)}", size=9, ha="center", va="bottom")
+            start += share
+        ax.text(0, 0.62, "to measure dependency, besides", size=9, color=theme.muted, va="bottom")
+        ax.barh(0.92, found["scoring"] / whole, 0.5, color=theme.faint)
+        ax.text(found["scoring"] / whole + 0.01, 0.92, percent(found["scoring"] / whole), size=9, va="center")
+        ax.set(ylim=(1.3, -0.7), xlim=(0, 1), xticks=[], yticks=[])
+        ax.spines["bottom"].set_visible(False)
+
+    active = found["active"] / found["tokens"]
+    return Plot(
+        "head",
+        "Products of the head in training, counted where they were made; the whole width is what all "
+        f"{found['tokens']:,} sampled tokens would take. {percent(active)} of them carried gradient. Sampling is not "
+        "counted.",
+        f"Bars: {', '.join(f'{label} {percent(found[name] / whole)}' for name, label in passes)}; "
+        f"scoring {percent(found['scoring'] / whole)}.",
+        draw,
+    )
 
 
 def _label_ends(ax: Axes, ends: list[tuple[float, str]], theme: Theme) -> None:

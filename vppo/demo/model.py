@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,12 +42,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    r"""One token per printable character; the roles of a chat and `\boxed{` are single tokens too."""
-    tokens = [*SPECIAL, *WORDS, *string.printable[:95], "\n"]
+def build_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    r"""One token per printable character; the roles of a chat, `\boxed{` and `words` are single tokens too."""
+    words = [*WORDS, *words]
+    tokens = [*SPECIAL, *words, *string.printable[:95], "\n"]
     core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
-    words = "|".join(word.replace("\\", "\\\\").replace("{", "\\{") for word in WORDS)
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{words}|[\s\S]"), "isolated")
+    pattern = "|".join(word.replace("\\", "\\\\").replace("{", "\\{") for word in words)
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{pattern}|[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -61,32 +63,37 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_processor() -> Any:
-    """Tokenizer and image processor, normalised to the digits; images of up to 16 cells keep their size."""
+def build_processor(words: Sequence[str] = ()) -> Any:
+    """Tokenizer and image processor, normalised to the digits; images of up to 16 cells keep their size.
+
+    Args:
+        words: Single tokens beside those of the demo; none begins another.
+    """
     size = {"shortest_edge": CELL**2, "longest_edge": 16 * CELL**2}
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=MERGE, size=size, image_mean=[0.305] * 3, image_std=[0.376] * 3
     )
-    return without_video(Qwen2_5_VLProcessor)(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE)
+    return without_video(Qwen2_5_VLProcessor)(image_processor, build_tokenizer(words), chat_template=CHAT_TEMPLATE)
 
 
-def build_model(processor: Any, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(processor: Any, seed: int, width: int = WIDTH) -> Qwen2_5_VLForConditionalGeneration:
     """The model with random weights; the same seed gives the same weights.
 
     Args:
         processor: From `build_processor`.
         seed: Of the weights.
+        width: Of language model and vision tower, a multiple of 64.
     """
     tokenizer = processor.tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _TOKEN_IDS.items()}
     # The usual sections and base turn neighbours in width by 0.003: digits side by side would look alike in place.
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 3 * WIDTH,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": width // 32,
+        "num_key_value_heads": width // 64,
         "max_position_embeddings": 512,
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 12], "rope_theta": 30.0},
         "bos_token_id": None,
@@ -95,10 +102,10 @@ def build_model(processor: Any, seed: int) -> Qwen2_5_VLForConditionalGeneration
     }
     vision = {
         "depth": 2,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_heads": 4,
-        "out_hidden_size": WIDTH,
+        "out_hidden_size": width,
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
         "fullatt_block_indexes": [1],

@@ -94,7 +94,23 @@ def headline(summary: dict[str, Any]) -> str:
     return (
         f"{summary['steps']} steps of {algorithm} {accuracy} in {duration(float(summary['seconds_train']))}, after "
         f"{duration(float(summary['seconds_warmup']))} of warm-up (seed{NBSP}{summary['seed']}); tokens that name a "
-        f"digit read from the image depend on it {looking}."
+        f"digit read from the image depend on it {looking}.{_work(summary.get('head_products'))}"
+    )
+
+
+def _work(products: dict[str, float] | None) -> str:
+    """What the head did, as a sentence; nothing where it was not counted."""
+    if not products or not products["tokens"]:
+        return ""
+    made = products["forward"] + products["backward"]
+    scoring = products["scoring"]
+    measuring = (
+        f", and {percent(scoring / (made + products['left_out']))} more to measure dependency" if scoring else ""
+    )
+    return (
+        f" {percent(products['active'] / products['tokens'])} of the sampled tokens carried gradient: the head made "
+        f"{percent(made / (made + products['left_out']))} of the products that training on all of them "
+        f"takes{measuring}."
     )
 
 

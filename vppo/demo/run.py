@@ -102,6 +102,7 @@ def _run(options: DemoOptions) -> dict[str, Any]:
 
     from vppo.demo.batches import answer, correct
     from vppo.demo.digits import strips
+    from vppo.demo.head_products import HeadProducts
     from vppo.demo.report import write_report
     from vppo.progress import read_lines
 
@@ -115,7 +116,8 @@ def _run(options: DemoOptions) -> dict[str, Any]:
     verdicts = correct(processor, held_out, responses)
     scored = _score(options, model, processor, held_out, responses, verdicts)
     digits, other = _dependency_by_place(scored)
-    timings = read_lines(out / "timings.jsonl")
+    timings, metrics = read_lines(out / "timings.jsonl"), read_lines(out / "metrics.jsonl")
+    products = HeadProducts.of(metrics)
     seconds_train = sum(row["step_time"] for row in timings)
     summary = {
         **options.identity(),
@@ -124,6 +126,9 @@ def _run(options: DemoOptions) -> dict[str, Any]:
         "held_out": HELD_OUT,
         "dependency_digits": digits,
         "dependency_other": other,
+        "head_products": {
+            name: round(count) for name, count in {**asdict(products), "left_out": products.left_out}.items()
+        },
         "warmup_steps": warm["steps"],
         "seconds_warmup": warm["seconds"],
         "seconds_train": seconds_train,
@@ -134,7 +139,7 @@ def _run(options: DemoOptions) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_report(out, summary=summary, metrics=read_lines(out / "metrics.jsonl"), responses=scored)
+    write_report(out, summary=summary, metrics=metrics, responses=scored)
     _show(console, summary, out)
     return summary
 
@@ -169,7 +174,7 @@ def _claim(options: DemoOptions) -> None:
             )
 
 
-def _save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] | None = None) -> None:
+def save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] | None = None) -> None:
     """Save model and processor so that the folder is either whole or not there."""
     for left in folder.parent.glob(f".{folder.name}.*.part"):  # by a crash
         shutil.rmtree(left, ignore_errors=True)
@@ -186,7 +191,12 @@ def _save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] 
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _load(folder: Path, device: str) -> tuple[Any, Any]:
+def load_saved(folder: Path, device: str, remedy: str | None = None) -> tuple[Any, Any]:
+    """Model and processor of a folder that `save_whole` wrote; `remedy` ends the message where it is broken.
+
+    Raises:
+        InputError: The folder is broken.
+    """
     from safetensors import SafetensorError
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -196,7 +206,7 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
         model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
         processor = load_processor(str(folder))
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({error}); {_anew(folder)}") from error
+        raise InputError(f"{folder}: cannot be loaded ({error}); {remedy or _anew(folder)}") from error
     return model.to(device), processor
 
 
@@ -241,7 +251,7 @@ def _warm_up(console: Console, options: DemoOptions, held_out: Sequence[Any]) ->
         seconds = time.perf_counter() - started
         verdicts = correct(processor, held_out, answer(model, processor, held_out))
         warm = {"steps": steps, "seconds": seconds, "accuracy": sum(verdicts) / len(held_out)}
-        _save_whole(folder, model, processor, warm)
+        save_whole(folder, model, processor, warm)
     warm = read_object(folder / "warmup.json", remedy=_anew(folder))
     missing = [name for name in ("steps", "seconds", "accuracy") if not isinstance(warm.get(name), int | float)]
     if missing:
@@ -258,13 +268,13 @@ def _train(console: Console, options: DemoOptions) -> tuple[Any, Any]:
         from vppo.config import VPPOConfig
         from vppo.demo.batches import MAX_NEW_TOKENS, forbidden_tokens
         from vppo.demo.digits import as_dataset, strips
+        from vppo.demo.head_products import CountingTrainer
         from vppo.preemption import EXIT_CODE, StopOnSigterm
         from vppo.progress import TrainingProgress, say
         from vppo.rewards import accuracy_reward
-        from vppo.trainer import VPPOTrainer
 
         checkpoints = options.out / "checkpoints"
-        model, processor = _load(options.out / "warmup", options.device)
+        model, processor = load_saved(options.out / "warmup", options.device)
         args = VPPOConfig(
             output_dir=str(checkpoints),
             algorithm=options.algorithm,
@@ -287,7 +297,7 @@ def _train(console: Console, options: DemoOptions) -> tuple[Any, Any]:
             disable_tqdm=True,
         )
         stop = StopOnSigterm()
-        trainer = VPPOTrainer(
+        trainer = CountingTrainer(
             model=model,
             reward_funcs=accuracy_reward,
             args=args,
@@ -301,8 +311,8 @@ def _train(console: Console, options: DemoOptions) -> tuple[Any, Any]:
         if stop.stopped:
             say(console, f"Ended by SIGTERM; checkpoint-{trainer.state.global_step} is saved. Go on with --resume")
             raise SystemExit(EXIT_CODE)
-        _save_whole(folder, trainer.model, processor)
-    return _load(folder, options.device)
+        save_whole(folder, trainer.model, processor)
+    return load_saved(folder, options.device)
 
 
 def _score(
@@ -361,6 +371,14 @@ def _show(console: Console, summary: dict[str, Any], out: Path) -> None:
     table.add_section()
     table.add_row("dependency at the digits read from the image", "", f"{summary['dependency_digits']:.3f} nats")
     table.add_row("dependency at all other tokens", "", f"{summary['dependency_other']:.4f} nats")
+    if (products := summary.get("head_products")) and products["tokens"]:
+        made = products["forward"] + products["backward"]
+        table.add_section()
+        table.add_row("tokens that carried gradient", "", f"{products['active'] / products['tokens']:.1%}")
+        table.add_row("products of the head in training, of all", "", f"{made / (made + products['left_out']):.1%}")
+        table.add_row(
+            "products to measure dependency, besides", "", f"{products['scoring'] / (made + products['left_out']):.1%}"
+        )
     table.add_section()
     table.add_row("warm-up", "", f"{summary['seconds_warmup']:.0f} s")
     table.add_row(

@@ -1,0 +1,86 @@
+"""The supervised warm-up of the study: it ends when what is read and what is computed are both learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from vppo.demo.batches import encode
+from vppo.demo.warmup import BATCH, LEARNING_RATE, MISMATCHED, RAMP
+from vppo.study.task import Parser, questions
+
+FIXED_WEIGHT = 6.0  # of what is read or computed: a dozen tokens of 33, which free words would drown
+TARGET = 0.08  # nats per token
+WINDOW = 10
+MAX_STEPS = 900
+
+
+@dataclass(frozen=True)
+class WarmStep:
+    """Mean losses of a step, in nats per token: at tokens that are read from the image, and at computed ones."""
+
+    read: float
+    computed: float
+
+
+def learned(steps: list[WarmStep]) -> bool:
+    """Whether, over the last ten steps, both kinds of tokens are below the target."""
+    last = steps[-WINDOW:]
+    means = [sum(losses) / WINDOW for losses in zip(*((step.read, step.computed) for step in last), strict=True)]
+    return len(last) == WINDOW and all(mean < TARGET for mean in means)
+
+
+def warm_up(
+    model: Any,
+    processor: Any,
+    task: str,
+    seed: int,
+    progress: Callable[[int, WarmStep], None] = lambda step, loss: None,
+) -> list[WarmStep]:
+    """Teach the model the words, the form of an answer, adding, and the few labelled images.
+
+    As in `vppo.demo.warmup`, a few rows of every batch show the image of another strip and count only what can be known
+    without it. Neither of the two kinds of tokens alone is enough to stop at: a model that reads and cannot add, or
+    adds and cannot read, is rewarded for nothing.
+
+    Args:
+        model: Trained in place.
+        processor: Its processor.
+        task: "narrated" or "guess".
+        seed: Of the questions.
+        progress: Called after each step with its number from 1 and its losses.
+
+    Returns:
+        The losses of every step.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / RAMP, total_iters=RAMP)
+    data, parser = questions(task, "labelled", BATCH * MAX_STEPS, seed), Parser(processor.tokenizer)
+    model.train()
+    steps: list[WarmStep] = []
+    while len(steps) < MAX_STEPS and not learned(steps):
+        batch = [next(data) for _ in range(BATCH)]
+        for row in range(BATCH - MISMATCHED, BATCH):
+            batch[row] = replace(batch[row], strip=replace(batch[row].strip, image=batch[row - MISMATCHED].image))
+        prompt_length = encode(processor, batch[:1], with_response=False, device=model.device)["input_ids"].shape[1]
+        inputs = encode(processor, batch, with_response=True, device=model.device)
+        ids = inputs["input_ids"][:, prompt_length:]
+        weight = inputs["attention_mask"][:, prompt_length:].float()
+        read, free = parser.read(ids), parser.free(ids)
+        weight[~free & (weight > 0)] = FIXED_WEIGHT
+        weight[-MISMATCHED:][read[-MISMATCHED:]] = 0.0
+        logits = model(**inputs).logits[:, prompt_length - 1 : -1]
+        losses = cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+        optimizer.zero_grad()
+        ((losses * weight).sum() / weight.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ramp.step()
+        counted, losses = weight > 0, losses.detach()
+        steps.append(WarmStep(losses[read & counted].mean().item(), losses[counted & ~read & ~free].mean().item()))
+        progress(len(steps), steps[-1])
+    return steps
