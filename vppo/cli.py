@@ -131,8 +131,8 @@ def train(
         if dry_run:
             from vppo.plan.dry_run import dry_run as rehearse
 
-            memory = 80.0 if gpu_memory is None else gpu_memory
-            fits = rehearse(load_config(config, context.args), gpus=gpus or 1, gpu_memory=memory, accelerate=accelerate)
+            given = load_config(config, context.args)
+            fits = rehearse(given, gpus=gpus, gpu_memory=gpu_memory, accelerate=accelerate)
             raise typer.Exit(0 if fits else 1)
         for name, value in (("gpus", gpus), ("gpu-memory", gpu_memory), ("accelerate", accelerate)):
             if value is not None:

@@ -441,11 +441,12 @@ def test_a_dry_run(tmp_path: Path, config: Path) -> None:
     families.picture(1, (56, 56)).save(tmp_path / "one.png")
     row = {"problem": "How many?", "answer": "1", "images": ["one.png"]}
     (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(row)] * 4))
-    words = ["train", str(config), "--dry-run", "--gpu-memory", "1", "--system_prompt", "", "--max_pixels", "3136"]
+    words = ["train", str(config), "--dry-run", "--system_prompt", "", "--max_pixels", "3136"]
     found = CliRunner().invoke(main, words)
     assert found.exit_code == 0, found.output
     for part in ("Data: 4 rows", "Rewards: accuracy", "Perturbed view: patch, which changes", "It fits"):
         assert part in found.output
+    assert "Not given, so assumed: --gpus 1, --gpu-memory 80 (GiB)" in found.output
     assert not (tmp_path / "run").exists()
     (tmp_path / "one.png").unlink()
     broken = CliRunner().invoke(main, words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 from PIL import Image
 
 from vppo.files import write_atomic
@@ -30,8 +32,14 @@ def render(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = breakable
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return environment.get_template(template).render(themes=[asdict(theme) for theme in THEMES], **context)
+
+
+def breakable(text: str) -> Markup:
+    """A name that may go on in the next line behind each `_` and `/`, as text does behind a blank and a hyphen."""
+    return Markup(re.sub(r"[_/]", r"\g<0><wbr>", str(escape(text))))
 
 
 def write_figures(out: Path, plots: Sequence[Plot]) -> list[dict[str, Any]]:

@@ -18,16 +18,24 @@ from vppo.rewards.named import load_rewards
 from vppo.views import ImageViews
 
 LOOKED_AT = 32  # rows whose prompts say how long prompts are
+GPUS, GPU_MEMORY = 1, 80.0  # of a dry run that is not told which; memory in GiB
 
 
-def dry_run(config: dict[str, Any], *, gpus: int, gpu_memory: float, accelerate: Path | None = None) -> bool:
+def dry_run(
+    config: dict[str, Any],
+    *,
+    gpus: int | None = None,
+    gpu_memory: float | None = None,
+    accelerate: Path | None = None,
+) -> bool:
     """Builds data, processor and rewards as `vppo.train.train` does, and plans the run with its own longest prompt.
 
     Nothing is written, and no model is loaded.
 
     Args:
         config: What `vppo.train.load_config` returns.
-        gpus, gpu_memory, accelerate: As `vppo.plan.run.plan` takes them.
+        gpus, gpu_memory, accelerate: As `vppo.plan.run.plan` takes them. Without one of the first two, `GPUS` or
+            `GPU_MEMORY` is taken, and the output says so.
 
     Returns:
         Whether the run fits.
@@ -35,6 +43,10 @@ def dry_run(config: dict[str, Any], *, gpus: int, gpu_memory: float, accelerate:
     Raises:
         InputError: Something in the config or the data cannot be used, or this process is one of several.
     """
+    given_sizes = {f"--gpus {GPUS}": gpus, f"--gpu-memory {GPU_MEMORY:g} (GiB)": gpu_memory}
+    assumed = [words for words, value in given_sizes.items() if value is None]
+    gpus = GPUS if gpus is None else gpus
+    gpu_memory = GPU_MEMORY if gpu_memory is None else gpu_memory
     script, model_args, args = arguments(config, gpus)
     if args.world_size > 1:
         raise InputError(
@@ -65,6 +77,8 @@ def dry_run(config: dict[str, Any], *, gpus: int, gpu_memory: float, accelerate:
         view = prompts.perturbed(shown, perturbation, seeded(args.seed, 0, shown))
         changed = (view != prompts.join([shown], [[0]])["pixel_values"]).float().mean().item()
         print(f"Perturbed view: {perturbation.kind}, which changes {changed:.0%} of the pixels of row {shown + 1}")
+    if assumed:
+        print(f"Not given, so assumed: {', '.join(assumed)}")
     given = read_accelerate(accelerate) if accelerate else None
     count = len(rows[longest].images)
     sizes = {"text_tokens": text, "images": count, "image_tokens": -(-image // count) if count else 0}

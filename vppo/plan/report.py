@@ -108,7 +108,7 @@ class Report:
         from matplotlib.figure import Figure
 
         from vppo.pages.plot import Plot, prepare
-        from vppo.pages.theme import Theme
+        from vppo.pages.theme import Theme, series_colours
 
         phases = list(self.found.peaks)
         parts = [name for name in ORDER if any(peak[name] for peak in self.found.peaks.values())]
@@ -116,14 +116,15 @@ class Report:
         def draw(figure: Figure, theme: Theme) -> None:
             ax = prepare(figure.subplots(), "Memory of a GPU")
             left = [0.0] * len(phases)
+            orange, blue, green, purple, _, _, teal, _ = series_colours(theme, 8)
             shades = {
-                "weights": (theme.outcome, 1.0),
-                "gathered weights": (theme.outcome, 0.5),
-                "gradients": (theme.good, 1.0),
-                "optimizer": (theme.muted, 1.0),
-                "rollouts": (theme.faint, 1.0),
-                "activations": (theme.dependency, 1.0),
-                "held by vLLM": (theme.ink, 0.3),
+                "weights": (blue, 1.0),
+                "gathered weights": (blue, 0.5),
+                "gradients": (green, 1.0),
+                "optimizer": (purple, 1.0),
+                "rollouts": (teal, 1.0),
+                "activations": (orange, 1.0),
+                "held by vLLM": (theme.faint, 1.0),
             }
             for name in [*parts, "held by vLLM"]:
                 sizes = [self.found.peaks[phase].get(name, self.sampler.held) / GIB for phase in phases]
