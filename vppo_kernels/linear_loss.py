@@ -96,8 +96,13 @@ class LinearLoss(torch.autograd.Function):
             raise RuntimeError("linear_vppo_loss: its gradient was made in the forward and is handed out once")
         grads = [ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias]
         del ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias
-        factor = upstream / ctx.scale  # multiplied in place: a copy of the weight's gradient would be large
-        return *(None if g is None else g.mul_(factor) for g in grads), *(None,) * 8
+        factor = upstream / ctx.scale
+        # with few rows the pass over the weight's gradient is a good part of all; asking a GPU would wait for it
+        if not (factor.is_cpu and factor == 1):
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(factor)  # in place: a copy of the weight's gradient would be large
+        return *grads, *(None,) * 8
 
 
 def linear_vppo_loss(
