@@ -383,12 +383,12 @@ class LinearHead:
 
         Those of weight and bias are of what this rank was given, those of hidden states of the whole vocabulary.
         """
-        bias = None if self._all_grad_bias is None or self.bias is None else self._all_grad_bias
         if self._whole:
-            for grad in (self._all_grad_weight, bias):
+            for grad in (self._all_grad_weight, self._all_grad_bias):
                 if grad is not None:
                     sum_ranks(grad, self.group)
-        return tuple(self._grad_hidden), self._all_grad_weight, None if bias is None else bias.to(self.bias.dtype)
+        bias = None if self._all_grad_bias is None or self.bias is None else self._all_grad_bias.to(self.bias.dtype)
+        return tuple(self._grad_hidden), self._all_grad_weight, bias
 
 
 class GivenLogits:
