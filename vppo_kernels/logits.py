@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 import torch
@@ -30,7 +30,7 @@ class LogitTransform:
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
-    of: InitVar[str] = ""  # what follows the names in messages: "_other" of a second head
+    of: InitVar[str] = field(default="", kw_only=True)  # what follows the names in messages: "_other" of a second head
 
     def __post_init__(self, of: str) -> None:
         arguments.positive(f"temperature{of}", self.temperature)
