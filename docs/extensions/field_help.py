@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import ast
+from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
-from griffe import Attribute, Class, Docstring, ExprCall, ExprDict, ExprKeyword, Extension
+from griffe import Class, Docstring, Extension
 
 
 class FieldHelp(Extension):
     """Lists such fields under "Attributes" of their class."""
 
     def on_class_members(self, *, cls: Class, **kwargs: Any) -> None:
+        if not cls.docstring or not any("'help'" in str(member.value) for member in cls.attributes.values()):
+            return
+        described = getattr(import_module(cls.module.path), cls.name)  # a help may be put together when it is imported
         helps = {
-            name: text
-            for name, member in cls.members.items()
-            if isinstance(member, Attribute) and (text := _help(member))
+            field.name: field.metadata["help"]
+            for field in fields(described)
+            if field.name in cls.attributes and "help" in field.metadata
         }
-        if helps and cls.docstring:
-            lines = [f"    {name}: {text}" for name, text in helps.items()]
-            value = "\n".join([cls.docstring.value, "", "Attributes:", *lines])
-            cls.docstring = Docstring(value, lineno=cls.docstring.lineno, endlineno=cls.docstring.endlineno, parent=cls)
-
-
-def _help(attribute: Attribute) -> str | None:
-    call = attribute.value
-    for argument in call.arguments if isinstance(call, ExprCall) else ():
-        if isinstance(argument, ExprKeyword) and argument.name == "metadata" and isinstance(argument.value, ExprDict):
-            entries = zip(argument.value.keys, argument.value.values, strict=True)
-            return next((ast.literal_eval(str(value)) for key, value in entries if str(key) == "'help'"), None)
-    return None
+        lines = [f"    {name}: {text}" for name, text in helps.items()]
+        value = "\n".join([cls.docstring.value, "", "Attributes:", *lines])
+        cls.docstring = Docstring(value, lineno=cls.docstring.lineno, endlineno=cls.docstring.endlineno, parent=cls)
