@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 import torch
@@ -30,7 +30,7 @@ class LogitTransform:
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
-    of: InitVar[str] = ""  # what follows the names in messages: "_other" of a second head
+    of: InitVar[str] = field(default="", kw_only=True)  # what follows the names in messages: "_other" of a second head
 
     def __post_init__(self, of: str) -> None:
         arguments.positive(f"temperature{of}", self.temperature)
@@ -383,12 +383,12 @@ class LinearHead:
 
         Those of weight and bias are of what this rank was given, those of hidden states of the whole vocabulary.
         """
-        bias = None if self._all_grad_bias is None or self.bias is None else self._all_grad_bias
         if self._whole:
-            for grad in (self._all_grad_weight, bias):
+            for grad in (self._all_grad_weight, self._all_grad_bias):
                 if grad is not None:
                     sum_ranks(grad, self.group)
-        return tuple(self._grad_hidden), self._all_grad_weight, None if bias is None else bias.to(self.bias.dtype)
+        bias = None if self._all_grad_bias is None or self.bias is None else self._all_grad_bias.to(self.bias.dtype)
+        return tuple(self._grad_hidden), self._all_grad_weight, bias
 
 
 class GivenLogits:

@@ -89,15 +89,17 @@ def _source(
     ]
     if len(heads) == 2:
         first_head, second_head = (
-            LinearHead([h], w, b, option, part, active, ((want,), *want_head), chosen.product, exact, dtype)
-            for h, want, (w, b, *want_head), option, part in zip(views, want_views, heads, options, parts, strict=True)
+            LinearHead([h], w, b, option, part, active, ((want,), want_w, want_b), chosen.product, exact, dtype)
+            for h, want, (w, b, want_w, want_b), option, part in zip(
+                views, want_views, heads, options, parts, strict=True
+            )
         )
         return TwoHeads(*_order(kind, (first_head, second_head))), chosen
     views, want_views = _order(kind, views), _order(kind, want_views)
     if not heads:
         return GivenLogits(views, options[0], parts[0], active, want_views), chosen
-    w, b, *want_head = heads[0]
-    wanted = (want_views, *want_head)
+    w, b, want_w, want_b = heads[0]
+    wanted = want_views, want_w, want_b
     return LinearHead(views, w, b, options[0], parts[0], active, wanted, chosen.product, exact), chosen
 
 

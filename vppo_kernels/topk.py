@@ -7,6 +7,7 @@ a tile of k + 1 columns, whose divergence, and the gradient of whose logits, com
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ class _Best(NamedTuple):
     words: Tensor
 
 
-class _Room(NamedTuple):
+@dataclass
+class _Room:
     """How many tiles of one view are held at a time; see `TileOps`."""
 
     SCRATCH: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vppo_kernels.logits import LinearHead
+from vppo_kernels.logits import LinearHead, LogitTransform
 from vppo_kernels.tile_shape import Footprint
 
 
@@ -23,7 +23,7 @@ class TwoHeads:
         self.heads = (p, q)
         self.rows, self.device, self.dtype, self.group = p.rows, p.device, p.dtype, p.group
         self.first, self.columns, self.max_columns = p.first, p.columns, p.max_columns
-        self.transforms = (p.transform, q.transform)
+        self.transforms: tuple[LogitTransform, ...] = (p.transform, q.transform)
         self.shares_columns = p.shares_columns or q.shares_columns
 
     @property
