@@ -64,22 +64,23 @@ class TwoViewTrainer(PackedTrainer):
         return logprobs, entropy, None
 
     def compute_micro_batch_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's, and PAPO's penalty in the same mean over tokens."""
+        """TRL's, and PAPO's penalty in the same mean over tokens; rows without an image have none."""
         loss = super().compute_micro_batch_loss(model, inputs)
         both, self._both = self._both, None
         if both is None:
             return loss
-        mask = Batch(inputs).mask
+        batch = Batch(inputs)
+        mask, seen = batch.mask, batch.mask & batch.has_image.unsqueeze(1)
         penalty = papo_penalty(
             both,
-            mask,
+            seen,
             kl_coef=self.args.papo_kl_coef,
             entropy_coef=self.args.papo_entropy_coef,
             entropy_perturbed_coef=self.args.papo_entropy_coef,
         )
-        tokens = mask.sum().clamp(min=1)
+        tokens = seen.sum().clamp(min=1)
         for name, values in (("kl", both.divergence), ("entropy_perturbed", both.entropy_perturbed)):
-            mean = torch.where(mask, values.detach(), 0).sum() / tokens
+            mean = torch.where(seen, values.detach(), 0).sum() / tokens
             self.metrics_of("train")[f"vppo/papo_{name}"].append(self.accelerator.gather(mean).mean().item())
         if self.args.loss_type == "grpo":
             return loss + (penalty.sum(1) / mask.sum(1).clamp(min=1)).mean() / self.current_gradient_accumulation_steps

@@ -1,7 +1,8 @@
-"""PAPO's two forwards under FSDP2: two processes that each hold a part of the model do what one does."""
+"""PAPO's two forwards in two processes, which hold a part of the model (FSDP2) or all of it (DDP): what one does."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two micro-batches": {"gradient_accumulation_steps": 2},
     "a process with text alone": {"images": (1, 0, 0), "shuffle_dataset": False},
 }
+COPIED = ("whole model", "LoRA", "rows whole", "two micro-batches")
 
 
 def trained(path: Path, case: dict[str, Any], world: int) -> dict[str, Any]:
@@ -38,18 +40,42 @@ def two(rank: int, port: int, path: Path) -> None:
     dist.destroy_process_group()
 
 
+def copied(rank: int, port: int, path: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.save({name: trained(path / "run", CASES[name], 2) for name in COPIED}, path / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return launch(two, 2, tmp_path_factory.mktemp("papo"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one(case: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
-    alone = trained(tmp_path, CASES[case], 1)
+@pytest.fixture(scope="module")
+def whole_copies(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch(copied, 2, tmp_path_factory.mktemp("papo"))
+
+
+def same_as_alone(case: str, ranks: list[dict[str, Any]], path: Path) -> None:
+    alone = trained(path, CASES[case], 1)
     assert all(norm > 1e-3 for norm in alone["grad_norm"]) and all(kl > 0 for kl in alone["vppo/papo_kl"])
     for found in (rank[case] for rank in ranks):
         assert found["loss"] == pytest.approx(alone["loss"], abs=2e-6)
         assert found["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
         for name, weight in alone["weights"].items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_that_share_the_model(case: str, sharded: list[dict[str, Any]], tmp_path: Path) -> None:
+    same_as_alone(case, sharded, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COPIED)
+def test_two_processes_with_a_model_each(case: str, whole_copies: list[dict[str, Any]], tmp_path: Path) -> None:
+    same_as_alone(case, whole_copies, tmp_path)

@@ -126,7 +126,8 @@ def written_out(
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         entropies = -(log_p.exp() * log_p).sum(-1) - (log_q.exp() * log_q).sum(-1)
     surrogate = (p - p.detach()).exp() * group_advantages(run, inputs).unsqueeze(1)
-    tokens = torch.where(mask, -surrogate - 0.3 * kl + 0.2 * entropies, 0)
+    seen = (torch.tensor(inputs["num_images"]) > 0).unsqueeze(1)
+    tokens = torch.where(mask, -surrogate + torch.where(seen, 0.2 * entropies - 0.3 * kl, 0), 0)
     loss = (tokens.sum(1) / mask.sum(1)).mean() if sequences else tokens.sum() / mask.sum()
     loss.backward()
     return loss.detach(), {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
@@ -156,7 +157,7 @@ def test_papo_loss_and_gradient(divergence: str, loss_type: str, sharing: str, t
 @pytest.mark.parametrize("images", [(1, 1), (2, 1), (1, 0)], ids=str)
 @pytest.mark.parametrize("family", [f.name for f in families.FAMILIES])
 def test_papo_of_families(family: str, images: tuple[int, int], tmp_path: Path) -> None:
-    """Packed rows and whole ones agree; a row without an image has no divergence."""
+    """Packed rows and whole ones agree."""
     found = [papo_step(tmp_path, images, family=family, prefix_sharing=way) for way in ("on", "off")]
     (_, loss, grads, inputs), (_, plain_loss, plain_grads, _) = found
     torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-6)
@@ -168,6 +169,16 @@ def test_papo_of_a_view_for_every_rollout(tmp_path: Path) -> None:
     """Rows that share a prompt and not a view pass apart."""
     run, loss, grads, inputs = papo_step(tmp_path, perturbation_scope="rollout")
     assert inputs["view"].tolist() == list(range(8))
+    expected, gradients = written_out(run, inputs, False, False)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    assert grads.keys() == gradients.keys()
+
+
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_papo_of_rows_without_an_image(sharing: str, tmp_path: Path) -> None:
+    """They have no penalty: neither a divergence nor the entropies."""
+    run, loss, grads, inputs = papo_step(tmp_path, (1, 0), prefix_sharing=sharing)
+    assert inputs["num_images"] == [1] * 4 + [0] * 4
     expected, gradients = written_out(run, inputs, False, False)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
     assert grads.keys() == gradients.keys()
