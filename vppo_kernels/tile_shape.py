@@ -22,7 +22,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 128, 256  # of a product's results on one multiproce
 FOLD_COLUMNS = 512  # what a fold takes at a time, or half of it
 LAUNCH = 0.05  # of a round: what a tile costs besides its product, and again where the last step of its fold is short
 READ = 2.0**-16  # of a round: what each row and each column of a tile costs that is read while others are multiplied
-PROGRAM, MOST_SPLITS = 0.2, 64  # of a block: what a program costs that takes several; parts of the vocabulary
+PROGRAM, MOST_SPLITS = 0.2, 256  # of a block: what a program costs that takes several; parts of the vocabulary
 HEIGHTS = 16  # of row tiles that are tried
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.chips import gpu
 from support.views import OPENED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,8 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from vppo_kernels import backends, divergence, linear_divergence, linear_logprob, sweep
 from vppo_kernels.backends import available
-
-from .test_workspace import gpu
 
 ROWS, VOCAB, WIDTH = 3000, 20_000, 128
 

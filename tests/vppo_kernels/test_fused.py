@@ -95,7 +95,7 @@ def test_every_way_to_read_and_to_multiply(dtype: torch.dtype, descriptors: bool
 
 
 @pytest.mark.parametrize("cores", [108, 132, 148])
-@pytest.mark.parametrize("rows", [64, 683, 1366, 4096, 8192])
+@pytest.mark.parametrize("rows", [256, 683, 1366, 4096, 8192])
 def test_no_multiprocessor_idles(rows: int, cores: int) -> None:
     blocks, tiles = -(-rows // 64), 594
     splits = splits_of(blocks, tiles, cores)

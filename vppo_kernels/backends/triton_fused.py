@@ -247,7 +247,7 @@ def _sweep_kernel(
         if column_start + BLOCK_N > columns:
             z_p = tl.where((column < columns)[None, :], z_p, FLOOR)
             z_q = tl.where((column < columns)[None, :], z_q, FLOOR)
-        if HAS_TARGETS:
+        if HAS_TARGETS:  # noqa: SIM102 (the compiler looks into the inner condition only where there are targets)
             if tl.max(tl.where((target >= column_start) & (target < column_start + BLOCK_N), 1, 0), 0) > 0:
                 hit = column[None, :] == target[:, None]
                 target_p = tl.maximum(target_p, tl.max(tl.where(hit, z_p, float("-inf")), 1))
