@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.inputs import PRESETS, Shape
-from vppo_kernels.tile_shape import MIB, Chip, Footprint, Tiling, blocks, choose_tiling
+from vppo_kernels.tile_shape import MIB, Chip, Footprint, Tiling, blocks, choose_tiling, splits_of
 
 WORKSPACE = 256 * MIB
 BLOCK_STEP = 64  # of the inner dimension, in one step of a block's product
@@ -25,6 +25,9 @@ GAP = 1.5e-6  # seconds between two kernels
 ISSUE = 0.65  # of the cycles in which a scheduler issues an instruction of a fold
 # instructions for each pair of logits or each logit, from the machine code for sm_90; see tests/vppo_kernels
 FOLD_PAIR, FOLD, GRADIENT = 38.7, 11.3, 25.0
+# the fused sweep: the same of its tile, which nothing overlaps, and its products' share of the peak: published rates of
+# Triton's own, whose blocks each read the cache for themselves
+FUSED_PAIR, FUSED, FUSED_EFFICIENCY = 42.8, 13.3, 0.70
 
 
 class Gpu(NamedTuple):
@@ -119,6 +122,20 @@ def forward(gpu: Gpu, views: int, rows: int, shape: Shape) -> Prediction:
     return Prediction(floor(gpu, views * rows, shape, 1), made + folded, made, folded)
 
 
+def fused(gpu: Gpu, views: int, rows: int, shape: Shape) -> Prediction:
+    """The same in one kernel, whose programs multiply a block and fold it by turns."""
+    made = folded = 0.0
+    for part in forward_tiling(gpu, views, rows, shape).row_tiles(rows):
+        tall, tiles = -(-views * (part.stop - part.start) // 128), -(-shape.vocab // 256)
+        splits = splits_of(tall, tiles, gpu.chip.multiprocessors)
+        rounds = -(-tall * splits // gpu.chip.multiprocessors) * -(-tiles // splits)
+        steps = rounds * math.ceil(shape.width / BLOCK_STEP)
+        made += steps * 128 * 256 * BLOCK_STEP * 2 / (gpu.operations * gpu.clock * FUSED_EFFICIENCY) + START
+        instructions = rounds * 128 * 256 // views * (FUSED_PAIR if views == 2 else FUSED)
+        folded += instructions / 32 / (4 * gpu.clock * ISSUE) + GAP
+    return Prediction(floor(gpu, views * rows, shape, 1), made + folded, made, folded)
+
+
 def loss(gpu: Gpu, active: int, shape: Shape) -> Prediction:
     """A sweep of the active rows with its backward: the tiles made once more, and two products of their gradient."""
     once = forward(gpu, 1, active, shape)
@@ -151,11 +168,11 @@ def of(suite: str, labels: dict[str, Any]) -> float | None:
 
 
 def view(name: str, presets: list[str], rows: list[int]) -> Table:
-    """Milliseconds of both sweeps, and as multiples of the bare products."""
+    """Milliseconds of the sweeps, and as multiples of the bare products."""
     table = Table(
         title=f"{name}, predicted: ms, and multiples of the bare products; the loss with 40 % of the rows active"
     )
-    for heading in ("", "rows", "tile", "KL", "", "loss", ""):
+    for heading in ("", "rows", "tile", "KL", "KL, fused", "loss"):
         table.add_column(heading, justify="right", no_wrap=True)
     gpu = GPUS[name]()
     for preset in presets:
@@ -163,7 +180,8 @@ def view(name: str, presets: list[str], rows: list[int]) -> Table:
         for count in rows:
             tiling = forward_tiling(gpu, 2, count, shape)
             cells = [preset, f"{count:,}", f"2 x {tiling.rows:,} x {tiling.columns:,}"]
-            for found in (forward(gpu, 2, count, shape), loss(gpu, max(round(0.4 * count), 1), shape)):
-                cells += [f"{1e3 * found.total:.1f}", f"{found.total / found.floor:.2f} x"]
+            active = max(round(0.4 * count), 1)
+            for found in (forward(gpu, 2, count, shape), fused(gpu, 2, count, shape), loss(gpu, active, shape)):
+                cells.append(f"{1e3 * found.total:.1f}  {found.total / found.floor:.2f} x")
             table.add_row(*cells)
     return table

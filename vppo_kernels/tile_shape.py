@@ -22,6 +22,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 128, 256  # of a product's results on one multiproce
 FOLD_COLUMNS = 512  # what a fold takes at a time, or half of it
 LAUNCH = 0.05  # of a round: what a tile costs besides its product, and again where the last step of its fold is short
 READ = 2.0**-16  # of a round: what each row and each column of a tile costs that is read while others are multiplied
+PROGRAM, MOST_SPLITS = 0.2, 256  # of a block: what a program costs that takes several; parts of the vocabulary
 HEIGHTS = 16  # of row tiles that are tried
 
 
@@ -204,6 +205,21 @@ def rounds(tiling: Tiling, source: Tiled, multiprocessors: int) -> float:
 def blocks(rows: int, columns: int) -> int:
     """Blocks of results of a product."""
     return -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
+
+
+def splits_of(tall: int, tiles: int, multiprocessors: int) -> int:
+    """Into how many parts the vocabulary goes where a program takes blocks of rows through a part of it.
+
+    Args:
+        tall: Blocks of rows.
+        tiles: Blocks of columns.
+        multiprocessors: How many programs run at a time.
+    """
+
+    def cost(splits: int) -> float:
+        return -(-tall * splits // multiprocessors) * (-(-tiles // splits) + PROGRAM)
+
+    return min(range(1, min(tiles, MOST_SPLITS) + 1), key=cost)
 
 
 def _parts(total: int, size: int) -> list[tuple[int, int]]:

@@ -37,7 +37,8 @@ float cut_to_float(int32_t sum, float unit) {
 
 }  // namespace
 
-// out[rows, columns] = a[rows, depth] @ b[columns, depth]^T; the operands are 16-bit numbers held as float32.
+// out[rows, columns] += a[rows, depth] @ b[columns, depth]^T, the sums beginning with what is in `out`; the operands are
+// 16-bit numbers held as float32.
 extern "C" void multiply(const float* a, const float* b, float* out, int64_t rows, int64_t columns, int64_t depth) {
   const int64_t padded = (depth + STEP - 1) / STEP * STEP;
   std::vector<float> lanes(padded * LANES);
@@ -52,6 +53,7 @@ extern "C" void multiply(const float* a, const float* b, float* out, int64_t row
       }
     for (int64_t row = 0; row < rows; ++row) {
       float sum[LANES] = {};
+      std::copy_n(out + row * columns + first, width, sum);
       for (int64_t start = 0; start < padded; start += STEP) {
         float left[STEP];
         int32_t left_exponent[STEP], top[LANES], total[LANES];

@@ -73,9 +73,13 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
             exact = dtype == torch.float32 and pair
             absent = ({} if full else {"bias_ptr": None}) | ({} if exact else {"shares_rounding_ptr": None})
             for described in (False, True) if capability >= (9, 0) and dtype != torch.float32 else (False,):
-                config = fused.configuration(dtype, described)
+                eight_apart = target in ("sm_80", "sm_90") and dtype != torch.float32
+                config = fused.configuration(dtype, described, eight_apart)
                 options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-                flags = dict(HAS_BIAS=full, HAS_TARGETS=True, SHARES_ROUNDING=exact, DESCRIPTORS=described)
+                flags = dict(
+                    HAS_BIAS=full, HAS_TARGETS=True, SHARES_ROUNDING=exact, SCALED=full, DESCRIPTORS=described,
+                    ALTERNATE=pair and eight_apart,
+                )  # fmt: skip
                 h = w = f"*{NAMES[dtype]}"
                 if described:
                     h = f"tensordesc<{NAMES[dtype]}[{config['BLOCK_M']}, {config['BLOCK_K']}]>"
@@ -142,6 +146,11 @@ def main(target: str) -> None:
             line |= resources(compiled.asm["cubin"])
             if name.startswith("fold"):
                 line["loops"] = [(loop.size, loop.counts["BAR"]) for loop in machine_code.loops(compiled.asm["cubin"])]
+            if name.startswith("sweep"):
+                around, *inner = machine_code.shortest_ways(compiled.asm["cubin"])
+                entries = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * options["num_warps"])
+                line["beside_product"] = (around.size - sum(loop.size for loop in inner[:1])) / entries
+                line["shared_accesses"] = around.counts["LDS"] + around.counts["STS"]
             line["wgmma"] = "wgmma" in compiled.asm["ptx"]
             line["tcgen05"] = "tcgen05.mma" in compiled.asm["ptx"]
         else:

@@ -259,6 +259,33 @@ def test_the_forward_never_waits_for_the_device(name: str) -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch"])
+@pytest.mark.parametrize("operation", [*KINDS, "logprob"])
+def test_a_graph_records_the_forward(name: str, operation: str) -> None:
+    """And computes from what its inputs hold when it is replayed; `test_capture.py` is what a CPU can say of it."""
+    views, later = (make_views(dtype=torch.bfloat16, seed=seed).to("cuda") for seed in (0, 1))
+
+    @torch.no_grad()
+    def forward() -> Any:
+        if operation == "logprob":
+            return linear_logprob(views.hidden, views.weight, views.targets, views.bias, backend=name)
+        return run(views, name, operation)
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # compiles, and lets cuBLAS take its own workspace
+        forward()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = forward()
+    for tensor, value in zip(vars(views).values(), vars(later).values(), strict=True):
+        tensor.copy_(value)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(recorded, forward(), strict=True))
+
+
+@needs_cuda
 def test_tf32_and_autocast_change_nothing(on_gpu: str) -> None:
     views = make_views().to("cuda")
     plain = run(views, on_gpu)

@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.inputs import Shape, make_weight
 from benchmarks.inputs import make_views as realistic_views
 from vppo_kernels import linear_divergence, linear_logprob, linear_vppo_loss, reference, tensor_cores
+from vppo_kernels.backends import available
 from vppo_kernels.reference import LOGPROB_BOUND, LOGPROB_BOUND_CUT, divergence_bound
 from vppo_kernels.statistics import DivergenceOutput
 
@@ -71,6 +72,12 @@ def test_sixteen_products_are_added_at_once() -> None:
     assert dot(small, [2.0**-14] * 16) == 2.0**-22
 
 
+def test_a_sum_goes_on_where_another_ends() -> None:
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 64, generator=g).bfloat16(), torch.randn(64, 20, generator=g).bfloat16()
+    assert torch.equal(product(a[:, 32:], b[32:], product(a[:, :32], b[:32])), product(a, b))
+
+
 def test_the_result_is_cut_to_a_float32() -> None:
     assert dot([3.0, 2.0**-12], [1.0, 2.0**-11]) == 3.0  # 3 + 2^-23: to nearest, a tie
 
@@ -84,11 +91,20 @@ def worst_divergence(got: DivergenceOutput, kind: str, model: Model, cut: bool) 
     return float(((got.divergence.double() - truth).abs() / divergence_bound(truth, cut)).max())
 
 
+def multiplies(backend: str, kind: str) -> None:
+    """Skip what has no products of its own: tiles of all backends but this one are multiplied by torch."""
+    if backend != "torch" and (backend not in available("cpu") or kind == "jsd"):
+        pytest.skip("multiplies nothing here")
+
+
+@pytest.mark.parametrize("name", ["torch", "triton_fused"])
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd"])
-def test_divergences_hold_the_bound_of_their_precision(model: Model, kind: str) -> None:
+def test_divergences_hold_the_bound_of_their_precision(model: Model, kind: str, name: str) -> None:
+    multiplies(name, kind)
+
     def run(precision: str) -> DivergenceOutput:
         with on_tensor_cores():
-            return linear_divergence(*model[:3], kind=kind, precision=precision, backend="torch", check=True)
+            return linear_divergence(*model[:3], kind=kind, precision=precision, backend=name, check=True)
 
     default, exact = run("default"), run("exact")
     assert worst_divergence(default, kind, model, cut=True) < 1
@@ -101,8 +117,10 @@ def test_divergences_hold_the_bound_of_their_precision(model: Model, kind: str) 
             assert float((value - truth).abs().max()) < bound
 
 
-def test_log_probabilities_hold_the_bound_of_their_precision(model: Model) -> None:
+@pytest.mark.parametrize("name", ["torch", "triton_fused"])
+def test_log_probabilities_hold_the_bound_of_their_precision(model: Model, name: str) -> None:
     """Of likely tokens and of all others, whose logits are rounded apart from the normaliser."""
+    multiplies(name, "logprob")
     likely = model.z_p.topk(TOKENS // 2).indices
     tokens = torch.cat([likely, torch.linspace(0, VOCAB - 1, TOKENS // 2).long().expand(ROWS, -1)], 1)
     truth = model.z_p.log_softmax(-1).gather(1, tokens)
@@ -110,7 +128,7 @@ def test_log_probabilities_hold_the_bound_of_their_precision(model: Model) -> No
     errors = {}
     for precision in ("default", "exact"):
         with on_tensor_cores():
-            got = linear_logprob(hidden, model.weight, tokens, precision=precision, backend="torch", check=True)
+            got = linear_logprob(hidden, model.weight, tokens, precision=precision, backend=name, check=True)
         errors[precision] = float((got.logprobs - truth).abs().max())
     assert LOGPROB_BOUND < errors["default"] < LOGPROB_BOUND_CUT and errors["exact"] < LOGPROB_BOUND
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from support.chips import CHIPS, gpu
 from support.views import PeakMemory
 from torch import Tensor
 
-from vppo_kernels import linear_vppo_loss, tensor_cores, tiling, workspace_limit
+from vppo_kernels import linear_vppo_loss, tiling, workspace_limit
 from vppo_kernels.logits import LinearHead, LogitTransform
 from vppo_kernels.tiling import DEFAULT_WORKSPACE, MIB
 from vppo_kernels.vocab_parallel import Shard
@@ -22,28 +20,12 @@ from vppo_kernels.vocab_parallel import Shard
 VOCAB, HELD = 152_064, 16_384
 SHARD = Shard(0, HELD, VOCAB, VOCAB)
 ROWS, WIDTH = 32_768, 5_120
-CHIPS = {"H100": (50, 132), "B200": (126, 148)}  # MiB of L2, multiprocessors
 WANTS = {
     "hidden and weight": ((True, True), True, True),
     "hidden": ((True, True), False, False),
     "one view": ((False, True), False, True),
     "weight": ((False, False), True, False),
 }
-
-
-@contextmanager
-def gpu(chip: str, add: bool = True) -> Iterator[None]:
-    """Tensors without values on this GPU, whose products are accepted but not made."""
-    cache, multiprocessors = CHIPS[chip]
-    properties = SimpleNamespace(L2_cache_size=cache * MIB, multi_processor_count=multiprocessors)
-    nothing = dict(_mm=lambda a, b, out: None, _addmm_=lambda total, a, b: None)
-    accepted = tensor_cores._Accepted(product=True, sum=add)
-    with (
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
-        mock.patch.multiple(tensor_cores, _accepted=lambda x: accepted, **nothing),
-        mock.patch.object(tensor_cores, "_on_gpu", lambda x: True),
-    ):
-        yield
 
 
 def keep(*arguments: Any) -> Tensor:
