@@ -79,8 +79,9 @@ def test_the_read_tokens_of_a_worked_answer(tokenizer: Any, task: str) -> None:
         ids = torch.tensor(tokenizer(question.response).input_ids)
         read = [tokenizer.decode([i]) for i in ids[parser.read(ids)]]
         assert read == ([] if guesses(question.response) else [str(digit) for digit in question.strip.digits])
-        free = [tokenizer.decode([i]) for i in ids[parser.free(ids)]]
-        assert all(token in (*WORDS, LOOK, GUESS) for token in free)
+        computed = "".join(tokenizer.decode([i]) for i in ids[parser.computed(ids)])
+        first, second, _ = question.strip.digits
+        assert computed == ("1" if guesses(question.response) else f"{first + second}{question.answer}")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         (0.01, 0.01, 9, False),
         (0.01, 0.2, 20, False),  # it reads, and cannot add
         (0.2, 0.01, 20, False),  # it adds, and cannot read
-        (0.079, 0.079, 10, True),
+        (0.059, 0.059, 10, True),
         (float("nan"), 0.01, 10, False),
         (0.01, float("nan"), 10, False),
     ],

@@ -29,7 +29,7 @@ from vppo.study.warmup import learned, warm_up
 
 WIDTH = 64
 PROMPTS, ROLLOUTS = 8, 8
-LEARNING_RATE = 2e-4
+LEARNING_RATE = 1e-4
 
 Advance = Callable[[], None]
 

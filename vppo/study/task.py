@@ -116,7 +116,6 @@ class Parser:
     def __init__(self, tokenizer: Any) -> None:
         self._words = torch.tensor(tokenizer.convert_tokens_to_ids(list(WORDS)))
         self._digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
-        self._choices = torch.tensor(tokenizer.convert_tokens_to_ids([LOOK, GUESS]))
 
     def words(self, ids: Tensor) -> Tensor:
         """`[..., T]` bool: the free words of responses."""
@@ -128,9 +127,9 @@ class Parser:
         after_word[..., 1:] = self.words(ids[..., :-1])
         return after_word & torch.isin(ids, self._digits)
 
-    def free(self, ids: Tensor) -> Tensor:
-        """`[..., T]` bool: what image and text leave open: free words, and whether an answer looks or guesses."""
-        return self.words(ids) | torch.isin(ids, self._choices)
+    def computed(self, ids: Tensor) -> Tensor:
+        """`[..., T]` bool: digits that follow from what was said before: all that are not read."""
+        return torch.isin(ids, self._digits) & ~self.read(ids)
 
 
 def guesses(text: str) -> bool:
