@@ -109,7 +109,7 @@ class ExactDistillationTrainer(DistillationTrainer):
 
         def at_head(head: Any, found: Tensor) -> Tensor:
             device = head.weight.device
-            given = found, teacher_hidden, mask, weights, num_items_in_batch
+            given: list[Any] = [found, teacher_hidden, mask, weights, num_items_in_batch]
             here = [value.to(device) if isinstance(value, Tensor) else value for value in given]
             results.append(
                 distillation_loss(

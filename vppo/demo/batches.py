@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vppo.demo.digits import Strip
@@ -15,7 +16,20 @@ MAX_NEW_TOKENS = 20
 BATCH = 128
 
 
-def encode(processor: Any, strips: Sequence[Strip], *, with_response: bool, device: torch.device) -> dict[str, Tensor]:
+class Asked(Protocol):
+    """A picture, what is asked about it, and the worked answer: a `Strip`, or a question of the study."""
+
+    @property
+    def image(self) -> Image.Image: ...
+    @property
+    def prompt(self) -> list[dict[str, str]]: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def response(self) -> str: ...
+
+
+def encode(processor: Any, strips: Sequence[Asked], *, with_response: bool, device: torch.device) -> dict[str, Tensor]:
     """Prompts, with the worked answer and its end token behind them if asked for.
 
     Returns:
@@ -44,7 +58,7 @@ def forbidden_tokens(processor: Any) -> list[int]:
 def answer(
     model: Any,
     processor: Any,
-    strips: Sequence[Strip],
+    strips: Sequence[Asked],
     *,
     samples: int = 1,
     temperature: float = 0.0,
