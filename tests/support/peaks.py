@@ -1,20 +1,20 @@
-"""What training takes of a CPU's memory, as PyTorch's allocator tells its profiler: what a plan is compared with.
+"""What training takes of a CPU's memory: what a plan is compared with.
 
-By hand: `PYTHONPATH=tests:. python -m support.peaks` prints the table of one process.
+By hand: `PYTHONPATH=tests:. python -m support.peaks` prints the table.
 """
 
 from __future__ import annotations
 
 import gc
+import socket
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from peft import LoraConfig
-from torch.autograd.profiler import record_function
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -28,11 +28,13 @@ from transformers import (
 )
 
 from support import families
+from support.held_memory import of_allocator, of_tensors, prompt_gloo
 from support.runs import response, varied_reward
 from support.shards import shard_over_cpus
 from vppo import VPPOConfig, VPPOTrainer
 from vppo.data.problems import Problem
 from vppo.data.prompts import Prompts
+from vppo.plan.estimate import estimate
 from vppo.plan.settings import Settings, from_config
 
 GROUP, ROWS, LENGTH = 4, 8, 48  # rollouts of a prompt, of a generation over all processes, tokens of each
@@ -119,7 +121,7 @@ def options(path: Path, world: int, **changes: Any) -> dict[str, Any]:
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": ROWS // world // size,
         "max_completion_length": LENGTH,
-        "max_steps": 4,
+        "max_steps": 3,
         "bf16": False,
         "use_cpu": True,
         "save_strategy": "no",
@@ -158,75 +160,44 @@ def planned(path: Path, world: int, family: str, lora: bool = False, **changes: 
 
 
 def measured(path: Path, world: int, **case: Any) -> dict[str, int]:
-    """Bytes held at most in a step's scoring and training passes, weights and optimizer among them.
-
-    Of the steps after the first, the one with the least counts: when gathered weights and garbage are let go depends on
-    how busy the machine is, and comes on top of what a pass needs.
+    """Bytes held at most in the scoring and training passes of the steps after the first, weights and optimizer among
+    them: in one process, all that the allocator has given and has not got back; in one of several, of all tensors.
     """
     gc.collect()  # what is let go later would be taken off
-    with torch.profiler.profile(profile_memory=True) as profile:
-        trainer = trainer_of(path, world, **case)
-        _mark(trainer, "_measure_tokens", "scoring")
-        _mark(trainer, "_compute_loss", "training pass", until="training_step")
-        trainer.train()
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    peaks: dict[str, dict[str, int]] = defaultdict(dict)
-    held, phase, step = 0, "", ""
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            if phase:
-                peaks[phase][step] = max(peaks[phase].get(step, 0), held)
-        elif event.name().startswith("phase: "):
-            phase, _, step = event.name().removeprefix("phase: ").partition(" of step ")
-    return {phase: min(of_steps.values()) for phase, of_steps in peaks.items()}
+    return (of_allocator if world == 1 else of_tensors)(lambda: trainer_of(path, world, **case))
 
 
-def _mark(trainer: Any, begin: str, phase: str, until: str | None = None) -> None:
-    """Names the time from the beginning of one method to its end, or to that of another; from the second step on."""
-
-    def says(name: str) -> None:
-        gc.collect()
-        with record_function(f"phase: {name} of step {trainer.state.global_step}" if name else "phase: "):
-            pass
-
-    def around(name: str, first: bool, last: bool) -> None:
-        method = getattr(trainer, name)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            later = trainer.state.global_step > 0
-            if first and later:
-                says(phase)
-            found = method(*args, **kwargs)
-            if last and later:
-                says("")
-            return found
-
-        vars(trainer)[name] = run
-
-    around(begin, True, until is None)
-    if until is not None:
-        around(until, False, True)
+def measured_by_two(path: Path) -> list[dict[str, dict[str, int]]]:
+    """What each of two processes holds of a model that FSDP2 shards over them: by case, then as `measured`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_measured_by_one_of_two, args=(port, path), nprocs=2)
+    return [torch.load(path / f"{rank}.pt") for rank in range(2)]
 
 
-def measured_by_one_of_two(rank: int, port: int, path: Path) -> None:
-    """What each of two processes holds of a model that FSDP2 shards over them."""
-    shard_over_cpus(rank, 2, port)
+def _measured_by_one_of_two(rank: int, port: int, path: Path) -> None:
+    shard_over_cpus(rank, 2, port, backend=prompt_gloo())
     found = {name: measured(path / str(rank), 2, **case) for name, case in SHARDED.items()}
     torch.save(found, path / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    from vppo.plan.model import Depth
-    from vppo.plan.simulation import simulate
+def _print(world: int, name: str, case: dict[str, Any], found: list[dict[str, int]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        peaks = estimate(planned(Path(folder), world, **case)).peaks
+    for phase in found[0]:
+        expected = sum(peaks[phase].values())
+        sizes = [of_rank[phase] for of_rank in found]
+        measured = ", ".join(f"{size / 2**20:.2f} MiB ({size / expected - 1:+.1%})" for size in sizes)
+        print(f"{world} {name:28} {phase:14} planned {expected / 2**20:6.2f} MiB, measured {measured}", flush=True)
 
+
+if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name, case in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            found = measured(Path(folder), 1, **case)
-            settings = planned(Path(folder), 1, **case)
-            peaks = simulate(settings, Depth.of(settings.config)).peaks
-            for phase, size in found.items():
-                expected = max(sum(peak.values()) for place, peak in peaks.items() if place[0] == phase)
-                print(f"{name:24} {phase:14} planned {expected / 2**20:8.2f} MiB, measured {size / 2**20:8.2f} MiB")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in CASES.items():
+            _print(1, name, case, [measured(Path(folder), 1, **case)])
+        ranks = measured_by_two(Path(folder))
+        for name, case in SHARDED.items():
+            _print(2, name, case, [found[name] for found in ranks])

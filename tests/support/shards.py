@@ -22,10 +22,10 @@ LAUNCHED = {  # by `accelerate launch --use_fsdp --fsdp_version 2`
 }
 
 
-def shard_over_cpus(rank: int, world: int, port: int) -> None:
-    """Makes this process one of so many."""
+def shard_over_cpus(rank: int, world: int, port: int, backend: str = "gloo") -> None:
+    """Makes this process one of so many, whose collectives are gloo's, or those of another kind of it."""
     torch.set_num_threads(1)
     os.environ.update(LAUNCHED, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo")
+    dist.init_process_group(backend)
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
