@@ -26,7 +26,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary as labels and values for a table: all its keys, and last, one by one, those of its dicts."""
     plain = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
     nested = [
-        (name if key == "versions" else f"{key} {name}", str(entry))
+        (name if key == "versions" else f"{key} {name}".replace("_", " "), _fact(name, entry))
         for key, value in summary.items()
         if isinstance(value, dict)
         for name, entry in value.items()

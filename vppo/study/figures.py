@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vppo.pages.plot import DASHED, Plot, nats, percent, prepare
 from vppo.pages.theme import Theme, series_colours
@@ -81,6 +81,7 @@ def drift_plot(summary: Mapping[str, Any]) -> Plot:
                 label=label,
             )
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.set_xlabel("KL in nats, log scale")
