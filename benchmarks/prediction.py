@@ -27,7 +27,7 @@ ISSUE = 0.65  # of the cycles in which a scheduler issues an instruction of a fo
 FOLD_PAIR, FOLD, GRADIENT = 38.7, 11.3, 25.0
 # the fused sweep: the same of its tile, which nothing overlaps, and its products' share of the peak: published rates of
 # Triton's own, whose blocks each read the cache for themselves
-FUSED_PAIR, FUSED, FUSED_EFFICIENCY = 42.8, 13.3, 0.70
+FUSED_PAIR, FUSED, FUSED_EFFICIENCY = 42.6, 13.2, 0.70
 
 
 class Gpu(NamedTuple):

@@ -28,6 +28,14 @@ def test_a_sweep_takes_its_products_and_more(name: str) -> None:
     assert prediction.loss(gpu, 4096, SEVEN).total > 3 * prediction.forward(gpu, 1, 4096, SEVEN).products
 
 
+def test_a_fused_sweep_pays_for_what_nothing_overlaps() -> None:
+    gpu = prediction.GPUS["h100"]()
+    for views in (1, 2):
+        found = [prediction.fused(gpu, views, rows, SEVEN) for rows in (256, 4096)]
+        assert all(each.floor < each.products < each.total < 2 * each.floor for each in found)
+        assert found[0].total < prediction.fused(gpu._replace(clock=gpu.clock / 2), views, 256, SEVEN).total
+
+
 def test_more_instructions_and_less_memory_cost_time(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = prediction.GPUS["h100"]()
     before = prediction.forward(gpu, 2, 4096, SEVEN)
