@@ -63,6 +63,13 @@ def test_two_arms_and_two_seeds(finished: tuple[Path, dict[str, Any]]) -> None:
     assert {"machine", "versions", "date", "command"} <= summary.keys()
 
 
+def test_the_task_in_which_one_may_guess(tmp_path: Path) -> None:
+    out = warmed(tmp_path / "guess", 1)
+    summary = run_study(small(out, arms=("dapo",), seeds=1, steps=1, task="guess"))
+    assert 0 <= summary["arms"]["dapo"]["guess_rate"]["mean"] <= 1
+    assert "guesses" in (out / "results.md").read_text()
+
+
 def test_a_finished_study_does_nothing_anew(finished: tuple[Path, dict[str, Any]]) -> None:
     out, summary = finished
     times = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
