@@ -29,6 +29,7 @@
 #define __shared__ static
 #define __launch_bounds__(threads)
 
+using std::isnan;
 using std::max;
 using std::min;
 
