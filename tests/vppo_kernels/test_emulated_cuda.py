@@ -120,8 +120,8 @@ def on_tokens(library: Any, rows: int, columns: int) -> list[Tensor]:
     scores = torch.randn(rows, columns, generator=g)
     mask, ties = torch.rand(rows, columns, generator=g) < 0.8, scores.round()
     keeps = [torch.empty_like(mask), torch.empty_like(mask)]
-    library.topk_mask(scores, mask, 0.4, None, keeps[0])
-    library.topk_mask(ties, mask, 0.4, None, keeps[1])
+    library.topk_mask(scores, mask, 0.4, 0.5, None, keeps[0])
+    library.topk_mask(ties, mask, 0.4, None, None, keeps[1])
     return keeps
 
 
