@@ -86,7 +86,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "fold_jsd": (z, pair, pair[:2].clone(), 0.5),
         "gradient": (z[0], pair[:4], targets, 0, grads[:2], 1.0, 0.0),
         "gradient_pair": (z, pair, pair[:2].clone(), 0.5, targets, 0, grads, 1.0, 0.0, 1.0, 0.0),
-        "topk_mask": (scores, mask, 0.4, None, mask.clone()),
+        "topk_mask": (scores, mask, 0.4, None, None, mask.clone()),
     }
 
 
