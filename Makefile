@@ -10,10 +10,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(C
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-vllm faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest test-verl test-swift \
-	test-plan clean
+	test-plan study clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
+
+# which tokens carry the learning: ten ways to choose them, ten seeds each; two hours on two cores (docs/study.md)
+study: $(VENV)/.installed
+	$(BIN)/vppo study --out runs/study
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

@@ -28,6 +28,7 @@ SHARING = {
         "test_eval_report",
         "test_plan_measured",
     ),
+    *("test_distill_fsdp", "test_methods_sharded", "test_study_report", "test_study_run", "test_study_warmup"),
     *("test_command_line", "test_contest", "test_rollout", "test_step"),  # of the benchmarks
 }
 
