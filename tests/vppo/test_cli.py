@@ -37,7 +37,7 @@ def test_every_option_of_demo_is_explained() -> None:
     shown = runner.invoke(main, ["demo", "--help"], terminal_width=200).output
     for option, default in [
         ("--algorithm", "vppo"),
-        ("--divergence", "kl"),
+        ("--divergence", "(the algorithm's own, mostly kl)"),
         ("--perturbation", "patch"),
         ("--steps", "180"),
         ("--seed", "0"),
@@ -70,6 +70,14 @@ def demo_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     vars(stand_in).update(DemoOptions=DemoOptions, run_demo=calls.append)
     monkeypatch.setitem(sys.modules, "vppo.demo.run", stand_in)
     return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "divergence"), [("", "kl"), ("--algorithm vepo", "jsd"), ("--algorithm vepo --divergence k3", "k3")]
+)
+def test_a_demo_measures_what_its_algorithm_does(demo_calls: list[Any], words: str, divergence: str) -> None:
+    assert runner.invoke(main, ["demo", *words.split()]).exit_code == 0
+    assert demo_calls[0].divergence == divergence
 
 
 def test_demo_options_arrive(demo_calls: list[Any]) -> None:

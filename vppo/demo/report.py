@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vppo.algorithms import REGISTRY
 from vppo.demo.figures import run_plots
 from vppo.demo.scored import KEEP_RATIO, ScoredResponse, token_values
 from vppo.demo.token_picture import token_picture
@@ -79,7 +80,7 @@ def headline(summary: dict[str, Any]) -> str:
     before, after = float(summary["accuracy_before"]), float(summary["accuracy_after"])
     digits, other = float(summary["dependency_digits"]), float(summary["dependency_other"])
     algorithm = str(summary["algorithm"]).upper()
-    if summary["algorithm"] not in ("dapo", "grpo"):  # those two measure no dependency in training
+    if REGISTRY[summary["algorithm"]].perturbs:
         algorithm += f" with the {DIVERGENCES.get(summary['divergence'], summary['divergence'])}"
     accuracy = (
         f"kept accuracy on {summary['held_out']:,} held-out questions at {percent(after)}"

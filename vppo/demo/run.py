@@ -42,7 +42,7 @@ class DemoOptions:
 
     Attributes:
         out: Folder of the run.
-        algorithm: "vppo", "tas", "tgf", "dapo" or "grpo".
+        algorithm: One of `vppo.algorithms.COMMANDS`.
         divergence: What training measures dependency by: "kl", "k3" or "jsd".
         perturbation: "patch", "noise", "blur" or "grey".
         steps: Training steps of 16 prompts x 8 rollouts.
