@@ -95,6 +95,8 @@ def _logits_at(tile: Tensor, words: Tensor, first: int) -> Tensor:
 def _bins(best: Tensor, stats: Tensor) -> Tensor:
     """Logits of the bins, `[2, rows, k + 1]`, from those of the best words and the statistics of all others."""
     others = stats[MAX:MEAN_DIFF:SOFTMAX_FIELDS] + stats[SUM:MEAN_DIFF:SOFTMAX_FIELDS].log()
+    # where nothing is left but masked words, and what stands in the places of the best ones
+    others = others.masked_fill(others < -0.5 * EXP_FLOOR, -torch.inf)
     return torch.cat([best, others.unsqueeze(2)], 2)
 
 
@@ -165,7 +167,8 @@ def backward(
         nowhere = column.new_full((len(column),), -1)
         for view, transform in enumerate(source.transforms):
             gradient, shares = tile[view], torch.zeros_like(pair[:SOFTMAX_FIELDS, rows])
-            shares[MAX] = bins[view, rows, k]  # of the others, the sum of whose exponentials this is the logarithm of
+            # of the others, the sum of whose exponentials this is the logarithm of; -inf where all of them are masked
+            shares[MAX] = bins[view, rows, k].clamp_min(-EXP_FLOOR)
             of_shares = torch.stack([-in_bins[view, :, k], torch.zeros_like(in_bins[view, :, k])])
             of_words = in_bins[view, row, place] * _slope(transform, bins[view, rows][row, place])
             ops.gradient_(gradient, shares, nowhere, first, of_shares, transform)

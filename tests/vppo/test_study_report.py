@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from support.study import run
 
 from vppo.pages.plot import percent
 from vppo.study.options import StudyOptions
-from vppo.study.report import NBSP, difference, headline, plus_minus, results, show, write_report
+from vppo.study.report import DASH, NBSP, difference, headline, plus_minus, results, show, write_report
 from vppo.study.summary import summarise
 
 ARMS = ("dapo", "tgf", "gate")
@@ -61,6 +63,17 @@ def test_one_seed_shows_no_error(tmp_path: Path) -> None:
     summary = study(tmp_path, seeds=1)
     assert not any("±" in value for _, values in results(summary)[1] for value in values)
     assert "1 seed each" in headline(summary)
+    write_report(tmp_path, summary)
+
+
+def test_a_policy_that_reads_nothing_has_no_drift_there(tmp_path: Path) -> None:
+    """As one that only guesses: NaN is measured, a dash is shown, and the figures leave the point out."""
+    runs = [run(arm, seed, 0.5) for seed in range(2) for arm in ARMS]
+    runs[1]["drift_read"] = math.nan
+    summary = {**study(tmp_path, seeds=2), **summarise(StudyOptions(tmp_path, ARMS, seeds=2, steps=2), runs)}
+    json.dumps(summary, allow_nan=False)
+    columns, rows = results(summary)
+    assert [values[columns.index("drift, read tokens")] == DASH for _, values in rows] == [False, True, False]
     write_report(tmp_path, summary)
 
 

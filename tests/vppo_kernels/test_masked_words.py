@@ -210,3 +210,35 @@ def test_gradcheck(backend_float64: str, kind: str) -> None:
 
     leaves = [torch.where(x == -INF, 0.0, x).requires_grad_() for x in z]
     assert torch.autograd.gradcheck(outputs, leaves)
+
+
+@pytest.mark.parametrize("k", [2, 30, VOCAB - 1, VOCAB])
+@pytest.mark.parametrize("which", MASKS)
+def test_the_likeliest_words(backend_tokens: str, which: str, k: int) -> None:
+    """Also where fewer words than k are left, and the bin of all others is empty."""
+    leaves, exact = ([z.to(dtype).requires_grad_() for z in logits(which)] for dtype in (torch.float32, torch.float64))
+    targets = torch.full((ROWS,), KEPT)
+    truth = reference.divergence(*exact, targets, "topk", k=k)
+    finite = torch.isfinite(truth.divergence)
+    with tiles_of(8, 11):
+        got = divergence(*leaves, targets=targets, kind="topk", k=k, backend=backend_tokens, check=True)
+        assert_right(got, truth)
+        found = torch.autograd.grad(got.divergence.sum(), leaves)
+    assert all(torch.isfinite(gradient).all() for gradient in found)
+    p, q = (z.detach().softmax(-1) for z in exact)
+    taken = torch.zeros_like(q, dtype=torch.bool).scatter(1, q.topk(k).indices, True)
+    rest_p, rest_q = (x.masked_fill(taken, 0.0).sum(1, keepdim=True) for x in (p, q))
+    # of KL(q || p): p - q at a word, or the same of all others, shared out as p shares it
+    expected = torch.where(taken, p - q, torch.where(rest_p > 0, p * (1 - rest_q / rest_p), 0.0))
+    assert relative_error(found[0], expected * finite.unsqueeze(1)) < 3e-5
+
+
+def test_the_likeliest_words_of_a_row_without_any(backend_tokens: str) -> None:
+    views = make_views(rows=ROWS, vocab=VOCAB, hidden_size=8).logits()
+    for empty in ((0,), (1,), (0, 1)):
+        masked = [z.clone() for z in views]
+        for view in empty:
+            masked[view][2] = -INF
+        for k in (1, VOCAB):
+            got = divergence(*masked, kind="topk", k=k, backend=backend_tokens).divergence
+            assert torch.isnan(got[2]) and torch.isfinite(got[[0, 1, 3, 4, 5]]).all(), (empty, k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,8 @@ def drift_plot(summary: Mapping[str, Any]) -> Plot:
             ("drift", "all other tokens", theme.outcome),
             ("drift_read", "read tokens", theme.dependency),
         ):
-            values = [max(arm[key]["mean"], 1e-6) for arm in arms.values()]
+            means = [arm[key]["mean"] for arm in arms.values()]  # None where a policy has read nothing
+            values = [math.nan if mean is None else max(mean, 1e-6) for mean in means]
             errors = [arm[key]["se"] or 0.0 for arm in arms.values()]
             low = [min(error, 0.9 * value) for value, error in zip(values, errors, strict=True)]
             ax.errorbar(

@@ -56,7 +56,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def summarise(options: StudyOptions, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `study.json` holds of the runs: for each arm its means and differences; and the runs themselves.
 
-    Errors are None where there is one seed. Head products are per response token of all runs of an arm.
+    Errors are None where there is one seed, and `drift_read` is where a policy read nothing, as one that only guesses.
+    Head products are per response token of all runs of an arm.
     """
     by_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in options.arms}
     arms: dict[str, dict[str, Any]] = {}
@@ -80,10 +81,15 @@ def summarise(options: StudyOptions, runs: Sequence[dict[str, Any]]) -> dict[str
         "seeds": options.seeds,
         "held_out": options.held_out,
         "arms": arms,
-        "runs": list(runs),
+        "runs": [{name: _json(value) for name, value in run.items()} for run in runs],
     }
 
 
 def _entry(found: tuple[float, float]) -> dict[str, float | None]:
     mean, error = (None if math.isnan(value) else value for value in found)
     return {"mean": mean, "se": error}
+
+
+def _json(value: Any) -> Any:
+    """JSON has no NaN, as which the drift of read tokens is measured where nothing was read."""
+    return None if isinstance(value, float) and math.isnan(value) else value
