@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from vppo.options import VPPOOptions, one_of
+from vppo.options import VPPOOptions, a_number, one_of
 from vppo.prefix_sharing import SHARING
 from vppo.sampler_guard import GUARDS
 
@@ -74,6 +74,7 @@ class VPPOConfig(VPPOOptions, GRPOConfig):
             self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         self.epsilon_high = 0.28 if self.epsilon_high is None else self.epsilon_high
         for name in ("papo_kl_coef", "papo_entropy_coef"):
+            a_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes a finite number of at least 0")
         if self.method.penalizes:

@@ -12,6 +12,7 @@ from vppo.perturbations import KINDS, Perturbation
 SAMPLED = ("k3", "prob_drop")  # from the sampled token alone
 DIVERGENCES = ("kl", "reverse_kl", "jsd", *SAMPLED)
 SCOPES = ("prompt", "rollout")
+LARGEST = (2 - 2**-23) * 2.0**127  # of single precision, in which tokens are scored
 
 # What a recipe sets where the user has not: the paper's equations, its released code, and this library's own choice.
 RECIPES: dict[str, dict[str, object]] = {
@@ -137,10 +138,15 @@ class VPPOOptions:
         one_of("tas_statistics", self.tas_statistics, ("batch", "micro-batch"))
         one_of("perturbation", self.perturbation, KINDS)
         one_of("perturbation_scope", self.perturbation_scope, SCOPES)
+        for name in ("keep_ratio", "scale_min", "scale_max"):
+            if name != "scale_max" or self.scale_max is not None:
+                a_number(name, getattr(self, name))
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f"keep_ratio: got {self.keep_ratio!r}, takes a number above 0 and at most 1")
         threshold = self.keep_threshold
-        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
+        if threshold is not None:
+            a_number("keep_threshold", threshold)
+        if threshold is not None and not 0 <= threshold <= LARGEST:
             raise ValueError(f"keep_threshold: got {threshold!r}, takes None or a finite number of at least 0")
         if threshold is not None and self.method.filters and not self.perturbs:
             raise ValueError(
@@ -198,3 +204,8 @@ class VPPOOptions:
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, takes one of {list(choices)}")
+
+
+def a_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: got {value!r}, takes a number")

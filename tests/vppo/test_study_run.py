@@ -103,6 +103,13 @@ def test_a_broken_run_is_named(finished: tuple[Path, dict[str, Any]]) -> None:
         file.write_text(whole)
 
 
+def test_a_broken_warm_policy_is_named(tmp_path: Path) -> None:
+    out = warmed(tmp_path, 1)
+    (out / "warm" / "seed-0" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"seed-0.*remove .*seed-0, and the same command"):
+        run_study(small(out, arms=("dapo",), seeds=1))
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "options.json").write_text(json.dumps({"algorithm": "vppo", "steps": 1, "seed": 0}))
     with pytest.raises(InputError, match="no run of `vppo study`"):

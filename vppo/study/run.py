@@ -103,9 +103,9 @@ def _work_off(options: StudyOptions, tasks: Sequence[Task], steps: int, what: st
     if not tasks:
         return
     context = multiprocessing.get_context("spawn")  # torch has threads, which no fork takes along
-    todo, done = context.Queue(), context.Value("i", 0)
+    todo, done, refused = context.Queue(), context.Value("i", 0), context.SimpleQueue()
     workers = [
-        context.Process(target=_worker, args=(options, todo, done, os.getpid()), daemon=True)
+        context.Process(target=_worker, args=(options, todo, done, refused, os.getpid()), daemon=True)
         for _ in range(min(options.jobs, len(tasks)))
     ]
     for task in [*tasks, *([None] * len(workers))]:
@@ -117,10 +117,14 @@ def _work_off(options: StudyOptions, tasks: Sequence[Task], steps: int, what: st
             worker.start()
         with Progress(*columns(), console=console) as bar:
             shown = bar.add_task(f"{what}, {len(tasks)} of {steps} steps", total=len(tasks) * steps)
-            while any(worker.is_alive() for worker in workers):
+            at_work = True
+            while at_work:
                 workers[0].join(0.2)
                 time.sleep(0.0 if workers[0].is_alive() else 0.2)
                 bar.update(shown, completed=done.value)
+                at_work = any(worker.is_alive() for worker in workers)
+                if not refused.empty():
+                    raise InputError(refused.get())
                 if any(worker.exitcode for worker in workers):
                     raise RuntimeError(f"a process of the study ended with code {[w.exitcode for w in workers]}")
             bar.update(shown, completed=len(tasks) * steps)
@@ -132,8 +136,8 @@ def _work_off(options: StudyOptions, tasks: Sequence[Task], steps: int, what: st
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _worker(options: StudyOptions, todo: Any, done: Any, parent: int) -> None:
-    """One process: takes tasks until there are no more."""
+def _worker(options: StudyOptions, todo: Any, done: Any, refused: Any, parent: int) -> None:
+    """One process: takes tasks until there are no more. What is wrong with the study's folder goes to `refused`."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
 
@@ -149,10 +153,14 @@ def _worker(options: StudyOptions, todo: Any, done: Any, parent: int) -> None:
 
     while (task := todo.get()) is not None:
         kind, arm, seed = task
-        if kind == "warm":
-            warm(options, seed, advance)
-        else:
-            train(options, arm, seed, advance)
+        try:
+            if kind == "warm":
+                warm(options, seed, advance)
+            else:
+                train(options, arm, seed, advance)
+        except InputError as error:
+            refused.put(str(error))
+            sys.exit(1)
 
 
 def _end_with(parent: int) -> None:
