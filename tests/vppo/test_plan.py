@@ -122,6 +122,13 @@ def test_what_a_phase_does_not_hold_is_not_counted_in_it(gpus: int) -> None:
     assert found.peaks["scoring"]["gradients"] == 0
 
 
+def test_several_draws_are_as_many_perturbed_passes() -> None:
+    """The clean view's hidden states are known from another pass, so nothing but perturbed views passes."""
+    one, three = (simulate(settings(gpus=1, draws=draws), Depth(1, 1)).products for draws in (1, 3))
+    assert three["scoring"] == pytest.approx(3 * one["scoring"], rel=0.01)
+    assert three["training pass"] == one["training pass"]
+
+
 def test_lora_trains_little() -> None:
     plan = settings(lora={"r": 4, "lora_alpha": 8, "target": "all-linear"}, dtype="bfloat16")
     found = estimate(plan)
@@ -234,6 +241,9 @@ def test_settings_of_a_config() -> None:
     assert plan.checkpointing and plan.old_pass and plan.sharding == Sharding(sync=True)
     assert plan.scoring_memory == 2 * GIB and plan.divergence == "kl" and plan.sampler.kind == "vllm"
     assert from_config({**given, "algorithm": "grpo"}, gpus=8).divergence is None
+    assert from_config({**given, "draws": 4}, gpus=8).draws == 4
+    with pytest.raises(InputError, match="algorithm: got 'papo', which trains on two views"):
+        from_config({**given, "algorithm": "papo"}, gpus=8)
     with pytest.raises(InputError, match=r"generation_batch_size: got 3072.* 4 x 5"):
         from_config(given, gpus=5)
 

@@ -74,6 +74,7 @@ class Settings:
         lora: Options of `peft.LoraConfig`; None trains the whole model.
         optimizer: One of `OPTIMIZERS`.
         divergence: Of the scoring; None where nothing is scored.
+        draws: Perturbed views that a token's dependency is the mean of.
         sharing, scoring_memory: `prefix_sharing`, and bytes.
         own_views: Whether every rollout has a perturbed view of its own.
         old_pass: Whether a generation's log-probabilities are computed before it is trained on.
@@ -99,6 +100,7 @@ class Settings:
     lora: dict[str, Any] | None = None
     optimizer: str = "adamw_torch_fused"
     divergence: str | None = "kl"
+    draws: int = 1
     sharing: str = "auto"
     scoring_memory: int = 4 * GIB
     own_views: bool = False
@@ -248,6 +250,10 @@ def from_config(
     if known.pop("gpus", gpus) != gpus:
         raise InputError(f"--gpus: got {gpus}, the file for accelerate has num_processes: {(accelerate or {})['gpus']}")
     script, model_args, args = arguments(config, gpus)
+    if args.method.penalizes:
+        raise InputError(
+            f"algorithm: got {args.algorithm!r}, which trains on two views; a plan takes those that do on one"
+        )
     model = model_config(script.model, trust_remote_code=args.trust_remote_code)
     precision = "fp16" if config.get("fp16") else "bf16" if config.get("bf16", True) else "no"
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -281,6 +287,7 @@ def from_config(
         lora=None if peft is None else {"r": peft.r, "lora_alpha": peft.lora_alpha, "target": peft.target_modules},
         optimizer=str(getattr(args.optim, "value", args.optim)),
         divergence=str(args.divergence) if args.perturbs else None,
+        draws=args.draws,
         sharing=args.prefix_sharing if args.tas_statistics != "micro-batch" else "off",
         scoring_memory=int(args.scoring_memory * GIB),
         own_views=args.perturbation_scope == "rollout",

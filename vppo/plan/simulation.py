@@ -104,14 +104,15 @@ class _Step:
         rows = list(range(len(batch)))
         firsts = [row // settings.group * settings.group for row in rows]
         clean = View(firsts)
-        keys = rows if settings.own_views else firsts
+        one = rows if settings.own_views else firsts
+        keys = [draw * len(batch) + key for draw in range(settings.draws) for key in one]
         passes = self._passes()
         known: Tensor | None = None
         if settings.old_pass:  # whose hidden states are kept; the pass itself holds less than the training pass
             width = settings.config.get_text_config().hidden_size
             dtype = PRECISIONS.get(settings.precision, getattr(torch, settings.dtype))
             known = torch.empty(len(rows), settings.response_tokens, width, dtype=dtype)
-        pixels = {key: torch.empty_like(batch.split["pixel_values"][key]) for key in keys}
+        pixels = {key: torch.empty_like(batch.split["pixel_values"][key % len(batch)]) for key in keys}
         perturbed = View(keys, pixels)
         portions = passes.portions(batch, rows, clean)
         with quiet(self.model), self._autocast():
