@@ -310,17 +310,17 @@ def configuration(dtype: torch.dtype, descriptors: bool, eight_apart: bool) -> d
     """Block sizes, parts of a tile, warps and stages.
 
     The logits of a block and a part's temporaries must fit the registers of a program. That takes 128 x 256 on Hopper,
-    where descriptors hold the addresses, and an eighth of it where registers do.
+    where descriptors hold the addresses, and a fraction of it elsewhere.
     """
     if triton.knobs.runtime.interpret:  # the interpreter pays by the operation, and has no registers
         rows = 128 if eight_apart else 64
         return dict(BLOCK_M=rows, BLOCK_N=256, BLOCK_K=128, PARTS=2, EXACT_PARTS=2, num_warps=4, num_stages=1)
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, PARTS=1, EXACT_PARTS=1, num_warps=8, num_stages=2)
+        return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, PARTS=1, EXACT_PARTS=1, num_warps=8, num_stages=2)
     if descriptors and eight_apart:
         return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, PARTS=4, EXACT_PARTS=16, num_warps=8, num_stages=4)
     if descriptors:
-        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, PARTS=1, EXACT_PARTS=1, num_warps=8, num_stages=3)
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, PARTS=1, EXACT_PARTS=1, num_warps=8, num_stages=3)
     if eight_apart:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, PARTS=1, EXACT_PARTS=1, num_warps=4, num_stages=3)
     return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, PARTS=1, EXACT_PARTS=1, num_warps=4, num_stages=3)
