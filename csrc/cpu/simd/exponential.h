@@ -70,8 +70,8 @@ inline void log_shares(Vec d, Vec& of_p, Vec& of_q) {
   of_q = near ? -0.5f * d - log_cosh : min(-d, Vec{}) + rest;
 }
 
-// `-log(own + other exp(-d))`: `log(p / m)` of a mixture; see the same function in statistics.h.
-inline Vec log_share(Vec d, float own, float other, float log_own, float log_other) {
+// `-log(own + other exp(-d))`, where own and other add up to 1: `log(p / m)` of a mixture; see statistics.h.
+inline Vec log_share(Vec d, float other, float log_own, float log_other) {
   const Vec near = -log1p(other * (phi_near(-d) - d)), from_q = log_other - d;
   const Vec far = max(log_own + Vec{}, from_q) + log1p(exp_down(max(all(kLeast), -abs(log_own - from_q))));
   return abs(d) < 0.5f ? near : -far;
@@ -81,8 +81,8 @@ inline Vec log_share(Vec d, float own, float other, float log_own, float log_oth
 template <bool kHalf>
 inline void log_shares(Vec d, const Mixture& mixture, Vec& of_p, Vec& of_q) {
   if (kHalf) return log_shares(d, of_p, of_q);
-  of_p = log_share(d, mixture.of_p, mixture.of_q, mixture.log_of_p, mixture.log_of_q);
-  of_q = log_share(-d, mixture.of_q, mixture.of_p, mixture.log_of_q, mixture.log_of_p);
+  of_p = log_share(d, mixture.of_q, mixture.log_of_p, mixture.log_of_q);
+  of_q = log_share(-d, mixture.of_p, mixture.log_of_q, mixture.log_of_p);
 }
 
 inline bool evaluate(const char* function, const float* x, float* out, int64_t count) {
