@@ -138,14 +138,14 @@ class VPPOOptions:
         one_of("tas_statistics", self.tas_statistics, ("batch", "micro-batch"))
         one_of("perturbation", self.perturbation, KINDS)
         one_of("perturbation_scope", self.perturbation_scope, SCOPES)
-        for name in ("keep_ratio", "scale_min", "scale_max"):
-            if name != "scale_max" or self.scale_max is not None:
+        for name in ("keep_ratio", "scale_min"):
+            a_number(name, getattr(self, name))
+        for name in ("scale_max", "keep_threshold"):
+            if getattr(self, name) is not None:
                 a_number(name, getattr(self, name))
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f"keep_ratio: got {self.keep_ratio!r}, takes a number above 0 and at most 1")
         threshold = self.keep_threshold
-        if threshold is not None:
-            a_number("keep_threshold", threshold)
         if threshold is not None and not 0 <= threshold <= LARGEST:
             raise ValueError(f"keep_threshold: got {threshold!r}, takes None or a finite number of at least 0")
         if threshold is not None and self.method.filters and not self.perturbs:

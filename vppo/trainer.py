@@ -214,7 +214,9 @@ class VPPOTrainer(TwoViewTrainer):
         Returns:
             `[B, T]` floating; the response tokens whose score is above 0 carry gradient.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"algorithm {self.args.algorithm!r} takes its scores from token_scores of a subclass of the trainer"
+        )
 
     def _token_scores(self, batch: Batch, scored: Tensor, found: Scores | None, alike: Sequence[int]) -> Tensor:
         """`[B, T]` what tokens are filtered and trajectories shaped by; `found` is what the two views have said."""
