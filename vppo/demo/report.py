@@ -79,8 +79,9 @@ def headline(summary: dict[str, Any]) -> str:
     """The run in one sentence."""
     before, after = float(summary["accuracy_before"]), float(summary["accuracy_after"])
     digits, other = float(summary["dependency_digits"]), float(summary["dependency_other"])
-    algorithm = str(summary["algorithm"]).upper()
-    if REGISTRY[summary["algorithm"]].perturbs:
+    name = str(summary["algorithm"])
+    algorithm = name.upper()
+    if name in REGISTRY and REGISTRY[name].perturbs:
         algorithm += f" with the {DIVERGENCES.get(summary['divergence'], summary['divergence'])}"
     accuracy = (
         f"kept accuracy on {summary['held_out']:,} held-out questions at {percent(after)}"
