@@ -142,10 +142,11 @@ class _StepTokens:
 
     def __init__(self, policy: Policy, model: Any, batch: Batch, view: View) -> None:
         rows, prompt, response = len(batch), batch.prompt_lengths[0], policy.response
-        packs = ResponsePasses(model).packs(batch, range(rows), view)
+        passes, own = ResponsePasses(model), rows // policy.processes
+        packs = sum(len(passes.packs(batch, range(first, first + own), view)) for first in range(0, rows, own))
         self._sampling = 0 if policy.given else rows * (prompt + response - 1)  # nothing follows the last token
         self._whole = rows * (prompt + response)
-        self._shared = len(packs) * (prompt - 1) + rows * response  # each response begins with the prompt's last token
+        self._shared = packs * (prompt - 1) + rows * response  # each response begins with the prompt's last token
         # that are scored: where it samples in float32, that is the clean one
         self._views = 1 if policy.dtype == torch.float32 and not policy.given else 2
         self.compared = policy.processes * (2 * (prompt + response) + prompt - 1 + 2 * response)

@@ -76,6 +76,12 @@ def test_another_number_of_tokens_is_caught() -> None:
     assert not verdict.right and "tokens passed instead of" in verdict.reason
 
 
+def test_a_group_split_over_processes_passes_its_prompt_in_each() -> None:
+    case = SUITE.case(Setting("tiny-fsdp2", 4, True, CPU), [])
+    processes, rows, prompt, response, passes = 2, 4, 24, 6, 3
+    assert case.labels["tokens_step"] == passes * (processes * (prompt - 1) + rows * response)
+
+
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one() -> None:
     """With FSDP2, the same responses and each a prompt of its own."""
