@@ -20,6 +20,7 @@ from vppo_kernels.tile_shape import Footprint
 from vppo_kernels.vocab_parallel import Shard, sum_ranks
 
 RANGE_ROWS = 1024  # looked at together
+WIDE_COLUMNS = 256  # multiplied in float64 together
 MOST_SCALE = 1e30  # the largest factor on logits that leaves them, and their gradient, within float32
 
 
@@ -189,6 +190,8 @@ class LinearHead:
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
         product: A backend's product of bfloat16 operands on a CPU, if it has one; gradients are multiplied in float32.
         exact: Sum in slabs where tensor cores make the logits.
+        alone: Another head makes the other view's logits, so that no rounding cancels; `exact` then multiplies in
+            float64 what would be multiplied in float32.
         dtype: Of the logits, where that of these inputs is not enough for another view's; None for theirs.
     """
 
@@ -203,6 +206,7 @@ class LinearHead:
         wants: tuple[tuple[bool, ...], bool, bool] | None = None,
         product: NarrowProduct | None = None,
         exact: bool = False,
+        alone: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         tensor_cores.warn_of_slow_product(hidden[0], weight)
@@ -219,7 +223,10 @@ class LinearHead:
         self.device, self.dtype = weight.device, dtype or logit_dtype(*hidden, weight)
         narrow = self.dtype == torch.float32 and tensor_cores.multiply(*hidden, weight)
         self.product_dtype, self.exact = weight.dtype if narrow else self.dtype, exact and narrow
-        fits = weight.device.type == "cpu" and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
+        self._wide = exact and alone and self.dtype == torch.float32 and not narrow
+        fits = (
+            weight.device.type == "cpu" and not self._wide and all(x.dtype == torch.bfloat16 for x in (*hidden, weight))
+        )
         self._narrow_product = product if fits else None
         self._stack: tuple[slice, Tensor, Tensor | None] | None = None
         want_hidden, want_weight, want_bias = wants or ((False,) * self.views, False, False)
@@ -248,16 +255,18 @@ class LinearHead:
             row += self.views * own
         if self.views == 2 and not narrow:
             row += summed  # their difference
+        double = torch.float64.itemsize if self._wide else 0
+        row += double  # the rows again
         wanted = [grad for grad in self._grad_hidden if grad is not None]
         in_place = not picks and own == summed
         row_sum = 0 if in_place or not wanted else len(wanted) * summed + own + beside
-        column = 0 if self.weight.dtype == self.product_dtype else summed
+        column = double + (0 if self.weight.dtype == self.product_dtype else summed)
         rounded = self.grad_weight is not None and self.grad_weight.dtype != self.dtype
         column_sum = summed + beside if rounded else 0
         if rounded and not narrow:
             column, column_sum = column + column_sum, 0
         width = self.hidden_size
-        return Footprint(row * width, row_sum * width, column * width, column_sum * width)
+        return Footprint(row * width + double * WIDE_COLUMNS, row_sum * width, column * width, column_sum * width)
 
     def _picked(self, rows: slice) -> list[Tensor]:
         return [h[rows] if self.active is None else h[self.active[rows]] for h in self.hidden]
@@ -308,7 +317,11 @@ class LinearHead:
     def _multiply(self, rows: slice, weight: Tensor, out: Tensor) -> None:
         stacked, shares_rounding = self.stacked(rows)
         weight = weight.to(self.product_dtype).T
-        if stacked.dtype == out.dtype:
+        if self._wide:
+            hidden = stacked.double()
+            for block, part in zip(out.split(WIDE_COLUMNS, 1), weight.split(WIDE_COLUMNS, 1), strict=True):
+                block.copy_(hidden @ part.double())
+        elif stacked.dtype == out.dtype:
             torch.mm(stacked, weight, out=out)
         else:
             tensor_cores.product_(out, stacked, weight, self.exact)

@@ -89,7 +89,7 @@ def _source(
     ]
     if len(heads) == 2:
         first_head, second_head = (
-            LinearHead([h], w, b, option, part, active, ((want,), want_w, want_b), chosen.product, exact, dtype)
+            LinearHead([h], w, b, option, part, active, ((want,), want_w, want_b), chosen.product, exact, True, dtype)
             for h, want, (w, b, want_w, want_b), option, part in zip(
                 views, want_views, heads, options, parts, strict=True
             )

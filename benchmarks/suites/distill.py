@@ -61,20 +61,23 @@ def contestants(lesson: Lesson, names: list[str]) -> list[Contestant]:
 
     known, device = peers("distill"), lesson.student.device
     cut = tensor_cores.multiply(lesson.student, lesson.teacher, lesson.student_weight)
+    available = backend_names(device)
+    exact = [x for x in available if x == ("triton" if device.type == "cuda" else "native")]
     return [
         Contestant("floor", "floor", floor, "matrix products alone, the teacher's forward only"),
         *(Contestant(name, "peer", partial(peer, known[name]), known[name].NOTES["distill"]) for name in names),
-        *(Contestant(f"ours: {x}", "ours", partial(ours, lesson, x), cut=cut) for x in backend_names(device)),
+        *(Contestant(f"ours: {x}", "ours", partial(ours, lesson, x), cut=cut) for x in available),
+        *(Contestant(f"ours: {x}, exact", "ours", partial(ours, lesson, x, "exact")) for x in exact),
     ]
 
 
-def ours(lesson: Lesson, backend: str) -> Call:
+def ours(lesson: Lesson, backend: str, precision: str = "default") -> Call:
     student, weight, teacher, teacher_weight = lesson.tensors
     options: dict[str, Any] = {"kind": "reverse_kl"} if lesson.beta == 0 else {"kind": "jsd", "beta": lesson.beta}
 
     def forward() -> Tensor:
         return linear_divergence(
-            student, teacher, weight, weight_other=teacher_weight, backend=backend, **options
+            student, teacher, weight, weight_other=teacher_weight, precision=precision, backend=backend, **options
         ).divergence
 
     return differentiated(lesson, forward)

@@ -52,6 +52,14 @@ def test_ours_are_off_by_the_rounding_of_logits_and_trls_by_more(preset: str) ->
             assert errors["trl"] > 3 * errors[name] < errors["plain"]
 
 
+def test_exact_products_keep_the_bound_that_the_default_misses() -> None:
+    case, errors = case_of("tiny", False, []), {}
+    for name in ("ours: native", "ours: native, exact"):
+        each = contestant(case, name)
+        errors[name] = case.judge(each, each.prepare()).error
+    assert errors["ours: native, exact"] < 0.5 and errors["ours: native"] > 1
+
+
 def test_another_divergence_or_another_gradient_is_wrong() -> None:
     case = case_of("tiny", True, [])
     judge: Any = case.judge

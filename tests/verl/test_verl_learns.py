@@ -34,7 +34,7 @@ def test_greedy_accuracy_on_held_out_digits_grows_by_a_fifth(
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu={PROMPTS * ROLLOUTS}",
         f"reward.custom_reward_function.path={Path(__file__).parent / 'bench' / 'bench_digits.py'}",
         "trainer.val_before_train=True",
-        f"trainer.test_freq={STEPS // 2}",
+        f"trainer.test_freq={STEPS}",
         f"trainer.total_training_steps={STEPS}",
         folder=folder,
     )

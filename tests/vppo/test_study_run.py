@@ -30,7 +30,6 @@ def warmed(out: Path, seeds: int) -> Path:
     processor = build_processor([*WORDS, LOOK, GUESS])
     for seed in range(seeds):
         folder = StudyOptions(out, ("dapo",)).warm_folder(seed)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         save_whole(folder, build_model(processor, seed, WIDTH), processor, {"seed": seed, "seconds": 60.0, **WARM})
     return out
 

@@ -180,6 +180,7 @@ def save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] |
         shutil.rmtree(left, ignore_errors=True)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     with writing(folder, "make room, and go on with --resume"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()  # fails on whatever stands there, a planted link too
         try:
             model.save_pretrained(part)
