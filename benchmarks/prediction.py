@@ -68,6 +68,7 @@ class _Head:
     backward: bool
     device: torch.device
     dtype: torch.dtype = torch.float32
+    products: int = 1
 
     @property
     def footprint(self) -> Footprint:

@@ -58,6 +58,7 @@ class Tiled(Protocol):
     """What a tile is cut from: as much of a `Source` as its shape depends on."""
 
     views: int
+    products: int
     rows: int
     columns: int
     max_columns: int
@@ -187,13 +188,14 @@ def rounds(tiling: Tiling, source: Tiled, multiprocessors: int) -> float:
     """What all tiles of a source cost, in rounds of one block per multiprocessor."""
     height, width = min(tiling.rows, max(source.rows, 1)), min(tiling.columns, max(source.max_columns, 1))
     launch = LAUNCH if width % FOLD_COLUMNS == 0 else 2 * LAUNCH
+    stacked = source.views // source.products  # views whose rows are multiplied together
     heights = _parts(max(source.rows, 1), height)
     widths = _parts(max(source.max_columns, 1), width)
     return sum(
         many_rows
         * many_columns
         * (
-            math.ceil(blocks(source.views * rows, columns) / multiprocessors)
+            source.products * math.ceil(blocks(stacked * rows, columns) / multiprocessors)
             + launch
             + READ * (source.views * rows + columns)
         )
