@@ -157,7 +157,8 @@ def linear_divergence(
             are both bfloat16 or both float16. Those cut off what they add, so that a divergence is off by up to
             `1e-5 KL + 2e-5 sqrt(KL) + 1e-8` nats, a log-probability or entropy by up to 2e-4. "exact" sums the inner
             dimension in slabs, takes longer, and keeps float32's bounds: `1e-5 KL + 3e-6 sqrt(KL) + 1e-8` and 2e-5.
-        backend: "auto", "torch", "native", "triton", or "triton_fused" (no logits in memory; see its module).
+        backend: "auto", "torch", "native", "triton", or "native_fused" and "triton_fused" (no logits in memory; see
+            their modules).
         check: Raise on NaN and inf in the inputs (-inf is allowed in a bias), and compare up to 16 rows with the
             float64 definition. Code that `torch.compile` traces has no values to check: there only types and
             shapes are checked.

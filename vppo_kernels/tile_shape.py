@@ -224,6 +224,27 @@ def splits_of(tall: int, tiles: int, multiprocessors: int) -> int:
     return min(range(1, min(tiles, MOST_SPLITS) + 1), key=cost)
 
 
+def fused_rows(rows: int, row_bytes: int, each: int, tiles: int, places: int, most: int) -> int:
+    """Rows of each view that a fused sweep takes at a time, so that all of its sweeps take the fewest steps.
+
+    Args:
+        rows: Of each view, in all.
+        row_bytes: Of the hidden states of a row in all views.
+        each: Rows that a program takes.
+        tiles: Blocks of columns.
+        places: How many programs run at a time.
+        most: Bytes of the hidden states that a sweep may take, unless a single program takes more.
+    """
+
+    def cost(programs: int) -> float:
+        splits = splits_of(programs, tiles, places)
+        sweeps = -(-rows // (programs * each))
+        return sweeps * -(-programs * splits // places) * (-(-tiles // splits) + PROGRAM)
+
+    fit = max(min(most // (each * row_bytes), -(-rows // each)), 1)
+    return each * min(range(1, fit + 1), key=cost)
+
+
 def _parts(total: int, size: int) -> list[tuple[int, int]]:
     """Sizes of parts, and how many there are of each."""
     whole, rest = divmod(total, size)
