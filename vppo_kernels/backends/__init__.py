@@ -46,7 +46,9 @@ def _missing(name: str, device: Device, dtype: Dtype) -> str:
 def _no_sweep(device: Device) -> str:
     """Why the native library has no fused sweep for this device; "" if it has one."""
     places = getattr(native_library.library(device.type), "sweep_places", None)  # of CUDA's library, not of the CPU's
-    index = cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
+    index = device.index
+    if index is None:
+        index = cuda.current_device() if device.type == "cuda" and cuda.is_available() else 0
     return "" if places is not None and places(index, 1) else "it takes a Hopper GPU (compute capability 9.0)"
 
 
