@@ -53,6 +53,7 @@ def steps(device: str, out: Path) -> list[tuple[str, list[str], int]]:
         ("ceilings", own("ceilings"), 120),
         ("tests", tests, 300),
         ("tiles", own("tiles"), 150),
+        ("fused", own("fused"), 150),
         *((f"ours, {name}", suite(name, "", presets, rows, seconds), 180) for name in SUITES),
         ("profile", own("profile"), 60),
         ("memory checker", own("memory_checker"), 120),
@@ -95,7 +96,7 @@ def run(
 
 @app.command()
 def step(
-    name: Annotated[str, typer.Argument(help="ceilings, tiles, profile or memory_checker.")],
+    name: Annotated[str, typer.Argument(help="ceilings, tiles, fused, profile or memory_checker.")],
     device: Annotated[str, typer.Option()] = "cuda",
     out: Annotated[Path, typer.Option()] = RESULTS,
 ) -> None:
@@ -106,7 +107,7 @@ def step(
 
     where = torch.device(device)
     made: dict[str, Callable[..., Any]] = dict(
-        ceilings=ceilings, tiles=tiles, profile=profile, memory_checker=memory_checker
+        ceilings=ceilings, tiles=tiles, fused=fused, profile=profile, memory_checker=memory_checker
     )
     if name not in made:
         raise typer.BadParameter(f"got {name!r}, takes one of {list(made)}")
@@ -246,7 +247,7 @@ def tiles(device: Any) -> dict[str, Any]:
         targets, none = torch.zeros(rows // 2, dtype=torch.int64, device=device), tile[:0]
         grads = torch.ones(2, rows // 2, device=device)
         for name in backends.available(device):
-            if name in ("torch", "triton_fused"):
+            if name == "torch" or name.endswith("_fused"):
                 continue
             ops = backends.resolve(name, device, torch.float32).tiles
             known = ops.fold_pair(tile, targets, 0, nothing(2, rows // 2, tile), none)
@@ -259,6 +260,43 @@ def tiles(device: Any) -> dict[str, Any]:
             line = dict(preset=preset, rows=rows, columns=columns, call=name)
             found.append(line | dict(seconds=timed(device, call), host_seconds=host_seconds(call, 50)))
     return dict(tiles=found)
+
+
+def fused(device: Any) -> dict[str, Any]:
+    """Forward sweeps of two views, through tiles and fused, beside what the model says; `off` from the first of them,
+    as a multiple of the bound. The native one goes in clusters of every size."""
+    import torch
+
+    from benchmarks import prediction
+    from benchmarks.inputs import PRESETS, make_views, make_weight
+    from vppo_kernels import backends, linear_divergence
+    from vppo_kernels.backends import native_fused
+    from vppo_kernels.reference import divergence_bound
+
+    gpu = device.type == "cuda"
+    model: list[tuple[str, Any]] = [
+        ("triton", prediction.forward), ("triton_fused", prediction.fused), ("native", prediction.forward),
+        *(("native_fused", partial(prediction.native_fused, cluster=size)) for size in (4, 2, 1)),
+    ]  # fmt: skip
+    found = []
+    for preset in ("7b", "32b") if gpu else ("tiny",):
+        weight = make_weight(PRESETS[preset], device, torch.bfloat16)
+        for rows in (1024, 4096, 16_384) if gpu else (16,):
+            hidden, perturbed = make_views(weight, rows)
+            first = None
+            for name, predict in [each for each in model if each[0] in backends.available(device)]:
+                cluster = predict.keywords["cluster"] if name == "native_fused" else None
+                native_fused.CLUSTER = cluster or native_fused.CLUSTER
+                call = partial(linear_divergence, hidden, perturbed, weight, backend=name)
+                kl = call().divergence.double()
+                first = kl if first is None else first
+                predicted = predict(prediction.GPUS["here"](), 2, rows, PRESETS[preset]).total if gpu else None
+                line: dict[str, Any] = dict(
+                    preset=preset, rows=rows, backend=name, cluster=cluster, predicted=predicted
+                )
+                off = float(((kl - first).abs() / divergence_bound(first, cut=True)).max())
+                found.append(line | dict(seconds=timed(device, call), off=off))
+    return dict(sweeps=found)
 
 
 def profile(device: Any) -> dict[str, Any]:
@@ -294,6 +332,7 @@ def profile(device: Any) -> dict[str, Any]:
 CHECKED = """
 import torch
 from vppo_kernels import linear_divergence, linear_logprob, topk_mask, vppo_loss
+from vppo_kernels.backends import available
 g = torch.Generator("cuda").manual_seed(0)
 h, q, w = (torch.randn(n, 40, device="cuda", generator=g).bfloat16().requires_grad_() for n in (13, 13, 1029))
 y = torch.arange(13, device="cuda")
@@ -301,6 +340,10 @@ out = linear_divergence(h, q, w, targets=y, backend="triton", kind="jsd")
 (out.divergence.sum() + out.entropy.sum() + out.logprobs.sum()).backward()
 linear_divergence(h, q, w, backend="triton").divergence.sum().backward()
 linear_logprob(h, w, y, backend="triton").logprobs.sum().backward()
+with torch.no_grad():
+    for name in [name for name in available("cuda") if name.endswith("_fused")]:
+        linear_divergence(h, q, w, targets=y, backend=name)
+        linear_logprob(h, w, y, backend=name)
 p = torch.rand(3, 37, device="cuda", requires_grad=True)
 vppo_loss(p, p.detach(), torch.ones(3, device="cuda"), torch.ones(3, 37, device="cuda"), p.detach())[0].backward()
 torch.cuda.synchronize()
@@ -308,7 +351,7 @@ torch.cuda.synchronize()
 
 
 def memory_checker(device: Any) -> dict[str, Any]:
-    """Every Triton kernel on tiny odd shapes under NVIDIA's checker of memory accesses, if it is there."""
+    """Triton's kernels and the fused sweeps on tiny odd shapes under NVIDIA's checker of memory, if it is there."""
     from shutil import which
 
     tool = which("compute-sanitizer")

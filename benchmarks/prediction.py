@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.inputs import PRESETS, Shape
-from vppo_kernels.tile_shape import MIB, Chip, Footprint, Tiling, blocks, choose_tiling, splits_of
+from vppo_kernels.tile_shape import MIB, Chip, Footprint, Tiling, blocks, choose_tiling, fused_rows, splits_of
 
 WORKSPACE = 256 * MIB
 BLOCK_STEP = 64  # of the inner dimension, in one step of a block's product
@@ -28,6 +28,10 @@ FOLD_PAIR, FOLD, GRADIENT = 38.7, 11.3, 25.0
 # the fused sweep: the same of its tile, which nothing overlaps, and its products' share of the peak: published rates of
 # Triton's own, whose blocks each read the cache for themselves
 FUSED_PAIR, FUSED, FUSED_EFFICIENCY = 42.6, 13.2, 0.70
+# the native one, on Hopper: the same of a warpgroup's tile, stages that a warpgroup is ahead of the other (of four, as
+# others are being copied), and seconds of a block before its first product and after its last
+NATIVE_PAIR, NATIVE, STAGES, BLOCK_START = 34.0, 8.0, 2, 3e-6
+PLACES = {1: 132, 2: 66, 4: 32}  # clusters that run at a time, of so many blocks: parts of a chip hold 16 or 18 blocks
 
 
 class Gpu(NamedTuple):
@@ -54,6 +58,7 @@ GPUS: dict[str, Callable[[], Gpu]] = {
     "b200": lambda: Gpu(Chip(126 * MIB, 148), 8192, 1.75e9, 7.2e12, 10e12),
     "here": _here,
 }
+HOPPER = ("h100", "h200")  # which have a native fused sweep
 
 
 @dataclass
@@ -68,6 +73,7 @@ class _Head:
     backward: bool
     device: torch.device
     dtype: torch.dtype = torch.float32
+    products: int = 1
 
     @property
     def footprint(self) -> Footprint:
@@ -88,6 +94,11 @@ class Prediction(NamedTuple):
     total: float
     products: float
     rest: float
+
+    @property
+    def multiple(self) -> float:
+        """Of the bare products."""
+        return self.total / self.floor
 
 
 def forward_tiling(gpu: Gpu, views: int, rows: int, shape: Shape, backward: bool = False) -> Tiling:
@@ -136,6 +147,30 @@ def fused(gpu: Gpu, views: int, rows: int, shape: Shape) -> Prediction:
     return Prediction(floor(gpu, views * rows, shape, 1), made + folded, made, folded)
 
 
+def native_fused(gpu: Gpu, views: int, rows: int, shape: Shape, cluster: int = 4) -> Prediction:
+    """The same for Hopper, whose warpgroups fold in turn, and whose blocks share the weight in clusters.
+
+    A stage's products take what its copies take from the cache, where that is longer. While one warpgroup folds, the
+    other multiplies as far as the stages reach; what is left of the fold costs time.
+    """
+    made = folded = 0.0
+    step = 128 * 256 * BLOCK_STEP * 2 / (gpu.operations * gpu.clock * EFFICIENCY)
+    fold_of_tile = 64 * 256 // views * (NATIVE_PAIR if views == 2 else NATIVE) / 32 / (4 * gpu.clock * ISSUE)
+    tiles, tall = -(-shape.vocab // 256), -(-views * rows // 128)
+    ranks = next(ranks for ranks in (cluster, 2, 1) if ranks <= tall)
+    most, places = min(gpu.chip.cache // 2, WORKSPACE // 4), PLACES[ranks]
+    taken = fused_rows(rows, 2 * views * shape.width, 128 * ranks // views, tiles, places, most)
+    for part in Tiling(taken, 1).row_tiles(rows):
+        clusters = -(-views * (part.stop - part.start) // (128 * ranks))
+        splits = splits_of(clusters, tiles, places)
+        waves = -(-clusters * splits // places)
+        copied = 2 * BLOCK_STEP * (128 + 256 // ranks) * gpu.chip.multiprocessors / gpu.cache
+        each, last = max(step, copied), waves * (fold_of_tile + BLOCK_START)
+        made += waves * -(-tiles // splits) * math.ceil(shape.width / BLOCK_STEP) * each
+        folded += waves * -(-tiles // splits) * max(fold_of_tile - STAGES * each / 2, 0.0) + last + 2 * GAP
+    return Prediction(floor(gpu, views * rows, shape, 1), made + folded, made, folded)
+
+
 def loss(gpu: Gpu, active: int, shape: Shape) -> Prediction:
     """A sweep of the active rows with its backward: the tiles made once more, and two products of their gradient."""
     once = forward(gpu, 1, active, shape)
@@ -168,20 +203,28 @@ def of(suite: str, labels: dict[str, Any]) -> float | None:
 
 
 def view(name: str, presets: list[str], rows: list[int]) -> Table:
-    """Milliseconds of the sweeps, and as multiples of the bare products."""
+    """Milliseconds of the sweeps, and multiples of the bare products; of the fused ones these alone."""
     table = Table(
-        title=f"{name}, predicted: ms, and multiples of the bare products; the loss with 40 % of the rows active"
+        title=f"{name}, predicted: ms and multiples of the bare products; KL through tiles, fused by Triton and by the "
+        "native library; loss with 40 % of the rows active"
     )
-    for heading in ("", "rows", "tile", "KL", "KL, fused", "loss"):
+    for heading in ("", "rows", "tile", "KL", "Triton", "native", "loss"):
         table.add_column(heading, justify="right", no_wrap=True)
     gpu = GPUS[name]()
     for preset in presets:
         shape = PRESETS[preset]
         for count in rows:
             tiling = forward_tiling(gpu, 2, count, shape)
-            cells = [preset, f"{count:,}", f"2 x {tiling.rows:,} x {tiling.columns:,}"]
-            active = max(round(0.4 * count), 1)
-            for found in (forward(gpu, 2, count, shape), fused(gpu, 2, count, shape), loss(gpu, active, shape)):
-                cells.append(f"{1e3 * found.total:.1f}  {found.total / found.floor:.2f} x")
-            table.add_row(*cells)
+            tiles, of_loss = forward(gpu, 2, count, shape), loss(gpu, max(round(0.4 * count), 1), shape)
+            by_triton = fused(gpu, 2, count, shape)
+            native = f"{native_fused(gpu, 2, count, shape).multiple:.2f}x" if name in HOPPER else ""
+            table.add_row(
+                preset,
+                f"{count:,}",
+                f"{tiling.rows:,} x {tiling.columns:,}",
+                f"{1e3 * tiles.total:.1f} {tiles.multiple:.2f}x",
+                f"{by_triton.multiple:.2f}x",
+                native,
+                f"{1e3 * of_loss.total:.1f} {of_loss.multiple:.2f}x",
+            )
     return table

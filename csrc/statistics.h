@@ -18,6 +18,15 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kFloor = -1.0e30f;  // -EXP_FLOOR of statistics.py: stands for an infinite distance
 constexpr float kApart = 4.0f;      // APART of statistics.py
 
+// `a / b` for b from FLT_MIN to 1e38, on a GPU to 2 ulp: exact division calls a function there, and saves registers for it.
+VPPO_BOTH float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // `exp(x) - 1 - x` as a series, for |x| < 0.5: there the difference would lose its digits (error 1e-9 of the value).
 VPPO_BOTH float phi_near(float x) {
   float series = 1.0f / 5040 + x * (1.0f / 40320 + x * (1.0f / 362880));
@@ -87,8 +96,8 @@ VPPO_BOTH PairStats merge(const PairStats& a, const PairStats& b) {
   const float weight_a = expf(down_a) * a.p.sum, weight_b = expf(down_b) * b.p.sum;
   const float total = fmaxf(p.sum, FLT_MIN);
   // starting from the heavier part: a huge gap in a part with hardly any weight must not swallow its digits
-  const float mean = weight_a > weight_b ? mean_diff_a + weight_b / total * (mean_diff_b - mean_diff_a)
-                                         : mean_diff_b + weight_a / total * (mean_diff_a - mean_diff_b);
+  const float mean = weight_a > weight_b ? mean_diff_a + quotient(weight_b, total) * (mean_diff_b - mean_diff_a)
+                                         : mean_diff_b + quotient(weight_a, total) * (mean_diff_a - mean_diff_b);
   const float mean_diff = a.mean_diff == INFINITY || b.mean_diff == INFINITY ? INFINITY : p.sum > 0.0f ? mean : 0.0f;
   return {p, q, mean_diff,
           move_excess(a, mean_diff - mean_diff_a, down_a, lower_a + (mean_diff - a.mean_diff)) +

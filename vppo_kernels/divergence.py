@@ -159,7 +159,8 @@ def linear_divergence(
             dimension in slabs, takes longer, and keeps float32's bounds: `1e-5 KL + 3e-6 sqrt(KL) + 1e-8` and 2e-5.
             Of two heads "exact" also multiplies in float64 what would be multiplied in float32, which takes about
             twice as long, and keeps that bound where the default may miss it.
-        backend: "auto", "torch", "native", "triton", or "triton_fused" (no logits in memory; see its module).
+        backend: "auto", "torch", "native", "triton", or "native_fused" and "triton_fused" (no logits in memory; see
+            their modules).
         check: Raise on NaN and inf in the inputs (-inf is allowed in a bias), and compare up to 16 rows with the
             float64 definition. Code that `torch.compile` traces has no values to check: there only types and
             shapes are checked.

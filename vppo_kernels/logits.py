@@ -79,6 +79,7 @@ class Source(Protocol):
 
     Attributes:
         views: 1 or 2.
+        products: How many matrix products a tile takes, each of as many views: 2 where each view has a head of its own.
         rows: Rows that take part: all, or in a backward the active ones.
         columns: Vocabulary columns that this process holds, the first of which is `first` of the whole vocabulary.
         max_columns: The most columns that any rank holds.
@@ -89,6 +90,7 @@ class Source(Protocol):
     """
 
     views: int
+    products: int
     rows: int
     columns: int
     first: int
@@ -194,6 +196,8 @@ class LinearHead:
             float64 what would be multiplied in float32.
         dtype: Of the logits, where that of these inputs is not enough for another view's; None for theirs.
     """
+
+    products = 1
 
     def __init__(
         self,
@@ -407,7 +411,7 @@ class LinearHead:
 class GivenLogits:
     """Logits that the caller holds: one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
 
-    footprint, shares_columns = Footprint(0, 0, 0, 0), False
+    products, footprint, shares_columns = 1, Footprint(0, 0, 0, 0), False
 
     def __init__(
         self,

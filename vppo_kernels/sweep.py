@@ -100,7 +100,10 @@ def _source(
         return GivenLogits(views, options[0], parts[0], active, want_views), chosen
     w, b, want_w, want_b = heads[0]
     wanted = want_views, want_w, want_b
-    return LinearHead(views, w, b, options[0], parts[0], active, wanted, chosen.product, exact), chosen
+    head = LinearHead(views, w, b, options[0], parts[0], active, wanted, chosen.product, exact)
+    if chosen.fused is not None and (reason := chosen.fused.refuses(head)):
+        raise ValueError(f"backend: got {backend!r}, {reason}")
+    return head, chosen
 
 
 def run_sweep(

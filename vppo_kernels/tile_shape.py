@@ -58,6 +58,7 @@ class Tiled(Protocol):
     """What a tile is cut from: as much of a `Source` as its shape depends on."""
 
     views: int
+    products: int
     rows: int
     columns: int
     max_columns: int
@@ -187,13 +188,14 @@ def rounds(tiling: Tiling, source: Tiled, multiprocessors: int) -> float:
     """What all tiles of a source cost, in rounds of one block per multiprocessor."""
     height, width = min(tiling.rows, max(source.rows, 1)), min(tiling.columns, max(source.max_columns, 1))
     launch = LAUNCH if width % FOLD_COLUMNS == 0 else 2 * LAUNCH
+    stacked = source.views // source.products  # views whose rows are multiplied together
     heights = _parts(max(source.rows, 1), height)
     widths = _parts(max(source.max_columns, 1), width)
     return sum(
         many_rows
         * many_columns
         * (
-            math.ceil(blocks(source.views * rows, columns) / multiprocessors)
+            source.products * math.ceil(blocks(stacked * rows, columns) / multiprocessors)
             + launch
             + READ * (source.views * rows + columns)
         )
@@ -220,6 +222,27 @@ def splits_of(tall: int, tiles: int, multiprocessors: int) -> int:
         return -(-tall * splits // multiprocessors) * (-(-tiles // splits) + PROGRAM)
 
     return min(range(1, min(tiles, MOST_SPLITS) + 1), key=cost)
+
+
+def fused_rows(rows: int, row_bytes: int, each: int, tiles: int, places: int, most: int) -> int:
+    """Rows of each view that a fused sweep takes at a time, so that all of its sweeps take the fewest steps.
+
+    Args:
+        rows: Of each view, in all.
+        row_bytes: Of the hidden states of a row in all views.
+        each: Rows that a program takes.
+        tiles: Blocks of columns.
+        places: How many programs run at a time.
+        most: Bytes of the hidden states that a sweep may take, unless a single program takes more.
+    """
+
+    def cost(programs: int) -> float:
+        splits = splits_of(programs, tiles, places)
+        sweeps = -(-rows // (programs * each))
+        return sweeps * -(-programs * splits // places) * (-(-tiles // splits) + PROGRAM)
+
+    fit = max(min(most // (each * row_bytes), -(-rows // each)), 1)
+    return each * min(range(1, fit + 1), key=cost)
 
 
 def _parts(total: int, size: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -95,8 +96,8 @@ def merge_packed_pair(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _head_to_fuse(source: Source, fused: FusedSweep | None) -> LinearHead | None:
-    """The source where a fused sweep takes it, else None."""
-    if fused is None or not isinstance(source, LinearHead) or not source.rows or not source.columns:
+    """The source where a fused sweep takes it, else None; the same on all ranks."""
+    if fused is None or not isinstance(source, LinearHead) or not source.rows:
         return None
     # a cap's rounding must be the same here and in the backward, whose tiles torch caps; and its sums have no slabs
     return None if source.transform.softcap is not None or source.exact else source
@@ -133,6 +134,9 @@ def forward(source: Source, ops: TileOps, targets: Tensor, workspace: int, fused
     """
     tiling = choose_tiling(source, ops, workspace or current_workspace())
     head = _head_to_fuse(source, fused)
+    if fused is not None and head is not None:
+        tiling = replace(tiling, rows=fused.rows(head, tiling.rows, workspace or current_workspace()))
+        head = head if source.columns else None
     buffers = [] if head else [buffer_of(source, tiling, 1)]
     scratch = buffer_of(source, tiling, ops.SCRATCH)
     column_tiles, blocks = list(tiling.column_tiles(source.columns)), []
@@ -161,6 +165,9 @@ def forward_pair(
     jsd = beta is not None
     tiling = choose_tiling(source, ops, workspace or current_workspace(), keep_tiles=jsd)
     head = None if jsd else _head_to_fuse(source, fused)
+    if fused is not None and head is not None:
+        tiling = replace(tiling, rows=fused.rows(head, tiling.rows, workspace or current_workspace()))
+        head = head if source.columns else None
     column_tiles = list(tiling.column_tiles(source.columns))
     buffers = [] if head else [buffer_of(source, tiling, 2) for _ in (column_tiles if jsd else column_tiles[:1])]
     scratch = buffer_of(source, tiling, ops.SCRATCH)

@@ -17,7 +17,7 @@ class TwoHeads:
         p, q: One view each, of the same rows, columns, dtype of logits and process group.
     """
 
-    views = 2
+    views = products = 2
 
     def __init__(self, p: LinearHead, q: LinearHead) -> None:
         self.heads = (p, q)

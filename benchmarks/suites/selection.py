@@ -47,7 +47,7 @@ def contestants(scores: Scores, names: list[str]) -> list[Contestant]:
     """The floor, then everybody's mask, then everybody's advantages, which need the mask."""
     known = peers("selection")
     # both of Triton's backends have the same kernels for tokens
-    available = [name for name in backends.available(scores.values.device) if name != "triton_fused"]
+    available = [name for name in backends.available(scores.values.device) if not name.endswith("_fused")]
 
     def floor() -> Call:
         out = torch.empty_like(scores.values)

@@ -45,17 +45,6 @@ struct Chunk {
   }
 };
 
-// `first` is where the view begins: kP or kQ.
-__device__ SoftmaxStats load_stats(Fields packed, int first, int64_t row) {
-  return {field(packed, first + kMax, row), field(packed, first + kSum, row), field(packed, first + kWeightedSum, row)};
-}
-
-__device__ void store_stats(Fields packed, int first, int64_t row, const SoftmaxStats& stats) {
-  field(packed, first + kMax, row) = stats.max;
-  field(packed, first + kSum, row) = stats.sum;
-  field(packed, first + kWeightedSum, row) = stats.weighted_sum;
-}
-
 template <int THREADS, int WIDTH>
 __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
     fold_kernel(Tile tile, Targets targets, Fields stats) {
@@ -105,8 +94,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
   const float* p_row = tile.data + row * tile.columns;
   const float* q_row = p_row + tile.rows * tile.columns;
 
-  PairStats total{load_stats(stats, kP, row), load_stats(stats, kQ, row), field(stats, kMeanDiff, row),
-                  field(stats, kExcess, row)};
+  PairStats total = load_pair_stats(stats, row);
   for (int64_t start = 0; start < tile.columns; start += Chunk<THREADS, WIDTH>::kColumns) {
     const Chunk<THREADS, WIDTH> chunk(start, tile.columns);
     float z_p[kHeld], z_q[kHeld];
@@ -156,10 +144,7 @@ __global__ void __launch_bounds__(THREADS * kRowsOfBlock<THREADS>)
   }
 
   if (threadIdx.x == 0) {
-    store_stats(stats, kP, row, total.p);
-    store_stats(stats, kQ, row, total.q);
-    field(stats, kMeanDiff, row) = total.mean_diff;
-    field(stats, kExcess, row) = total.excess;
+    store_stats(stats, row, total);
     const int64_t target = target_column(targets, row, tile.columns);
     if (target >= 0) {
       field(stats, kP + kTarget, row) = p_row[target];

@@ -1,4 +1,4 @@
-// One row of a softmax, or of two, read from packed fields.
+// One row of a softmax, or of two, and of their statistics, read from packed fields.
 #pragma once
 
 #include "../statistics.h"
@@ -22,6 +22,29 @@ __device__ inline float log_share_p(float d, const Mixture& m) {
 }
 __device__ inline float log_share_q(float d, const Mixture& m) {
   return log_share(-d, m.of_q, m.of_p, m.log_of_q, m.log_of_p);
+}
+
+// Statistics of a row; `first` is where a view's begin: kP or kQ.
+__device__ inline SoftmaxStats load_stats(const Fields& packed, int first, int64_t row) {
+  return {field(packed, first + kMax, row), field(packed, first + kSum, row), field(packed, first + kWeightedSum, row)};
+}
+
+__device__ inline PairStats load_pair_stats(const Fields& packed, int64_t row) {
+  return {load_stats(packed, kP, row), load_stats(packed, kQ, row), field(packed, kMeanDiff, row),
+          field(packed, kExcess, row)};
+}
+
+__device__ inline void store_stats(const Fields& packed, int first, int64_t row, const SoftmaxStats& stats) {
+  field(packed, first + kMax, row) = stats.max;
+  field(packed, first + kSum, row) = stats.sum;
+  field(packed, first + kWeightedSum, row) = stats.weighted_sum;
+}
+
+__device__ inline void store_stats(const Fields& packed, int64_t row, const PairStats& stats) {
+  store_stats(packed, kP, row, stats.p);
+  store_stats(packed, kQ, row, stats.q);
+  field(packed, kMeanDiff, row) = stats.mean_diff;
+  field(packed, kExcess, row) = stats.excess;
 }
 
 // One view of a row over the whole vocabulary; `first` is where it begins: kP or kQ.

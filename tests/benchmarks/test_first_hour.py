@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import first_hour
 
 
-@pytest.mark.parametrize("name", ["ceilings", "tiles", "profile", "memory_checker"])
+@pytest.mark.parametrize("name", ["ceilings", "tiles", "fused", "profile", "memory_checker"])
 def test_a_step_writes_its_json(tmp_path: Path, name: str) -> None:
     done = CliRunner().invoke(first_hour.app, ["step", name, "--device", "cpu", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -21,6 +21,9 @@ def test_a_step_writes_its_json(tmp_path: Path, name: str) -> None:
     assert {"machine", "versions"} < found.keys()
     if name == "ceilings":
         assert found["copy_bytes_per_second"] > 0 and all(line["teraflops"] > 0 for line in found["products"])
+    if name == "fused":
+        assert {"native", "triton_fused"} & {line["backend"] for line in found["sweeps"]}
+        assert all(line["seconds"] > 0 and line["off"] < 1 for line in found["sweeps"])
     if name == "tiles":
         calls = {line["call"] for line in found["tiles"]}
         assert "product" in calls and all(line["seconds"] > 0 for line in found["tiles"])
@@ -56,7 +59,7 @@ def test_what_fails_or_lasts_costs_only_itself(tmp_path: Path, monkeypatch: pyte
 def test_the_order_and_the_time_of_a_gpu(tmp_path: Path) -> None:
     listed = first_hour.steps("cuda", tmp_path)
     names = [name for name, _, _ in listed]
-    assert names[:3] == ["ceilings", "tests", "tiles"] and all(name.startswith("peers") for name in names[-3:])
+    assert names[:4] == ["ceilings", "tests", "tiles", "fused"] and all(name.startswith("peers") for name in names[-3:])
     for _, command, _ in listed:
         if "benchmarks" in command and "run" in command:
             assert "--time-wrong" in command

@@ -36,6 +36,20 @@ def test_a_fused_sweep_pays_for_what_nothing_overlaps() -> None:
         assert found[0].total < prediction.fused(gpu._replace(clock=gpu.clock / 2), views, 256, SEVEN).total
 
 
+def test_the_native_fused_sweep_hides_its_folds_and_shares_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So half the cache's rate costs it less than a block that reads the weight for itself would pay."""
+    gpu = prediction.GPUS["h100"]()
+    for views in (1, 2):
+        for rows in (256, 4096, 16_384):
+            found = prediction.native_fused(gpu, views, rows, SEVEN)
+            assert found.floor < found.products < found.total < prediction.fused(gpu, views, rows, SEVEN).total
+    slow = prediction.native_fused(gpu._replace(cache=gpu.cache / 2), 2, 4096, SEVEN)
+    assert found.products < slow.products * 4096 / 256 and slow.total < 2.5 * slow.floor
+    before = prediction.native_fused(gpu, 2, 4096, SEVEN)
+    monkeypatch.setattr(prediction, "STAGES", 0)
+    assert prediction.native_fused(gpu, 2, 4096, SEVEN).rest > before.rest
+
+
 def test_more_instructions_and_less_memory_cost_time(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = prediction.GPUS["h100"]()
     before = prediction.forward(gpu, 2, 4096, SEVEN)
@@ -64,6 +78,7 @@ def test_a_case_on_a_gpu_has_a_prediction_beside_it(monkeypatch: pytest.MonkeyPa
 
 def test_the_command() -> None:
     done = CliRunner().invoke(app, ["predict", "--gpu", "h100", "--preset", "7b", "--rows", "4096"], terminal_width=200)
-    assert done.exit_code == 0 and "2 x 1,366 x 3,072" in done.output, done.output
+    assert done.exit_code == 0 and "1,366 x 3,072" in done.output, done.output
+    assert "1.50x" in done.output and "1.08x" in done.output, done.output
     wrong = CliRunner().invoke(app, ["predict", "--gpu", "v100"])
     assert wrong.exit_code == 2 and "takes one of" in wrong.output

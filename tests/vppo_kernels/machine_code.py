@@ -14,6 +14,7 @@ import triton
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
+SECTION = re.compile(r"\s*\.section\s+\.text\.(\w+)")
 
 
 class Loop(NamedTuple):
@@ -31,17 +32,17 @@ class _Code(NamedTuple):
     ends: set[int]
 
 
-def loops(cubin: bytes) -> list[Loop]:
-    """Every loop of a kernel, the largest first."""
-    code = _read(cubin)
+def loops(cubin: bytes, kernel: str = "") -> list[Loop]:
+    """Every loop of a kernel, the largest first. `kernel` is a part of its name, if there are several."""
+    code = _read(cubin, kernel)
     spans = [(to, at) for at, (to, _) in code.branches.items() if to < at]  # one to itself is the end's padding
     return _largest_first(Loop(end - start + 1, Counter(code.names[start : end + 1])) for start, end in spans)
 
 
-def shortest_ways(cubin: bytes) -> list[Loop]:
+def shortest_ways(cubin: bytes, kernel: str = "") -> list[Loop]:
     """The fewest instructions that lead once around each loop, inner loops gone through once: what is skipped where
-    nothing rare happens is left out."""
-    code, ways = _read(cubin), []
+    nothing rare happens is left out. `kernel` as in `loops`."""
+    code, ways = _read(cubin, kernel), []
     for start in {to for at, (to, _) in code.branches.items() if to < at}:
         before: dict[int, tuple[int, int]] = {start: (1, -1)}  # steps to an instruction, and the one it is reached from
         turns = [at for at, (to, _) in code.branches.items() if to == start and at > start]
@@ -68,12 +69,17 @@ def _largest_first(found: Iterable[Loop]) -> list[Loop]:
     return sorted(found, key=lambda loop: -loop.size)
 
 
-def _read(cubin: bytes) -> _Code:
+def _read(cubin: bytes, kernel: str = "") -> _Code:
     names: list[str] = []
     branches: list[tuple[int, str, bool]] = []
     ends: set[int] = set()
     labels: dict[str, int] = {}
+    here = True
     for line in _disassembled(cubin).splitlines():
+        if section := SECTION.match(line):
+            here = kernel in section[1]
+        if not here:
+            continue
         if label := LABEL.match(line):
             labels[label[1]] = len(names)
         elif found := INSTRUCTION.search(line):

@@ -20,6 +20,7 @@ if "triton_fused" not in available("cpu"):
     pytest.skip("Triton's interpreter is not on", allow_module_level=True)
 
 from vppo_kernels.backends import triton_fused as fused
+from vppo_kernels.backends.turns import in_turns
 
 
 def run(views: Views, bias: bool = True, **options: Any) -> DivergenceOutput:
@@ -40,7 +41,7 @@ def test_eights_that_are_not_full(rows: int) -> None:
 
 def test_rows_alternate_in_eights() -> None:
     stacked = torch.arange(22.0).unsqueeze(1) + 1
-    turns = fused._in_turns(stacked).view(2, 2, 8)
+    turns = in_turns(stacked).view(2, 2, 8)
     assert turns[0].tolist() == [list(range(1, 9)), list(range(12, 20))]
     assert turns[1].tolist() == [[9, 10, 11] + 5 * [0], [20, 21, 22] + 5 * [0]]
 

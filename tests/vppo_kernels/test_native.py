@@ -465,6 +465,14 @@ def test_auto_takes_it_on_a_cpu_and_says_once_where_it_is_missing(monkeypatch: p
         _choose("native", cpu, torch.float32)
 
 
+def test_native_fused_is_for_hopper_alone_and_never_automatic() -> None:
+    cpu = torch.device("cpu")
+    for dtype, reason in ((torch.float32, "it takes a Hopper GPU"), (torch.float64, "it takes bfloat16 and float16")):
+        assert "native_fused" not in available(cpu, dtype)
+        with pytest.raises(ValueError, match=f"backend: got 'native_fused', takes one of .* here: {reason}"):
+            _choose("native_fused", cpu, dtype)
+
+
 def test_selection_on_16_bits_and_strided_scores() -> None:
     g = torch.Generator().manual_seed(0)
     wide, mask = torch.randn(9, 400, generator=g), torch.rand(9, 200, generator=g) < 0.8

@@ -97,7 +97,7 @@ def multiplies(backend: str, kind: str) -> None:
         pytest.skip("multiplies nothing here")
 
 
-@pytest.mark.parametrize("name", ["torch", "triton_fused"])
+@pytest.mark.parametrize("name", ["torch", "triton_fused", "native_fused"])
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd"])
 def test_divergences_hold_the_bound_of_their_precision(model: Model, kind: str, name: str) -> None:
     multiplies(name, kind)
@@ -117,7 +117,7 @@ def test_divergences_hold_the_bound_of_their_precision(model: Model, kind: str, 
             assert float((value - truth).abs().max()) < bound
 
 
-@pytest.mark.parametrize("name", ["torch", "triton_fused"])
+@pytest.mark.parametrize("name", ["torch", "triton_fused", "native_fused"])
 def test_log_probabilities_hold_the_bound_of_their_precision(model: Model, name: str) -> None:
     """Of likely tokens and of all others, whose logits are rounded apart from the normaliser."""
     multiplies(name, "logprob")

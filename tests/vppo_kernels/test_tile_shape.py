@@ -30,6 +30,7 @@ class Head:
     max_columns: int = VOCAB
     device: torch.device = CUDA
     dtype: torch.dtype = torch.float32
+    products: int = 1
 
     @property
     def footprint(self) -> Footprint:
@@ -46,18 +47,21 @@ def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 def tiles(tiling: Tiling, head: Head) -> list[tuple[int, int]]:
-    """(rows of all views, columns) of every tile."""
-    rows = [head.views * (part.stop - part.start) for part in tiling.row_tiles(head.rows)]
+    """(rows, columns) of every product."""
+    rows = [head.views // head.products * (part.stop - part.start) for part in tiling.row_tiles(head.rows)]
     columns = [part.stop - part.start for part in tiling.column_tiles(head.columns)]
-    return [(r, c) for r in rows for c in columns]
+    return [(r, c) for r in rows for c in columns for _ in range(head.products)]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("width", [2048, 3584, 5120])
-@pytest.mark.parametrize("views", [1, 2])
-def test_rounds_are_whole_and_tiles_alike(multiprocessors: int, views: int, width: int, backward: bool) -> None:
+@pytest.mark.parametrize(("views", "products"), [(1, 1), (2, 1), (2, 2)])
+def test_rounds_are_whole_and_tiles_alike(
+    multiprocessors: int, views: int, products: int, width: int, backward: bool
+) -> None:
+    """Of two heads, each has a product of its own, of half of the rows."""
     for rows in ROWS:
-        head = Head(views, rows, width, backward)
+        head = Head(views, rows, width, backward, products=products)
         tiling = choose_tiling(head, OPS, 256 * MIB, sum_rows=backward and rows > 1000)
         taken = [blocks(*tile) for tile in tiles(tiling, head)]
         rounds = sum(-(-count // multiprocessors) for count in taken)

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from torch import Tensor, compiler, float32, float64
+from torch import Tensor, compiler, cuda, float32, float64
 from torch import device as Device
 from torch import dtype as Dtype
 
@@ -20,7 +20,7 @@ from vppo_kernels.backends import torch_tokens
 from vppo_kernels.backends.protocols import FusedSweep, TileOps, TokenOps
 from vppo_kernels.logits import NarrowProduct
 
-NAMES = ("torch", "native", "triton", "triton_fused")
+NAMES = ("torch", "native", "native_fused", "triton", "triton_fused")
 
 
 def _missing(name: str, device: Device, dtype: Dtype) -> str:
@@ -29,6 +29,10 @@ def _missing(name: str, device: Device, dtype: Dtype) -> str:
         return ""
     if name == "native":
         return "it takes float32, bfloat16 and float16" if dtype == float64 else native_library.missing(device.type)
+    if name == "native_fused":
+        if dtype == float64:
+            return "it takes bfloat16 and float16"
+        return native_library.missing(device.type) or _no_sweep(device)
     if not _installed("triton"):
         return "Triton is not installed"
     if dtype == float64:
@@ -36,6 +40,16 @@ def _missing(name: str, device: Device, dtype: Dtype) -> str:
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return "Triton needs a GPU (or TRITON_INTERPRET=1)"
     return ""
+
+
+@cache
+def _no_sweep(device: Device) -> str:
+    """Why the native library has no fused sweep for this device; "" if it has one."""
+    places = getattr(native_library.library(device.type), "sweep_places", None)  # of CUDA's library, not of the CPU's
+    index = device.index
+    if index is None:
+        index = cuda.current_device() if device.type == "cuda" and cuda.is_available() else 0
+    return "" if places is not None and places(index, 1) else "it takes a Hopper GPU (compute capability 9.0)"
 
 
 @cache
@@ -109,6 +123,10 @@ def resolve(name: str, device: Device, dtype: Dtype) -> Backend:
         from vppo_kernels.backends import native
 
         return Backend(name, native, product=native.product if native.has_product() else None)
+    if name == "native_fused":
+        from vppo_kernels.backends import native, native_fused
+
+        return Backend(name, native, fused=native_fused)
     from vppo_kernels.backends import triton
 
     if name == "triton":
@@ -121,8 +139,8 @@ def resolve(name: str, device: Device, dtype: Dtype) -> Backend:
 def token_ops(name: str, *tensors: Any) -> TokenOps:
     """The token operations of that backend, or of the one that "auto" stands for, for these tensors.
 
-    Both of Triton's backends have the same ones. Empty input goes to plain torch, which launches nothing, and so does
-    code that `torch.compile` traces, whatever the name: the compiler fuses it.
+    A fused backend has those of the one without a fused sweep. Empty input goes to plain torch, which launches nothing,
+    and so does code that `torch.compile` traces, whatever the name: the compiler fuses it.
 
     Raises:
         ValueError: There is no such backend, or not for these tensors.
@@ -135,7 +153,7 @@ def token_ops(name: str, *tensors: Any) -> TokenOps:
     chosen = _choose(name, given[0].device, dtype)
     if chosen == "torch" or not given[0].numel():
         return torch_tokens
-    if chosen == "native":
+    if chosen in ("native", "native_fused"):
         from vppo_kernels.backends import native_tokens
 
         return native_tokens

@@ -89,6 +89,14 @@ class TileOps(Protocol):
 class FusedSweep(Protocol):
     """Forward sweeps that multiply and fold in one kernel, without a tile of logits in memory."""
 
+    def refuses(self, source: LinearHead) -> str:
+        """Why this backend takes no operation on these hidden states and this head, after its name; "" if it does."""
+        ...
+
+    def rows(self, source: LinearHead, of_tiles: int, workspace: int) -> int:
+        """Rows of each view that it takes at a time, where tiles would take `of_tiles`. The same on all ranks."""
+        ...
+
     def sweep(self, source: LinearHead, rows: slice, targets: Tensor) -> Tensor:
         """Packed `SoftmaxStats` of a block of rows over all columns that this process holds."""
         ...

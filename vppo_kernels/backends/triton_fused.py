@@ -40,10 +40,10 @@ from vppo_kernels.backends.triton_math import (
     store_pair_stats,
     store_stats,
 )
+from vppo_kernels.backends.turns import in_turns
 from vppo_kernels.logits import LinearHead
 from vppo_kernels.tile_shape import splits_of
 
-EIGHT = 8  # rows of one view that follow each other: how far apart the two rows lie that one thread holds
 GROUP = 8  # row blocks that walk the vocabulary side by side, so that a tile of the weight is read from the cache
 FEW = 4  # multiprocessors that the interpreter plays, so that parts are merged there too
 
@@ -351,15 +351,14 @@ def _eight_apart(stacked: Tensor) -> bool:
     return nvidia and stacked.dtype.itemsize == 2 and torch.cuda.get_device_capability(stacked.device)[0] in (8, 9)
 
 
-def _in_turns(stacked: Tensor) -> Tensor:
-    """Rows of both views, which lie below each other, in turns of eight; the last eight of each may be unfinished."""
-    count, depth = len(stacked) // 2, stacked.shape[1]
-    whole, rest = divmod(count, EIGHT)
-    out = stacked.new_zeros(triton.cdiv(count, EIGHT), 2, EIGHT, depth)
-    for view, rows in enumerate(stacked.split(count)):
-        out[:whole, view] = rows[: whole * EIGHT].view(whole, EIGHT, depth)
-        out[whole:, view, :rest] = rows[whole * EIGHT :]
-    return out.view(-1, depth)
+def refuses(source: LinearHead) -> str:
+    """See `FusedSweep`."""
+    return ""
+
+
+def rows(source: LinearHead, of_tiles: int, workspace: int) -> int:
+    """See `FusedSweep`."""
+    return of_tiles
 
 
 def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) -> Tensor:
@@ -368,7 +367,7 @@ def _sweep(source: LinearHead, rows: slice, targets: Tensor | None, pair: bool) 
     eight_apart = _eight_apart(stacked)
     alternate = pair and eight_apart
     if alternate:
-        stacked = _in_turns(stacked)
+        stacked = in_turns(stacked)
     h: Any = stacked
     w: Any = source.weight
     descriptors = _describable(h, w)
