@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vppo.errors import InputError
-from vppo.train import load_config
+from vppo.train_config import load_config
 
 
 @pytest.fixture
