@@ -114,8 +114,8 @@ test-verl: .venv-verl-$(VERL)/.installed
 .venv-verl-$(VERL)/.installed: $(SOURCES) $(VENV)/.installed-dev
 	$(BIN)/python -m uv venv --quiet --clear --seed --python $(BIN)/python $(@D)
 	$(@D)/bin/python -m pip install --quiet $(CPU_INDEX) torch==$(VERL_TORCH)
-	VPPO_BUILD_CUDA=0 $(BIN)/python -m uv pip install --quiet --python $(@D) --editable '.[verl]' torch==$(VERL_TORCH) \
-		torchvision==$(VERL_TORCHVISION) verl==$(VERL) 'pytest>=8' 'hypothesis>=6.100' scikit-learn math-verify
+	VPPO_BUILD_CUDA=0 $(BIN)/python -m uv pip install --quiet --python $(@D) --editable '.[verl,pytest]' torch==$(VERL_TORCH) \
+		torchvision==$(VERL_TORCHVISION) verl==$(VERL) scikit-learn math-verify
 	@touch $@
 
 # the recipe for ms-swift of docs/other-trainers.md, in its own trainer on a CPU
@@ -125,8 +125,8 @@ test-swift: .venv-swift/.installed
 .venv-swift/.installed: $(SOURCES) $(VENV)/.installed-dev
 	$(BIN)/python -m uv venv --quiet --clear --seed --python $(BIN)/python $(@D)
 	$(@D)/bin/python -m pip install --quiet $(CPU_INDEX) torch==$(VERL_TORCH)
-	VPPO_BUILD_CUDA=0 $(BIN)/python -m uv pip install --quiet --python $(@D) --editable . torch==$(VERL_TORCH) \
-		torchvision==$(VERL_TORCHVISION) ms-swift==4.6.0 msgspec qwen-vl-utils 'pytest>=8' 'hypothesis>=6.100'
+	VPPO_BUILD_CUDA=0 $(BIN)/python -m uv pip install --quiet --python $(@D) --editable '.[pytest]' torch==$(VERL_TORCH) \
+		torchvision==$(VERL_TORCHVISION) ms-swift==4.6.0 msgspec qwen-vl-utils
 	@touch $@
 
 $(BIN)/python:

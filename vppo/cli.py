@@ -128,8 +128,8 @@ def train(
     On several GPUs: accelerate launch -m vppo train CONFIG.yaml
     """
     with clear_errors():
-        from vppo.train import load_config
         from vppo.train import train as run
+        from vppo.train_config import load_config
 
         if dry_run:
             from vppo.plan.dry_run import dry_run as rehearse

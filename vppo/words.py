@@ -31,8 +31,15 @@ _Loader.add_constructor(INT, lambda loader, node: int(node.value.replace("_", ""
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML document holds; numbers are decimal."""
-    return yaml.load(text, _Loader)
+    """What a YAML document holds; numbers are decimal.
+
+    Raises:
+        yaml.YAMLError, ValueError: It is no YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def parse_word(text: str, hint: Any) -> Any:

@@ -118,12 +118,12 @@ LOG_SUM, ENTROPY, LOGPROB = 1, 2, 3  # those of Softmax, whose first is MAX too
 SOFTMAX_FIELDS = 4
 P, Q = 0, SOFTMAX_FIELDS  # where the fields of p and of q begin among those of two views
 MEAN_DIFF = 2 * SOFTMAX_FIELDS  # what follows them,
-EXCESS = KL = MEAN_DIFF + 1  # and last in PairStats the one, in Pair the other
+EXCESS = KL = MEAN_DIFF + 1  # and the last one: a PairStats has its excess there, a Pair its divergence
 PAIR_FIELDS = MEAN_DIFF + 2
 
-# So do the terms `KL(p || m)` and `KL(q || m)` of a Jensen-Shannon divergence,
+# The two terms of a Jensen-Shannon divergence, `KL(p || m)` and `KL(q || m)`, are packed in the same way.
 JSD_P, JSD_Q, JSD_FIELDS = 0, 1, 2
-# and the upstream gradients of one view's outputs and of two views'; without targets the last two are missing.
+# So are the upstream gradients: of one view's outputs, and of two views'. Without targets the last two are missing.
 GRAD_LOGPROB, GRAD_ENTROPY = range(2)
 GRAD_DIVERGENCE, GRAD_ENTROPY_P, GRAD_ENTROPY_Q, GRAD_LOGPROB_P, GRAD_LOGPROB_Q = range(5)
 

@@ -300,6 +300,21 @@ def sets(rng: random.Random) -> Two:
     return spelled(values), spelled(rng.choice([changed, values[:-1] or changed, [*values, 77]]))
 
 
+def sides(rng: random.Random) -> Two:
+    """Lists in which a value stands twice, which sets of values do not tell apart."""
+    a, b = rng.sample(range(2, 40), 2)
+
+    def spelled(numbers: list[int]) -> Spelling:
+        def text(inner: random.Random) -> str:
+            *first, last = inner.sample(numbers, len(numbers))
+            listed = ", ".join(map(str, first))
+            return inner.choice([f"{listed}, {last}", f"{listed},{last}", f"{listed} and {last}"])
+
+        return text
+
+    return spelled([a, a, b]), spelled(rng.choice([[a, b], [a, b, b], [a, a, a, b], [a, a]]))
+
+
 def solutions(rng: random.Random) -> Two:
     a, b = rng.sample(range(-9, 20), 2)
 
@@ -464,6 +479,7 @@ KINDS: dict[str, Callable[[random.Random], Two]] = {
     "powers": powers,
     "logarithms": logarithms,
     "sets": sets,
+    "sides": sides,
     "solutions": solutions,
     "points": points,
     "intervals": intervals,

@@ -23,6 +23,7 @@ from vppo.analysis.sampling import (
 )
 from vppo.data import Problem
 from vppo.data.prompts import Prompts
+from vppo.errors import InputError
 from vppo.processors import placeholder_tokens
 
 NAMES = [f.name for f in families.FAMILIES]
@@ -201,3 +202,9 @@ def test_the_draw_stays_within_the_nucleus() -> None:
     )
     share = torch.bincount(draw(torch.zeros(2000, 1), logits.expand(2000, -1)).argmax(1), minlength=4) / 2000
     assert share[2:].eq(0).all() and abs(share[0] - 4 / 7) < 5 * (4 / 7 * 3 / 7 / 2000) ** 0.5
+
+
+def test_vllm_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it raises ModuleNotFoundError
+    with pytest.raises(InputError, match=r"sampler: got 'vllm', .* pip install 'vppo-kernels\[vllm\]'"):
+        with_vllm("some/model", None, {}).__enter__()

@@ -249,6 +249,11 @@ def test_not_json(tmp_path: Path) -> None:
     assert "x.jsonl, row 2: not valid JSON" in error_of(path)
     path.write_bytes(b'{"problem": "\xff"}')
     assert "x.jsonl: not valid JSON in UTF-8" in error_of(path)
+    path.write_text('{"problem": "P"}\n' + "[" * 100_000)  # Python gives up with an error of another kind
+    assert "x.jsonl, row 2: not valid JSON" in error_of(path)
+    path = tmp_path / "x.json"
+    path.write_text("[" * 100_000)
+    assert "x.json: not valid JSON in UTF-8" in error_of(path)
     path = tmp_path / "x.parquet"
     path.write_text("no parquet")
     assert "x.parquet: not a readable parquet file" in error_of(path)

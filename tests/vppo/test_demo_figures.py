@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
 import numpy as np
@@ -185,4 +186,20 @@ def test_products_fill_the_width_and_those_of_scoring_stand_apart() -> None:
     assert plot is not None and "1,000 sampled tokens" in plot.caption and "40.0" in plot.caption
     assert "left out 50.0" in plot.alt.replace("\N{NO-BREAK SPACE}", " ")
     assert products_plot(SUMMARY) is None
+
+
+def test_what_the_products_are_called_stands_apart_however_few_they_are() -> None:
+    found = {"scoring": 100, "tokens": 9, "active": 4, "forward": 0, "backward": 144, "left_out": 738}
+    (ax,) = axes(products_plot({**SUMMARY, "head_products": found}))
+    (figure := ax.figure).draw_without_rendering()  # type: ignore[union-attr]
+    legend = ax.get_legend()
+    assert legend is not None and legend.get_window_extent().x1 <= figure.bbox.x1
+    texts = legend.get_texts()
+    assert [text.get_text().split()[0] for text in texts] == ["forward", "backward", "left"]
+    places = [text.get_window_extent() for text in texts]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(places))
+
+
+def test_products_of_nothing_are_not_drawn() -> None:
+    found = ("scoring", "forward", "backward", "tokens", "active", "left_out")
     assert products_plot({**SUMMARY, "head_products": dict.fromkeys(found, 0)}) is None

@@ -158,6 +158,8 @@ def test_a_set_of_ones_own(tmp_path: Path) -> None:
     assert changed.fingerprint != found.fingerprint and changed.subjects == ["sums", "sums"]
     for bad, message in (
         ({**good, "answer": None}, "row 2, column 'answer': it is empty"),
+        ({**good, "problem": "\ud800?"}, "row 2, column 'problem': takes text in Unicode: surrogates not allowed"),
+        ({**good, "answer": "\ud800"}, "row 2, column 'answer': takes text in Unicode: surrogates not allowed"),
         ({**good, "problem": ""}, "row 2, column 'problem': it is empty"),
         ({**good, "images": ["b.png"]}, "row 2, column 'images': .*b.png: no such file"),
         ([1], "row 2: must be an object"),

@@ -15,7 +15,7 @@ from vppo.errors import InputError
 from vppo.evaluation import run
 from vppo.evaluation.comparison import compare_evaluations
 from vppo.evaluation.published import PUBLISHED
-from vppo.evaluation.report import headline, markdown, results, write_report
+from vppo.evaluation.report import headline, markdown, published, results, write_report
 from vppo.evaluation.run import disagreements, read_evaluation, regrade
 
 EIGHT = ["mathverse", "dynamath", "mmk12", "geo3k", "mathvision", "wemath", "logicvista", "mmmu_pro"]
@@ -57,6 +57,17 @@ def test_what_was_published_says_so(stored: Any, tmp_path: Path) -> None:
     one = store(tmp_path / "one", sets=["geo3k"], subjects=False)
     page = (one.out / "report.html").read_text()
     assert "46.5" in page and "57.5" not in page and "By subject" not in page  # no average of eight beside one
+    own = {**one.summary, "sets": {"geo3k": "geo3k"}}  # somebody's own file of that name
+    assert published(own) is None and published(one.summary) is not None
+
+
+def test_beside_the_published_average_stands_that_of_the_same_sets(stored: Any) -> None:
+    summary = {**stored.summary, "sets": {**stored.summary["sets"], "mine": "mine"}}
+    summary["benchmarks"] = {**summary["benchmarks"], "mine": {"accuracy": {"mean": 1.0}}}
+    summary["average"] = {"accuracy": {"mean": 1.0}}  # which has one set more
+    columns, ((_, values), *_) = published(summary)  # type: ignore[misc]
+    assert columns[-1] == "average" and len(values) == len(columns) == 9
+    assert values[-1] == f"{100 * stored.summary['average']['accuracy']['mean']:.1f}"
 
 
 def test_every_knob_is_on_the_page(stored: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ from vppo.errors import InputError
 from vppo.evaluation import work
 from vppo.evaluation.options import EvaluationOptions
 from vppo.evaluation.run import evaluate, regrade
-from vppo.evaluation.side_by_side import gpu_shares
+from vppo.evaluation.side_by_side import gpu_shares, run_side_by_side
 from vppo.evaluation.store import Answer, Store
 from vppo.evaluation.tokens import think_warning
 
@@ -308,6 +309,17 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_shares(EvaluationOptions(processes=3)) == ["5", "7", "6"]
     with pytest.raises(InputError, match="processes: got 2 of 2 GPUs each, takes at most 1: there are 3"):
         gpu_shares(EvaluationOptions(processes=2, tensor_parallel=2))
+
+
+def test_a_process_that_cannot_be_started_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as from a script whose main part has no `if __name__ == "__main__"`."""
+
+    def refuse(process: Any) -> None:
+        raise RuntimeError("of a script")
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", refuse)
+    with pytest.raises(RuntimeError, match="of a script"):
+        run_side_by_side("m", [], [], EvaluationOptions(processes=2, device="cpu"), tmp_path, lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from vppo.errors import InputError
 from vppo.rewards import accuracy_reward
 from vppo.rewards.format import format_reward
 from vppo.rewards.named import load_reward, load_rewards
-from vppo.train import load_config
+from vppo.train_config import load_config
 
 MODULE = """
 import functools

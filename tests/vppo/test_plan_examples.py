@@ -12,7 +12,7 @@ from vppo.plan.run import RESERVE
 from vppo.plan.sampler import sampler_memory
 from vppo.plan.settings import Settings, Sharding, from_config, read_accelerate
 from vppo.prefix_sharing import GIB
-from vppo.train import load_config
+from vppo.train_config import load_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GPUS = {"qwen2_5_vl_7b": 8, "qwen2_5_vl_32b": 32}

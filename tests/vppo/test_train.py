@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from vppo.errors import InputError
-from vppo.train import load_config, make_arguments, parse_overrides, train
+from vppo.train import train
+from vppo.train_config import load_config, make_arguments, parse_overrides
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 MINIMAL = "model: some/model\ndataset: some/dataset\noutput_dir: {}\n"

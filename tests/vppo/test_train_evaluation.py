@@ -14,7 +14,7 @@ from test_train import config_file, metrics, run_tiny, tiny_run, weights  # noqa
 
 from vppo.errors import InputError
 from vppo.monitoring.evaluation_options import evaluation_defaults
-from vppo.train import load_config, make_arguments
+from vppo.train_config import load_config, make_arguments
 
 Write = Callable[..., Path]
 

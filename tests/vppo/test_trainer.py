@@ -32,7 +32,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 import vppo.packed_trainer
-import vppo.trainer
+import vppo.scoring_trainer
 from vppo import VPPOConfig, VPPOTrainer
 from vppo.prefix_sharing import ResponsePasses
 from vppo_kernels import reference
@@ -226,13 +226,13 @@ def test_truncated_rows_that_are_masked_out(tmp_path: Path, monkeypatch: pytest.
 
 def views_of(run: VPPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The perturbed pixels of each row of one generation batch."""
-    real, seen = vppo.trainer.measure, []
+    real, seen = vppo.scoring_trainer.measure, []
 
     def listening(passes: Any, batch: Any, rows: Any, clean: Any, perturbed: Any, **kwargs: Any) -> Any:
         seen.extend(perturbed.pixels[perturbed.keys[row]] for row in rows)
         return real(passes, batch, rows, clean, perturbed, **kwargs)
 
-    monkeypatch.setattr(vppo.trainer, "measure", listening)
+    monkeypatch.setattr(vppo.scoring_trainer, "measure", listening)
     same_image = [{**row, "images": [families.picture(0, (112, 112))]} for row in rows(2)]
     fix_rollouts(run)
     generation_batch(run, same_image)

@@ -22,12 +22,13 @@ from support.runs import (
 )
 from torch import Tensor
 
-import vppo.trainer
+import vppo.scoring_trainer
 from vppo import VPPOTrainer
 from vppo.algorithms import REGISTRY
 from vppo.batch import Batch
 from vppo.monitoring.measured import Measured
 from vppo.perturbations import seeded
+from vppo.scoring_trainer import RANDOM_TOKENS
 from vppo.sight import PATIENCE, ImageWatch
 from vppo_kernels import reference
 
@@ -110,8 +111,8 @@ def test_draws_are_averaged(changes: dict[str, Any], tmp_path: Path, monkeypatch
     run = trainer(tmp_path, draws=3, **changes)
     fix_rollouts(run)
     seen, scores = listen(monkeypatch), []
-    real = vppo.trainer.measure
-    monkeypatch.setattr(vppo.trainer, "measure", lambda *a, **k: scores.append(real(*a, **k)) or scores[-1])
+    real = vppo.scoring_trainer.measure
+    monkeypatch.setattr(vppo.scoring_trainer, "measure", lambda *a, **k: scores.append(real(*a, **k)) or scores[-1])
     batch = generation_batch(run, rows(2, sizes=((56, 28), (28, 56))))
     each = torch.stack([plain_dependency(run, batch, draw=draw) for draw in range(3)])
     assert (each.std(0)[batch["completion_mask"].bool()] > 0).any()
@@ -127,10 +128,12 @@ def test_what_comes_with_the_divergence(tmp_path: Path, monkeypatch: pytest.Monk
         run = trainer(tmp_path, draws=draws)
         fix_rollouts(run)
         found: list[Any] = []
-        real = vppo.trainer.measure
+        real = vppo.scoring_trainer.measure
         with monkeypatch.context() as patch:
             patch.setattr(
-                vppo.trainer, "measure", lambda *a, real=real, found=found, **k: found.append(real(*a, **k)) or found[0]
+                vppo.scoring_trainer,
+                "measure",
+                lambda *a, real=real, found=found, **k: found.append(real(*a, **k)) or found[0],
             )
             batch = generation_batch(run, rows(1))
         mask, outputs = batch["completion_mask"].bool(), found[0].outputs
@@ -326,7 +329,5 @@ def test_drift_is_logged_where_several_updates_share_rollouts(iterations: int, s
 
 
 def test_the_seed_of_random_tokens_is_no_views() -> None:
-    scores, view = (
-        torch.rand(4, generator=seeded(42, 0, 0, *rest)) for rest in ((0, vppo.trainer.RANDOM_TOKENS), (0,))
-    )
+    scores, view = (torch.rand(4, generator=seeded(42, 0, 0, *rest)) for rest in ((0, RANDOM_TOKENS), (0,)))
     assert not torch.equal(scores, view)

@@ -20,7 +20,8 @@ from support.runs import FAMILY, rows, trainer
 from vppo import vllm_engine
 from vppo.checkpoints import saved_step
 from vppo.errors import InputError
-from vppo.train import make_arguments, train
+from vppo.train import train
+from vppo.train_config import make_arguments
 
 
 class Server(BaseHTTPRequestHandler):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vppo.errors import InputError
-from vppo.train import load_config
+from vppo.train_config import load_config
 
 
 @pytest.fixture
@@ -112,3 +112,11 @@ def test_a_date_that_does_not_exist_is_named(config_file: Callable[..., Path]) -
     assert load_error(config_file(), "--max_steps=2024-13-45").startswith(expected)
     path = config_file("max_steps: 2024-13-45\n")
     assert load_error(path).startswith(f"{path}: not valid YAML: ")
+
+
+def test_what_is_nested_too_deeply_is_named(config_file: Callable[..., Path]) -> None:
+    deep = "[" * 5000
+    expected = "command line: --report_to takes a YAML value, got "
+    assert load_error(config_file(), f"--report_to={deep}").startswith(expected)
+    path = config_file(f"report_to: {deep}\n")
+    assert load_error(path) == f"{path}: not valid YAML: it is nested too deeply"

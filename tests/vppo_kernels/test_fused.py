@@ -65,7 +65,7 @@ def test_a_word_of_another_gap_in_a_later_tile(share: float, gap: float) -> None
 
 
 def test_words_that_a_bias_masks() -> None:
-    """Whole tiles, the first ones, single words, and all but one; a mask of one view is found by its moment."""
+    """Whole tiles, the first ones, single words, and all but one; a mask of one view is found by its weighted sum."""
     views = make_views(rows=12, vocab=1500, hidden_size=16)
     for masked in (slice(0, 600), slice(256, 512), slice(0, 1500, 2), slice(1, 1500)):
         views.bias[:] = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from vppo.data.prompts import Prompts, chat_text
+from vppo.errors import InputError
 from vppo.perturbations import seeded
 from vppo.prefix_sharing import Footprint, fill
 
@@ -132,8 +133,16 @@ def with_vllm(model: str, processor: Any, pixels: dict[str, int], **options: Any
         pixels: "min_pixels" and "max_pixels" where they were set.
         **options: "dtype", "revision" and "trust_remote_code", as `vppo.loading.load_model` takes them; and whatever
             else vLLM's `LLM` takes, such as "tensor_parallel_size".
+
+    Raises:
+        InputError: vLLM is not installed.
     """
-    from vllm import LLM, SamplingParams
+    try:
+        from vllm import LLM, SamplingParams
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"sampler: got 'vllm', which cannot be imported ({error}): pip install 'vppo-kernels[vllm]'"
+        ) from error
 
     engine = [LLM(model=model, mm_processor_kwargs=pixels or None, **options)]  # emptied when the block ends
 

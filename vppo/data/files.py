@@ -124,7 +124,7 @@ def _json_values(file: Path) -> Iterator[tuple[Where, Any]]:
         text = file.read_text(encoding="utf-8-sig")  # Windows writes a mark at the start
         lines = text.rstrip().split("\n") if text.strip() else []
         rows = json.loads(text) if file.suffix == ".json" else lines
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON in UTF-8: {error}") from error
     if not isinstance(rows, list):
         raise InputError(f"{file}: must be a list of rows, got {type(rows).__name__} (one object a line is .jsonl)")
@@ -135,7 +135,7 @@ def _json_values(file: Path) -> Iterator[tuple[Where, Any]]:
             continue
         try:
             yield where, json.loads(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield where, where.bad(None, f"not valid JSON: {error}")
 
 

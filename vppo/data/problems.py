@@ -151,6 +151,12 @@ class Problems:
             prompt, answer, stored = part.reader.read(row, where)
             if answer is None:
                 raise where.bad(part.reader.columns.need_answer(part.names, part.name), "it is empty")
+            columns = part.reader.columns
+            for column, text in ((columns.problem, "\n".join(texts(prompt))), (columns.answer, answer)):
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:  # what no tokenizer and no table takes
+                    raise where.bad(column, f"takes text in Unicode: {error.reason}, got {text!r:.80}") from None
             pictures = [item if isinstance(item, dict) else {"bytes": item.tobytes(), "path": None} for item in stored]
             for picture in pictures:
                 if picture["path"] is not None and not os.path.isfile(picture["path"]):

@@ -266,10 +266,9 @@ def products_plot(summary: dict[str, Any]) -> Plot | None:
         start = 0.0
         for (name, label), colour in zip(passes, (theme.outcome, theme.dependency, theme.low), strict=True):
             share = found[name] / whole
-            ax.barh(0, share, 0.5, start, color=colour)
-            if share > 0.08:
-                ax.text(start + share / 2, -0.33, f"{label} {percent(share)}", size=9, ha="center", va="bottom")
+            ax.barh(0, share, 0.5, start, color=colour, label=f"{label} {percent(share)}")
             start += share
+        ax.legend(loc="upper left", ncols=3, frameon=False, borderaxespad=0, fontsize=9, columnspacing=1.2)
         ax.text(0, 0.62, "to measure dependency, besides", size=9, color=theme.muted, va="bottom")
         ax.barh(0.92, found["scoring"] / whole, 0.5, color=theme.faint)
         ax.text(found["scoring"] / whole + 0.01, 0.92, percent(found["scoring"] / whole), size=9, va="center")

@@ -43,7 +43,7 @@ def check_graders(names: Sequence[str]) -> None:
     missing = [package for package in mathruler.PACKAGES if importlib.util.find_spec(package) is None]
     if "mathruler" in names and missing:
         raise InputError(
-            f"graders: 'mathruler' needs {', '.join(missing)}: pip install {' '.join(missing)}; or use --graders "
+            f"graders: 'mathruler' needs {', '.join(missing)}: pip install 'vppo-kernels[mathruler]'; or use --graders "
             "math-verify"
         )
 

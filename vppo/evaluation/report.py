@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vppo.evaluation.benchmarks import PUBLISHED_SETS
 from vppo.evaluation.published import AVERAGE, PUBLISHED, SOURCE
 from vppo.files import write_atomic
 from vppo.pages.page import NBSP, duration, render, write_figures
@@ -105,16 +106,18 @@ def results(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
 
 def published(summary: Mapping[str, Any]) -> tuple[list[str], Rows] | None:
     """This run beside the paper's table, on the sets that both have; None where there is none."""
-    names = [name for name in summary["benchmarks"] if name in next(iter(PUBLISHED.values()))]
+    labels, sets = summary["sets"], PUBLISHED_SETS
+    # a file of one's own may have the name of a published set, but not its label
+    names = [name for name in summary["benchmarks"] if name in sets and labels[name] == sets[name].label]
     if not names:
         return None
-    whole = len(names) == len(next(iter(PUBLISHED.values()))) - 1
-    columns = [summary["sets"][name] for name in names] + (["average"] if whole else [])
-    own = [f"{100 * summary['benchmarks'][name]['accuracy']['mean']:.1f}" for name in names]
-    own += [f"{100 * summary['average']['accuracy']['mean']:.1f}"] if whole else []
+    whole = len(names) == len(sets)
+    columns = [labels[name] for name in names] + (["average"] if whole else [])
+    means = [summary["benchmarks"][name]["accuracy"]["mean"] for name in names]
+    means += [float(np.mean(means))] if whole else []  # of these sets alone
     keys = [*names, *([AVERAGE] if whole else [])]
     rows = [(f"{model}, as published", [f"{values[key]:.1f}" for key in keys]) for model, values in PUBLISHED.items()]
-    return columns, [("this run, measured here", own), *rows]
+    return columns, [("this run, measured here", [f"{100 * mean:.1f}" for mean in means]), *rows]
 
 
 def lengths(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:

@@ -46,8 +46,9 @@ def run_side_by_side(
             if shares:
                 os.environ["CUDA_VISIBLE_DEVICES"] = shares[number]
             arguments = (number, os.getpid(), said, model, list(names), list(data), options, folder)
-            started.append(context.Process(target=_work, args=arguments, name=f"vppo-eval-{number}"))
-            started[-1].start()
+            process = context.Process(target=_work, args=arguments, name=f"vppo-eval-{number}")
+            process.start()
+            started.append(process)
         while any(process.is_alive() for process in started):
             watch()
             if any(process.exitcode for process in started):

@@ -95,11 +95,18 @@ def _equal_part(reference: str, predicted: str, depth: int) -> bool:
 
 
 def _same_parts(reference: Parts, predicted: Parts, same: Callable[[str, str], bool]) -> bool | None:
-    """Lists element by element; None where only mathematics can tell (an interval and an inequality, +-2 and 2, -2)."""
+    """Lists element by element; None where only mathematics can tell (an interval and an inequality, +-2 and 2, -2).
+
+    Mathematics takes a list for a set. So a list that repeats an element, such as the sides 5, 5, 8, is not left to it:
+    it equals only one with the same elements as often, unless braces say that either is a set.
+    """
     first, second = reference.elements, predicted.elements
-    if len(first) != len(second) or len(first) > 64:
-        return None
     brackets = {reference.opening + reference.closing, predicted.opening + predicted.closing}
+    repeats = r"\{\}" not in brackets and any(map(_repeats, (first, second)))
+    if len(first) != len(second):
+        return False if repeats else None
+    if len(first) > 64:
+        return None
     if len(brackets) == 2:
         half_open = brackets & {"(]", "[)"}
         interval_or_point = brackets == {"()", "[]"} and len(first) == 2
@@ -112,9 +119,15 @@ def _same_parts(reference: Parts, predicted: Parts, same: Callable[[str, str], b
     for element in first:
         match = next((other for other in left if same(element, other)), None)
         if match is None:
-            return None if r"\{\}" in brackets or "" in brackets else False
+            return None if not repeats and brackets & {"", r"\{\}"} else False
         left.remove(match)
     return True
+
+
+def _repeats(elements: Sequence[str]) -> bool:
+    """Whether a list has an element twice."""
+    values = [(text, _rational(text)) for text in map(clean, elements)]
+    return len({text if value is None else value for text, value in values}) < len(elements)
 
 
 def _same_quantity(reference: str, predicted: str) -> bool:

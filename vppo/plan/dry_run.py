@@ -33,7 +33,7 @@ def dry_run(
     Nothing is written, and no model is loaded.
 
     Args:
-        config: What `vppo.train.load_config` returns.
+        config: What `vppo.train_config.load_config` returns.
         gpus, gpu_memory, accelerate: As `vppo.plan.run.plan` takes them. Without one of the first two, `GPUS` or
             `GPU_MEMORY` is taken, and the output says so.
 

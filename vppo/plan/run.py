@@ -50,7 +50,7 @@ def plan(
 
         settings = settings_of(read_overrides(config, overrides), gpus=gpus, **sizes)
     else:
-        from vppo.train import load_config
+        from vppo.train_config import load_config
 
         given = read_accelerate(accelerate) if accelerate else None
         settings = from_config(load_config(config, overrides), gpus=gpus, accelerate=given, **sizes)

@@ -206,13 +206,13 @@ def read_accelerate(path: str | Path) -> dict[str, Any]:
 
 
 def arguments(config: dict[str, Any], gpus: int) -> tuple[Any, Any, Any]:
-    """What `vppo.train.make_arguments` makes of a config in one of so many processes, wherever it is asked.
+    """What `vppo.train_config.make_arguments` makes of a config in one of so many processes, wherever it is asked.
 
     Raises:
         InputError: As `make_arguments`; and where a generation cannot be divided among the processes.
     """
     from vppo.config import VPPOConfig
-    from vppo.train import make_arguments
+    from vppo.train_config import make_arguments
 
     def of(name: str) -> Any:
         return config.get(name) or VPPOConfig.__dataclass_fields__[name].default
@@ -236,7 +236,7 @@ def from_config(
     """Settings of a training config.
 
     Args:
-        config: What `vppo.train.load_config` returns.
+        config: What `vppo.train_config.load_config` returns.
         gpus: Processes.
         accelerate: Of `read_accelerate`; without it FSDP2 shards every layer.
         **changes: Fields of `Settings` that the config does not tell: `text_tokens`, `images`, `image_tokens`.

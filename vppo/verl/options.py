@@ -15,7 +15,7 @@ from vppo.verl.engine import Ask
 
 ACTOR = "actor_rollout_ref.actor"
 STRATEGIES = ("fsdp", "fsdp2")
-LOSSES = ("vanilla", "gspo", "cispo")  # positively homogeneous in the advantage, so that mask and factor fold into it
+LOSSES = ("vanilla", "gspo", "cispo")  # positively homogeneous in the advantage, which takes in mask and factor
 AVERAGES = {"dapo": "token-mean", "grpo": "seq-mean-token-mean"}  # verl's names for what a recipe calls its loss
 REFUSED = {  # what must be off, and why
     "actor_rollout_ref.model.use_fused_kernels": "vppo's own head makes no logits either",

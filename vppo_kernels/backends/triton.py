@@ -69,8 +69,8 @@ def _fold_exactly(z_ptr, rows, columns, there, top, total, weighted_sum, first, 
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < columns)
         z = tl.load(z_ptr[:, None] + column, mask=inside, other=float("-inf"))
-        part_top, part_total, part_moment, _, _ = fold_block(finite(z))
-        top, total, weighted_sum = merge(top, total, weighted_sum, part_top, part_total, part_moment)
+        part_top, part_total, part_weighted_sum, _, _ = fold_block(finite(z))
+        top, total, weighted_sum = merge(top, total, weighted_sum, part_top, part_total, part_weighted_sum)
     return top, total, weighted_sum
 
 
@@ -92,25 +92,25 @@ def _fold_kernel(
     about = base_of(top)
     tops = tl.full((ROWS, BLOCK), FLOOR, tl.float32)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    moments = sums
+    weighted_sums = sums
     whole = begin + tl.maximum(columns - begin, 0) // BLOCK * BLOCK
     column = tl.arange(0, BLOCK)[None, :]
     for start in range(begin, whole, BLOCK):
         z = load_logits(z_ptr[:, None] + start + column, there[:, None], ROWS > 1)
-        tops, sums, moments = add_block(z, about, tops, sums, moments)
+        tops, sums, weighted_sums = add_block(z, about, tops, sums, weighted_sums)
     if whole < columns:
         z = load_logits(z_ptr[:, None] + whole + column, there[:, None] & (whole + column < columns), True)
-        tops, sums, moments = add_block(z, about, tops, sums, moments)
-    found, new_total, new_moment = joined(top, about, total, weighted_sum, tops, sums, moments)
+        tops, sums, weighted_sums = add_block(z, about, tops, sums, weighted_sums)
+    found, new_total, new_weighted_sum = joined(top, about, total, weighted_sum, tops, sums, weighted_sums)
     near = (found - about <= NEAR) & (about > 0.1 * FLOOR) & (new_total == new_total)
     if tl.min(tl.where(near | ~there, 1, 0), 0) == 0:
         a, b, c = _fold_exactly(z_ptr, rows, columns, there, top, total, weighted_sum, begin, BLOCK)
-        found, new_total, new_moment = (
+        found, new_total, new_weighted_sum = (
             tl.where(near, found, a),
             tl.where(near, new_total, b),
-            tl.where(near, new_moment, c),
+            tl.where(near, new_weighted_sum, c),
         )
-    store_stats(stats, rows, there, found, new_total, new_moment)
+    store_stats(stats, rows, there, found, new_total, new_weighted_sum)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row, mask=there, other=-1) - first
         hit = there & (target >= 0) & (target < columns)
@@ -160,27 +160,28 @@ def _fold_pair_kernel(
     growth = tl.exp(centre)
     tops_p = tl.full((ROWS, BLOCK), FLOOR, tl.float32)
     zeros = tl.zeros((ROWS, BLOCK), tl.float32)
-    sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis = zeros, zeros, tops_p, zeros, zeros, zeros, zeros
+    sums_p, weighted_sums_p, tops_q, sums_q, weighted_sums_q = zeros, zeros, tops_p, zeros, zeros
+    gaps, phis = zeros, zeros
     whole = begin + tl.maximum(columns - begin, 0) // BLOCK * BLOCK
     column = tl.arange(0, BLOCK)[None, :]
     for start in range(begin, whole, BLOCK):
         z_p = load_logits(p_ptr[:, None] + start + column, there[:, None], ROWS > 1)
         z_q = load_logits(q_ptr[:, None] + start + column, there[:, None], ROWS > 1)
-        tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis = add_block_pair(
+        tops_p, sums_p, weighted_sums_p, tops_q, sums_q, weighted_sums_q, gaps, phis = add_block_pair(
             z_p, z_q, about_p, about_q, between, growth,
-            tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis,
+            tops_p, sums_p, weighted_sums_p, tops_q, sums_q, weighted_sums_q, gaps, phis,
         )  # fmt: skip
     if whole < columns:
         inside = there[:, None] & (whole + column < columns)
         z_p = load_logits(p_ptr[:, None] + whole + column, inside, True)
         z_q = load_logits(q_ptr[:, None] + whole + column, inside, True)
-        tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis = add_block_pair(
+        tops_p, sums_p, weighted_sums_p, tops_q, sums_q, weighted_sums_q, gaps, phis = add_block_pair(
             z_p, z_q, about_p, about_q, between, growth,
-            tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis,
+            tops_p, sums_p, weighted_sums_p, tops_q, sums_q, weighted_sums_q, gaps, phis,
         )  # fmt: skip
     a, b, c, d, e, f, g, h, close = joined_pair(
         max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, known, about_p, about_q, centre,
-        tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis,
+        tops_p, sums_p, weighted_sums_p, tops_q, sums_q, weighted_sums_q, gaps, phis,
     )  # fmt: skip
     if tl.min(tl.where(close | ~there, 1, 0), 0) == 0:
         i, j, k, l, m, n, o, p = _fold_pair_exactly(  # noqa: E741

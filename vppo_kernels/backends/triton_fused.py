@@ -94,8 +94,8 @@ def _pair_sums(z_p, z_q, about_p, about_q, centre, growth, PARTS: tl.constexpr):
         near = weighted * d * (0.5 + d * (1 / 6 + d * series))
         far = q * growth[:, None] - p - weighted  # p exp(d) is q exp(mean gap)
         phis = tl.where(tl.abs(d) < 0.5, near, far)
-        moment_p, moment_q = tl.sum(p * shifted_p, 1), tl.sum(q * shifted_q, 1)
-        return tl.sum(p, 1), moment_p, tl.sum(q, 1), moment_q, tl.sum(weighted, 1), tl.sum(phis, 1)
+        weighted_sum_p, weighted_sum_q = tl.sum(p * shifted_p, 1), tl.sum(q * shifted_q, 1)
+        return tl.sum(p, 1), weighted_sum_p, tl.sum(q, 1), weighted_sum_q, tl.sum(weighted, 1), tl.sum(phis, 1)
     else:
         left_p, right_p = _halves(z_p)
         left_q, right_q = _halves(z_q)
@@ -106,43 +106,45 @@ def _pair_sums(z_p, z_q, about_p, about_q, centre, growth, PARTS: tl.constexpr):
 
 @triton.jit
 def _fold_pair_exactly(
-    z_p, z_q, max_p, sum_p, moment_p, max_q, sum_q, moment_q, mean_diff, excess, PARTS: tl.constexpr
+    z_p, z_q, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, PARTS: tl.constexpr
 ):  # fmt: skip
     """Statistics with one more tile, each part about its own maxima and mean gap."""
     if PARTS == 1:
         a, b, c, d, e, f, g, h = fold_block_pair(z_p, z_q)
-        return merge_pair(max_p, sum_p, moment_p, max_q, sum_q, moment_q, mean_diff, excess, a, b, c, d, e, f, g, h)
+        return merge_pair(
+            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, a, b, c, d, e, f, g, h
+        )
     else:
         left_p, right_p = _halves(z_p)
         left_q, right_q = _halves(z_q)
         a, b, c, d, e, f, g, h = _fold_pair_exactly(
-            left_p, left_q, max_p, sum_p, moment_p, max_q, sum_q, moment_q, mean_diff, excess, PARTS // 2
+            left_p, left_q, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, PARTS // 2
         )
         return _fold_pair_exactly(right_p, right_q, a, b, c, d, e, f, g, h, PARTS // 2)
 
 
 @triton.jit
-def _fold(z, top, total, moment, PARTS: tl.constexpr):
+def _fold(z, top, total, weighted_sum, PARTS: tl.constexpr):
     """One view's statistics with one more tile, which is finite."""
     found = tl.maximum(top, tl.max(z, 1))
     about = base_of(found)
     down = distance(top, about)
     keep = tl.exp(down)
-    new_total, new_moment = _sums(z, about, PARTS)
+    new_total, new_weighted_sum = _sums(z, about, PARTS)
     found = tl.where(found == FLOOR, float("-inf"), found)
-    return found, keep * total + new_total, keep * (moment + down * total) + new_moment
+    return found, keep * total + new_total, keep * (weighted_sum + down * total) + new_weighted_sum
 
 
 @triton.jit
 def _fold_pair(
-    z_p, z_q, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, mean_diff, excess,
+    z_p, z_q, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess,
     PARTS: tl.constexpr, EXACT_PARTS: tl.constexpr,
 ):  # fmt: skip
     """The same for two views, which need not be finite.
 
     Weights are taken about the maxima, this tile's included, and gaps about the mean gap known so far. Where that is so
     far from the new mean that the excess about it is lost (see `joined_pair` in triton_math.py), or where a word is
-    masked, so that its moment is NaN, the rows of this program fold the tile once more, exactly.
+    masked, so that its weighted sum is NaN, the rows of this program fold the tile once more, exactly.
     """
     top_p, top_q = tl.maximum(max_p, tl.max(z_p, 1)), tl.maximum(max_q, tl.max(z_q, 1))
     about_p, about_q = base_of(top_p), base_of(top_q)
@@ -151,7 +153,7 @@ def _fold_pair(
     centre = mean_diff + (down_p - down_q)
     a, b, c, d, gaps, phis = _pair_sums(z_p, z_q, about_p, about_q, centre, tl.exp(centre), PARTS)
     total_p, total_q = keep_p * sum_p + a, keep_q * sum_q + c
-    new_p, new_q = keep_p * (moment_p + down_p * sum_p) + b, keep_q * (moment_q + down_q * sum_q) + d
+    new_p, new_q = keep_p * (weighted_sum_p + down_p * sum_p) + b, keep_q * (weighted_sum_q + down_q * sum_q) + d
     move = gaps / total_p  # from the new mean gap to the known one
     shrink, moved = tl.exp(-move), phi(move) * total_p
     new_excess = (keep_p * excess + phis - moved) * shrink
@@ -163,7 +165,7 @@ def _fold_pair(
     new_mean = centre - move
     if tl.max(tl.where(close | ~there, 0, 1), 0) > 0:
         a, b, c, d, e, f, g, h = _fold_pair_exactly(
-            z_p, z_q, max_p, sum_p, moment_p, max_q, sum_q, moment_q, mean_diff, excess, EXACT_PARTS
+            z_p, z_q, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, EXACT_PARTS
         )
         top_p, total_p, new_p = tl.where(close, top_p, a), tl.where(close, total_p, b), tl.where(close, new_p, c)
         top_q, total_q, new_q = tl.where(close, top_q, d), tl.where(close, total_q, e), tl.where(close, new_q, f)
@@ -207,9 +209,9 @@ def _sweep_kernel(
     if HAS_TARGETS:
         target = (tl.load(targets_ptr + row, mask=there, other=-1) - first).to(tl.int32)
     max_p = tl.full((ROWS,), float("-inf"), tl.float32)
-    sum_p, moment_p = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    sum_p, weighted_sum_p = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     target_p, target_q = max_p, max_p
-    max_q, sum_q, moment_q, mean_diff, excess = max_p, sum_p, sum_p, sum_p, sum_p
+    max_q, sum_q, weighted_sum_q, mean_diff, excess = max_p, sum_p, sum_p, sum_p, sum_p
 
     for column_start in range(split * span, tl.minimum(split * span + span, columns), BLOCK_N):
         column = column_start + tl.arange(0, BLOCK_N)
@@ -240,7 +242,7 @@ def _sweep_kernel(
             z_p, z_q = _views(z_p)
         if SHARES_ROUNDING:  # see `_difference_` in logits.py
             z_q += z_p * tl.load(shares_rounding_ptr + row, mask=there, other=0.0)[:, None]
-        # of two views a masked word is found by its moment, unless a bias masks words as a matter of course
+        # of two views a masked word is found by its weighted sum, unless a bias masks words as a matter of course
         z_p = _logits(z_p, bias, scale, HAS_BIAS, SCALED, HAS_BIAS or not PAIR)
         if PAIR:
             z_q = _logits(z_q, bias, scale, HAS_BIAS, SCALED, HAS_BIAS)
@@ -254,20 +256,23 @@ def _sweep_kernel(
                 if PAIR:
                     target_q = tl.maximum(target_q, tl.max(tl.where(hit, z_q, float("-inf")), 1))
         if PAIR:
-            max_p, sum_p, moment_p, max_q, sum_q, moment_q, mean_diff, excess = _fold_pair(
-                z_p, z_q, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, mean_diff, excess, PARTS, EXACT_PARTS
-            )
+            max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = _fold_pair(
+                z_p, z_q, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess,
+                PARTS, EXACT_PARTS,
+            )  # fmt: skip
         else:
-            max_p, sum_p, moment_p = _fold(z_p, max_p, sum_p, moment_p, PARTS)
+            max_p, sum_p, weighted_sum_p = _fold(z_p, max_p, sum_p, weighted_sum_p, PARTS)
 
     fields: tl.constexpr = PAIR_FIELDS if PAIR else SOFTMAX_FIELDS
     out = parts_ptr + tl.cast(split, tl.int64) * fields * rows + row
     tl.store(out + (P + TARGET) * rows, target_p, mask=there)
     if PAIR:
         tl.store(out + (Q + TARGET) * rows, target_q, mask=there)
-        store_pair_stats(out, rows, there, max_p, sum_p, moment_p, max_q, sum_q, moment_q, mean_diff, excess)
+        store_pair_stats(
+            out, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
+        )
     else:
-        store_stats(out, rows, there, max_p, sum_p, moment_p)
+        store_stats(out, rows, there, max_p, sum_p, weighted_sum_p)
 
 
 @triton.jit

@@ -141,16 +141,17 @@ def load_logits(z_ptr, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def add_block(z, about, tops, sums, moments):
+def add_block(z, about, tops, sums, weighted_sums):
     """Each lane's maximum, sum of weights and of weighted distances, with one more block."""
     shifted = z - about[:, None]
     weights = tl.exp(shifted)
-    return tl.maximum(tops, z), sums + weights, moments + weights * shifted
+    return tl.maximum(tops, z), sums + weights, weighted_sums + weights * shifted
 
 
 @triton.jit
 def add_block_pair(
-    z_p, z_q, about_p, about_q, between, growth, tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis
+    z_p, z_q, about_p, about_q, between, growth,
+    tops_p, sums_p, weighted_sums_p, tops_q, sums_q, weighted_sums_q, gaps, phis,
 ):  # fmt: skip
     """The same for two views, and `sum w d` and `sum w phi(d)`: `d` is the known mean gap less a word's."""
     shifted_p, shifted_q = z_p - about_p[:, None], z_q - about_q[:, None]
@@ -161,18 +162,18 @@ def add_block_pair(
     near = weighted * d * (0.5 + d * (1 / 6 + d * series))
     far = q * growth[:, None] - p - weighted  # p exp(d) is q exp(mean gap)
     return (
-        tl.maximum(tops_p, z_p), sums_p + p, moments_p + p * shifted_p,
-        tl.maximum(tops_q, z_q), sums_q + q, moments_q + q * shifted_q,
+        tl.maximum(tops_p, z_p), sums_p + p, weighted_sums_p + p * shifted_p,
+        tl.maximum(tops_q, z_q), sums_q + q, weighted_sums_q + q * shifted_q,
         gaps + (weighted + TRACE * d), phis + tl.where(tl.abs(d) < 0.5, near, far),
     )  # fmt: skip
 
 
 @triton.jit
-def joined(top, about, total, weighted_sum, tops, sums, moments):
+def joined(top, about, total, weighted_sum, tops, sums, weighted_sums):
     """Statistics of what was known, about its maximum, and of all lanes, about the new one."""
     found = tl.max(tops, 1)
     found = tl.maximum(top, tl.where(found == FLOOR, float("-inf"), found))
-    total, weighted_sum = total + tl.sum(sums, 1), weighted_sum + tl.sum(moments, 1)
+    total, weighted_sum = total + tl.sum(sums, 1), weighted_sum + tl.sum(weighted_sums, 1)
     down = distance(about, found)
     scale = tl.exp(down)
     return found, scale * total, scale * (weighted_sum + down * total)
@@ -181,11 +182,11 @@ def joined(top, about, total, weighted_sum, tops, sums, moments):
 @triton.jit
 def joined_pair(
     max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess, known, about_p, about_q, centre,
-    tops_p, sums_p, moments_p, tops_q, sums_q, moments_q, gaps, phis,
+    tops_p, sums_p, weighted_sums_p, tops_q, sums_q, weighted_sums_q, gaps, phis,
 ):  # fmt: skip
     """The same for two views, and whether they are as good as those of blocks."""
-    found_p, total_p, moment_p = joined(max_p, about_p, sum_p, weighted_sum_p, tops_p, sums_p, moments_p)
-    found_q, total_q, moment_q = joined(max_q, about_q, sum_q, weighted_sum_q, tops_q, sums_q, moments_q)
+    found_p, total_p, weighted_sum_p = joined(max_p, about_p, sum_p, weighted_sum_p, tops_p, sums_p, weighted_sums_p)
+    found_q, total_q, weighted_sum_q = joined(max_q, about_q, sum_q, weighted_sum_q, tops_q, sums_q, weighted_sums_q)
     total, phi_sum = sum_p + tl.sum(sums_p, 1), tl.sum(phis, 1)
     off = centre - mean_diff  # what is known, about the centre
     before = excess * tl.exp(off) + phi(off) * sum_p
@@ -198,7 +199,7 @@ def joined_pair(
     close &= known & (found_p - about_p <= NEAR) & (found_q - about_q <= NEAR) & (tl.abs(move) <= NEAR)
     down_p, down_q = distance(about_p, found_p), distance(about_q, found_q)
     mean_diff = (centre - move) + (down_p - down_q)
-    return found_p, total_p, moment_p, found_q, total_q, moment_q, mean_diff, tl.exp(down_p) * moved, close
+    return found_p, total_p, weighted_sum_p, found_q, total_q, weighted_sum_q, mean_diff, tl.exp(down_p) * moved, close
 
 
 @triton.jit
