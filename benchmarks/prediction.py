@@ -12,12 +12,24 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.inputs import PRESETS, Shape
-from vppo_kernels.tile_shape import MIB, Chip, Footprint, Tiling, blocks, choose_tiling, fused_rows, splits_of
+from vppo_kernels.tile_shape import (
+    MIB,
+    Chip,
+    Footprint,
+    Tiling,
+    blocks,
+    choose_tiling,
+    fused_rows,
+    splits_of,
+)
+from vppo_kernels.walk import Banded, Work, choose_walk
 
 WORKSPACE = 256 * MIB
+CUDA = torch.device("cuda")
 BLOCK_STEP = 64  # of the inner dimension, in one step of a block's product
 EFFICIENCY = 0.92  # of a block of 128 x 256 results, beside its loads
 START = 5e-6  # seconds from the launch of a product to its full rate, and to its last store
@@ -25,6 +37,7 @@ GAP = 1.5e-6  # seconds between two kernels
 ISSUE = 0.65  # of the cycles in which a scheduler issues an instruction of a fold
 # instructions for each pair of logits or each logit, from the machine code for sm_90; see tests/vppo_kernels
 FOLD_PAIR, FOLD, GRADIENT = 38.7, 11.3, 25.0
+COPY = 4.0  # and for each number that is only copied or rounded
 # the fused sweep: the same of its tile, which nothing overlaps, and its products' share of the peak: published rates of
 # Triton's own, whose blocks each read the cache for themselves
 FUSED_PAIR, FUSED, FUSED_EFFICIENCY = 42.6, 13.2, 0.70
@@ -63,28 +76,38 @@ HOPPER = ("h100", "h200")  # which have a native fused sweep
 
 @dataclass
 class _Head:
-    """What `choose_tiling` asks of 16-bit hidden states under a 16-bit head."""
+    """What `choose_tiling` and `choose_walk` ask of 16-bit hidden states under a 16-bit head.
+
+    Attributes:
+        rows: That take part, of `given`.
+    """
 
     views: int
     rows: int
     columns: int
     max_columns: int
     width: int
-    backward: bool
-    device: torch.device
+    given: int = 0
+    device: torch.device = CUDA
     dtype: torch.dtype = torch.float32
     products: int = 1
+    shares_columns: bool = True
 
     @property
     def footprint(self) -> Footprint:
-        sums = 4 * self.width if self.backward else 0
-        return Footprint(2 * self.views * self.width, self.views * sums, 0, sums)
+        return Footprint(2 * self.views * self.width, 0, 0, 0)
+
+    @property
+    def banded(self) -> Banded:
+        each = self.views * self.width
+        sums = Footprint(2 * each, 4 * each, 0, 4 * self.width, 2 * self.views, self.given // 2)
+        return Banded(sums, 0, (Work(self.views, self.width, self.views, True),), self.rows < self.given)
 
 
 class _InPlace:
     """Triton's tile operations: kernels that need no memory of their own."""
 
-    SCRATCH, PEAK = 0, 3
+    SCRATCH, PEAK = 0, 2
 
 
 class Prediction(NamedTuple):
@@ -101,9 +124,9 @@ class Prediction(NamedTuple):
         return self.total / self.floor
 
 
-def forward_tiling(gpu: Gpu, views: int, rows: int, shape: Shape, backward: bool = False) -> Tiling:
+def forward_tiling(gpu: Gpu, views: int, rows: int, shape: Shape) -> Tiling:
     """The tiles that a sweep over so many rows of each view is cut into."""
-    head = _Head(views, rows, shape.vocab, shape.vocab, shape.width, backward, torch.device("cuda"))
+    head = _Head(views, rows, shape.vocab, shape.vocab, shape.width)
     return choose_tiling(head, _InPlace(), WORKSPACE, chip=gpu.chip)
 
 
@@ -171,19 +194,54 @@ def native_fused(gpu: Gpu, views: int, rows: int, shape: Shape, cluster: int = 4
     return Prediction(floor(gpu, views * rows, shape, 1), made + folded, made, folded)
 
 
-def loss(gpu: Gpu, active: int, shape: Shape) -> Prediction:
-    """A sweep of the active rows with its backward: the tiles made once more, and two products of their gradient."""
-    once = forward(gpu, 1, active, shape)
-    tiling, made, rest = forward_tiling(gpu, 1, active, shape, backward=True), once.products, once.rest
-    for columns in tiling.column_tiles(shape.vocab):
-        for part in tiling.row_tiles(active):
-            height, width = part.stop - part.start, columns.stop - columns.start
-            made += product(gpu, height, width, shape.width)
-            made += product(gpu, height, shape.width, width, adds=True)
-            made += product(gpu, width, shape.width, height, adds=tiling.rows < active)
-            rest += elementwise(gpu, height * width, GRADIENT, 8 * height * width)
-            rest += elementwise(gpu, height * width, 4, 6 * height * width) + 3 * GAP
-    return Prediction(floor(gpu, active, shape, 3), made + rest, made, rest)
+def backward(gpu: Gpu, views: int, active: int, rows: int, shape: Shape) -> Prediction:
+    """The gradients of the active rows' hidden states and of the weight: tiles made once more, and multiplied."""
+    head = _Head(views, active, shape.vocab, shape.vocab, shape.width, rows)
+    walk, picks = choose_walk(head, _InPlace(), WORKSPACE, gpu.chip), active < rows
+    numbers = views * rows * shape.width
+    made, rest = 0.0, elementwise(gpu, numbers, COPY, 6 * numbers)  # the sums, rounded
+
+    def tiles(tiling: Tiling, band: slice, columns: int, copied: bool) -> None:
+        nonlocal made, rest
+        parts = list(tiling.tiles_of(band))
+        together = views if copied and len(parts) == 1 else 1
+        for part in parts:
+            count = part.stop - part.start
+            made += views // together * (product(gpu, together * count, columns, shape.width) + GAP)
+            rest += elementwise(gpu, views * count * columns, GRADIENT, 6 * views * count * columns) + GAP
+
+    def passes(tiling: Tiling, span: slice, summed: int, weight: bool) -> None:
+        nonlocal made, rest
+        bands, copied = list(tiling.bands(span)), picks or (weight and walk.stacked)
+        if copied:
+            again = 1 if len(bands) == 1 or not weight else -(-shape.vocab // tiling.columns)
+            numbers = (span.stop - span.start) * shape.width
+            rest += again * views * elementwise(gpu, numbers, COPY, 4 * numbers)
+        parts = 1 if copied else views
+        adds = parts * len(bands) > 1
+        for columns in tiling.column_tiles(shape.vocab):
+            width = columns.stop - columns.start
+            for band in bands:
+                tiles(tiling, band, width, copied)
+                count, there = band.stop - band.start, min(band.stop, summed) - band.start
+                if there > 0:
+                    made += views * (product(gpu, there, shape.width, width, adds=True) + GAP)
+                if weight:
+                    depth = views * count // parts
+                    made += parts * (product(gpu, width, shape.width, depth, 4 if adds else 2, adds) + GAP)
+            if weight and adds:
+                rest += elementwise(gpu, width * shape.width, COPY, 6 * width * shape.width)
+
+    passes(walk.by_columns, slice(0, active), walk.together, True)
+    for band in walk.by_rows.bands(slice(walk.together, active)):
+        passes(walk.by_rows, band, active, False)
+    return Prediction(floor(gpu, views * active, shape, 2), made + rest, made, rest)
+
+
+def loss(gpu: Gpu, active: int, rows: int, shape: Shape) -> Prediction:
+    """A sweep of the active ones of so many rows with its backward."""
+    parts = forward(gpu, 1, active, shape), backward(gpu, 1, active, rows, shape)
+    return Prediction(*(sum(both) for both in zip(*parts, strict=True)))
 
 
 def floor(gpu: Gpu, rows: int, shape: Shape, products: int) -> float:
@@ -195,10 +253,12 @@ def floor(gpu: Gpu, rows: int, shape: Shape, products: int) -> float:
 def of(suite: str, labels: dict[str, Any]) -> float | None:
     """Seconds of a case of a suite on the GPU that is here; None for what the model does not know."""
     shape, gpu = Shape(labels.get("vocab", 0), labels.get("width", 0)), GPUS["here"]
-    if suite in ("divergence", "logprob") and not labels["backward"]:
-        return forward(gpu(), 2 if suite == "divergence" else 1, labels["rows"], shape).total
+    if suite in ("divergence", "logprob"):
+        views, rows = 2 if suite == "divergence" else 1, labels["rows"]
+        seconds = forward(gpu(), views, rows, shape).total
+        return seconds + backward(gpu(), views, rows, rows, shape).total if labels["backward"] else seconds
     if suite == "loss":
-        return loss(gpu(), labels["active_rows"], shape).total
+        return loss(gpu(), labels["active_rows"], labels["rows"], shape).total
     return None
 
 
@@ -206,25 +266,24 @@ def view(name: str, presets: list[str], rows: list[int]) -> Table:
     """Milliseconds of the sweeps, and multiples of the bare products; of the fused ones these alone."""
     table = Table(
         title=f"{name}, predicted: ms and multiples of the bare products; KL through tiles, fused by Triton and by the "
-        "native library; loss with 40 % of the rows active"
+        "native library, and its backward; loss with 40 % of the rows active",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
     )
-    for heading in ("", "rows", "tile", "KL", "Triton", "native", "loss"):
+    for heading in ("", "rows", "tile", "KL", "Triton", "native", "backward", "loss"):
         table.add_column(heading, justify="right", no_wrap=True)
     gpu = GPUS[name]()
     for preset in presets:
         shape = PRESETS[preset]
         for count in rows:
             tiling = forward_tiling(gpu, 2, count, shape)
-            tiles, of_loss = forward(gpu, 2, count, shape), loss(gpu, max(round(0.4 * count), 1), shape)
-            by_triton = fused(gpu, 2, count, shape)
-            native = f"{native_fused(gpu, 2, count, shape).multiple:.2f}x" if name in HOPPER else ""
-            table.add_row(
-                preset,
-                f"{count:,}",
-                f"{tiling.rows:,} x {tiling.columns:,}",
-                f"{1e3 * tiles.total:.1f} {tiles.multiple:.2f}x",
-                f"{by_triton.multiple:.2f}x",
-                native,
-                f"{1e3 * of_loss.total:.1f} {of_loss.multiple:.2f}x",
-            )
+            cells = [preset, f"{count:,}", f"{tiling.rows:,} x {tiling.columns:,}"]
+            tiles, by_triton = forward(gpu, 2, count, shape), fused(gpu, 2, count, shape)
+            cells += [f"{1e3 * tiles.total:.1f} {tiles.multiple:.2f}x", f"{by_triton.multiple:.2f}x"]
+            cells.append(f"{native_fused(gpu, 2, count, shape).multiple:.2f}x" if name in HOPPER else "")
+            active = max(round(0.4 * count), 1)
+            for found in (backward(gpu, 2, count, count, shape), loss(gpu, active, count, shape)):
+                cells.append(f"{1e3 * found.total:.1f} {found.multiple:.2f}")
+            table.add_row(*cells)
     return table

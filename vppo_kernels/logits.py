@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from vppo_kernels import arguments, tensor_cores
+from vppo_kernels.band import Band
 from vppo_kernels.precision import exact_float32
 from vppo_kernels.tile_shape import Footprint
 from vppo_kernels.vocab_parallel import Shard, sum_ranks
+from vppo_kernels.walk import Banded, Work
 
 RANGE_ROWS = 1024  # looked at together
 WIDE_COLUMNS = 256  # multiplied in float64 together
+PART_BYTES, GPU_PART_BYTES = 1 << 18, 1 << 24  # of sums that are rounded together
 MOST_SCALE = 1e30  # the largest factor on logits that leaves them, and their gradient, within float32
 
 
@@ -86,6 +89,7 @@ class Source(Protocol):
         dtype: Of the logits: float32, or float64 for float64 inputs.
         transforms: What follows the projection, of each view.
         footprint: What it holds beside a tile.
+        banded: The same where gradients of a band of row tiles lie side by side; None where they do not.
         shares_columns: Whether a gradient is summed over all rows of a column tile.
     """
 
@@ -104,8 +108,19 @@ class Source(Protocol):
     @property
     def footprint(self) -> Footprint: ...
 
+    @property
+    def banded(self) -> Banded | None: ...
+
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """Fill `out`, `[views, rows, columns]`, with transformed logits."""
+        ...
+
+    def begin(self, rows: slice, stacked: bool = False) -> None:
+        """The row tiles that follow are of this band, of which both views' rows may be copied below each other."""
+        ...
+
+    def place(self, rows: slice, columns: slice, tile: Tensor) -> Tensor:
+        """Where the gradient of a tile's raw logits goes, `[views, rows, columns]`: over the tile, or narrower."""
         ...
 
     def open(self, rows: slice) -> None:
@@ -117,7 +132,7 @@ class Source(Protocol):
 
         Args:
             rows, columns: Of the tile. What is open of the rows is summed.
-            grad: `[views, rows, columns]`.
+            grad: `[views, rows, columns]`, the tile or what `place` has returned.
             of_columns: Whether to collect gradients of these columns too: once in every tile, the row tiles of a column
                 tile one after another.
         """
@@ -178,6 +193,27 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
+def _parts(total: Tensor) -> list[slice]:
+    """Rows of a matrix that are rounded together: a copy of them is small."""
+    size = PART_BYTES if total.device.type == "cpu" else GPU_PART_BYTES
+    step = max(size // (total.shape[1] * total.element_size()), 1)
+    return [slice(start, min(start + step, len(total))) for start in range(0, len(total), step)]
+
+
+def _round_within(total: Tensor, grad: Tensor, places: Tensor | None) -> None:
+    """Fill `grad`, in whose memory `total` lies: its rows at ascending places, None for the first, and 0 elsewhere."""
+    parts = _parts(total)
+    for rows in parts:  # what is read later lies further on
+        grad[rows] = total[rows].to(grad.dtype)
+    if places is None:
+        grad[len(total) :].zero_()
+        return
+    for rows in reversed(parts):  # none moves to a lower place
+        grad.index_copy_(0, places[rows], grad[rows].clone())
+    idle = torch.ones(len(grad), dtype=torch.bool, device=grad.device).index_fill_(0, places, False)
+    grad.masked_fill_(idle.unsqueeze(1), 0.0)
+
+
 class LinearHead:
     """Logits of one or two sets of hidden states under one head.
 
@@ -188,7 +224,7 @@ class LinearHead:
         transform: What follows the projection.
         shard: How many rows of the weight are vocabulary; the others are never read. (A slice would not do: autograd
             would build a second weight gradient to undo it.)
-        active: Indices of the rows that take part; None for all.
+        active: Indices of the rows that take part, ascending; None for all.
         wants: Which gradients `accumulate` collects: (one flag per view, weight, bias).
         product: A backend's product of bfloat16 operands on a CPU, if it has one; gradients are multiplied in float32.
         exact: Sum in slabs where tensor cores make the logits.
@@ -233,6 +269,7 @@ class LinearHead:
         )
         self._narrow_product = product if fits else None
         self._stack: tuple[slice, Tensor, Tensor | None] | None = None
+        self._band = Band(self.hidden, active) if narrow else None
         want_hidden, want_weight, want_bias = wants or ((False,) * self.views, False, False)
         self.shares_columns = want_weight
         self._grad_hidden = [
@@ -263,14 +300,37 @@ class LinearHead:
         row += double  # the rows again
         wanted = [grad for grad in self._grad_hidden if grad is not None]
         in_place = not picks and own == summed
-        row_sum = 0 if in_place or not wanted else len(wanted) * summed + own + beside
+        row_sum = 0 if in_place or not wanted else len(wanted) * summed + beside
         column = double + (0 if self.weight.dtype == self.product_dtype else summed)
         rounded = self.grad_weight is not None and self.grad_weight.dtype != self.dtype
         column_sum = summed + beside if rounded else 0
         if rounded and not narrow:
             column, column_sum = column + column_sum, 0
         width = self.hidden_size
-        return Footprint(row * width + double * WIDE_COLUMNS, row_sum * width, column * width, column_sum * width)
+        entry = self.views * product if narrow and self.collects else 0
+        free = min((self._rows_within(grad) for grad in wanted), default=self.rows)
+        row_bytes, column_bytes = row * width + double * WIDE_COLUMNS, column * width
+        return Footprint(row_bytes, row_sum * width, column_bytes, column_sum * width, entry, free)
+
+    @property
+    def banded(self) -> Banded | None:
+        """The same where tensor cores multiply; nothing beside a sum but a part of a product, where that is needed."""
+        if self._band is None:
+            return None
+        own, summed, width = self.hidden[0].dtype.itemsize, self.dtype.itemsize, self.hidden_size
+        wanted = sum(grad is not None for grad in self._grad_hidden)
+        row = self.views * own * width
+        row_sum, column_sum = wanted * summed * width, summed * width if self.shares_columns else 0
+        beside = 0 if tensor_cores.adds_in_place(self.weight) else summed * width * tensor_cores.PART
+        *_, entry, free = self.footprint
+        work = Work(self.views, width, wanted, self.shares_columns)
+        return Banded(Footprint(row, row_sum, 0, column_sum, entry, free), beside, (work,), self._band.picks)
+
+    def _rows_within(self, grad: Tensor) -> int:
+        """How many rows' sums fit into the memory of their gradient."""
+        if grad.dtype.itemsize >= self.dtype.itemsize or not grad.is_contiguous():
+            return 0
+        return len(grad) * grad.dtype.itemsize // self.dtype.itemsize
 
     def _picked(self, rows: slice) -> list[Tensor]:
         return [h[rows] if self.active is None else h[self.active[rows]] for h in self.hidden]
@@ -310,9 +370,15 @@ class LinearHead:
         return stacked
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        flat = out.view(-1, out.shape[-1])
-        multiply = self._multiply if self._narrow_product is None else self._multiply_narrow
-        multiply(rows, self.weight[columns], flat)
+        flat, weight = out.view(-1, out.shape[-1]), self.weight[columns]
+        if self._band is not None and self._band.holds(rows):
+            hidden = self._band.hidden(rows)
+            for place, each in zip(flat.chunk(len(hidden)), hidden, strict=True):
+                tensor_cores.product_(place, each, weight.T, self.exact)
+        elif self._narrow_product is not None:
+            self._multiply_narrow(rows, weight, flat)
+        else:
+            self._multiply(rows, weight, flat)
         if self.bias is not None:
             flat.add_(self.bias[columns])
         self.transform.apply_(flat)
@@ -342,58 +408,101 @@ class LinearHead:
             shares_rounding = first.new_zeros(len(first))
         self._narrow_product(first, second, shares_rounding.flatten().bool(), weight, out)
 
+    def begin(self, rows: slice, stacked: bool = False) -> None:
+        if self._band is not None:
+            self._band.begin(rows, stacked)
+
+    def place(self, rows: slice, columns: slice, tile: Tensor) -> Tensor:
+        if self._band is None or self._grad_bias is not None:  # which is a sum of gradients that are not rounded
+            return tile
+        return self._band.place(rows, columns.stop - columns.start)
+
     def open(self, rows: slice) -> None:
         self._open = rows
         for view, grad in enumerate(self._grad_hidden):
             if grad is not None and grad.dtype == self.dtype and self.active is None:
                 self._sums[view] = grad[rows]
+            elif grad is not None and self._sums_within(rows):
+                count = rows.stop * self.hidden_size * self.dtype.itemsize // grad.dtype.itemsize
+                self._sums[view] = grad.view(-1)[:count].view(self.dtype).view(rows.stop, self.hidden_size)
             elif grad is not None:
                 self._sums[view] = grad.new_zeros(rows.stop - rows.start, self.hidden_size, dtype=self.dtype)
 
+    def _sums_within(self, rows: slice) -> bool:
+        """Whether the sums of these rows lie in the memory of their gradients, of which none is made yet."""
+        return rows.start == 0 and rows.stop <= self.footprint.free
+
     def close(self) -> None:
+        if self._band is not None:
+            self._band.end()
         for view, (grad, total) in enumerate(zip(self._grad_hidden, self._sums, strict=True)):
-            if grad is None or total is None:
+            if grad is None or total is None or not len(total):
                 continue
             sum_ranks(total, self.group)
-            if self.active is not None:
-                grad.index_copy_(0, self.active[self._open], total.to(grad.dtype))
+            places = None if self.active is None else self.active[self._open]
+            if grad.dtype != total.dtype and self._sums_within(self._open):
+                _round_within(total, grad, places)
+            elif places is not None:
+                for rows in _parts(total):
+                    grad.index_copy_(0, places[rows], total[rows].to(grad.dtype))
             elif grad.dtype != total.dtype:
                 grad[self._open] = total
             self._sums[view] = None
         self._open = slice(0, 0)
 
     def accumulate(self, rows: slice, columns: slice, grad: Tensor, of_columns: bool = True) -> None:
+        if self._grad_bias is not None and of_columns:
+            self._grad_bias[columns] += grad.sum((0, 1))
+        if self._band is not None:
+            self._accumulate_band(self._band, rows, columns, grad, of_columns)
+            return
         weight = self.weight[columns].to(self.product_dtype)
-        narrow = grad.to(weight.dtype)
         for view, total in enumerate(self._sums):
             if total is not None and rows.stop <= self._open.stop:
                 first = self._open.start
-                _add_product_(total[rows.start - first : rows.stop - first], narrow[view], weight)
-        if self._grad_bias is not None and of_columns:
-            self._grad_bias[columns] += grad.sum((0, 1))
+                total[rows.start - first : rows.stop - first].addmm_(grad[view], weight)
         if self.grad_weight is not None and of_columns:
             stacked, shares_rounding = self.stacked(rows)
             if shares_rounding is not None:  # there the second view's rows are the first's plus those of the stack
-                narrow[0].addcmul_(narrow[1], shares_rounding)
-            self._accumulate_weight(rows, columns, narrow.view(-1, narrow.shape[-1]).T, stacked)
+                grad[0].addcmul_(grad[1], shares_rounding)
+            self._add_to_weight(rows, columns, [(grad.flatten(0, 1), stacked)])
 
-    def _accumulate_weight(self, rows: slice, columns: slice, grad: Tensor, stacked: Tensor) -> None:
-        """Row tiles of one column tile follow each other, so their gradient is summed in float32 and rounded once."""
+    def _accumulate_band(self, band: Band, rows: slice, columns: slice, grad: Tensor, of_columns: bool) -> None:
+        """Lay the gradient beside those of the band's other tiles; multiply when it is the last."""
+        if grad.dtype != self.product_dtype:
+            band.place(rows, grad.shape[2]).copy_(grad)
+        if rows.stop < band.rows.stop:
+            return
+        assert band.gradient is not None
+        first, last = band.rows.start, min(band.rows.stop, self._open.stop)
+        for gradient, total in zip(band.gradient, self._sums, strict=True):
+            if total is not None and first < last:
+                into = total[first - self._open.start : last - self._open.start]
+                tensor_cores.add_product_(into, gradient[: last - first], self.weight[columns])
+        if self.grad_weight is not None and of_columns:
+            self._add_to_weight(band.rows, columns, list(band.factors()))
+
+    def _add_to_weight(self, rows: slice, columns: slice, factors: list[tuple[Tensor, Tensor]]) -> None:
+        """Add `a.T @ b` of each. Rows of one column tile follow each other, so the sum is made in float32, and rounded
+        once when they are the last.
+        """
         assert self.grad_weight is not None
         into, last = self.grad_weight[columns], rows.stop == self.rows
-        if into.dtype == self.dtype:
-            _add_product_(into, grad, stacked)
-        elif rows.start == 0 and last and into.dtype == grad.dtype and into.is_contiguous():
-            torch.mm(grad, stacked, out=into)
-        else:
-            if rows.start == 0:
-                self._tile_sum = _product(grad, stacked, self.dtype)
+        whole = rows.start == 0 and last and len(factors) == 1
+        for index, (grad, stacked) in enumerate(factors):
+            if into.dtype == self.dtype:
+                _add_product_(into, grad.T, stacked)
+            elif whole and into.dtype == grad.dtype and into.is_contiguous():
+                torch.mm(grad.T, stacked, out=into)
+                return
+            elif rows.start == 0 and index == 0:
+                self._tile_sum = _product(grad.T, stacked, self.dtype)
             else:
                 assert self._tile_sum is not None
-                _add_product_(self._tile_sum, grad, stacked)
-            if last:
-                into.copy_(self._tile_sum)
-                self._tile_sum = None
+                _add_product_(self._tile_sum, grad.T, stacked)
+        if last and self._tile_sum is not None:
+            into.copy_(self._tile_sum)
+            self._tile_sum = None
 
     def gradients(self) -> tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]:
         """What `accumulate` has collected: the gradients of each view's hidden states, of the weight and of the bias.
@@ -411,7 +520,7 @@ class LinearHead:
 class GivenLogits:
     """Logits that the caller holds: one `[rows, V]` tensor per view, any floating dtype; the rest as `LinearHead`."""
 
-    products, footprint, shares_columns = 1, Footprint(0, 0, 0, 0), False
+    products, footprint, banded, shares_columns = 1, Footprint(0, 0, 0, 0), None, False
 
     def __init__(
         self,
@@ -434,6 +543,12 @@ class GivenLogits:
             out[view].copy_(raw[rows, columns] if self.active is None else raw[self.active[rows], columns])
         self.transform.apply_(out)
         return out
+
+    def begin(self, rows: slice, stacked: bool = False) -> None:
+        pass
+
+    def place(self, rows: slice, columns: slice, tile: Tensor) -> Tensor:
+        return tile
 
     def open(self, rows: slice) -> None:
         pass

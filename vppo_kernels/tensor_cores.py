@@ -17,6 +17,7 @@ from torch import Tensor
 from vppo_kernels import arguments
 
 SLAB = 896  # of the inner dimension: four slabs at the width of a 7B model, six at that of a 32B one
+PART = 1024  # rows of a product that is made to be added
 PRECISIONS = ("default", "exact")
 
 
@@ -61,7 +62,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def adds_in_place(operand: Tensor) -> bool:
-    """Whether `add_product_` needs no memory beside."""
+    """Whether `add_product_` needs no memory beside; else it needs that of `PART` rows of the result."""
     return _accepted(operand).sum
 
 
@@ -70,7 +71,8 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if adds_in_place(a):
         _addmm_(total, a, b)
     else:
-        total.add_(product(a, b))
+        for start in range(0, len(a), PART):
+            total[start : start + PART].add_(product(a[start : start + PART], b))
 
 
 def _on_gpu(x: Tensor) -> bool:

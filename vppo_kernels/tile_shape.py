@@ -46,12 +46,16 @@ class Footprint(NamedTuple):
         row_sum: For each row whose gradient is being summed over the vocabulary.
         column: For each column of the tile.
         column_sum: For each column, in addition where a gradient is summed over several row tiles.
+        entry: For each entry of the tile, all views together: its gradient in 16 bits.
+        free: Not bytes, but how many rows' sums cost none: they lie where their gradients will.
     """
 
     row: int
     row_sum: int
     column: int
     column_sum: int
+    entry: int = 0
+    free: int = 0
 
 
 class Tiled(Protocol):
@@ -78,21 +82,32 @@ class Held(Protocol):
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows and vocabulary columns of a tile."""
+    """Rows and vocabulary columns of a tile.
+
+    Attributes:
+        band: Rows of several tiles, whose gradients lie side by side; 0 for those of one.
+    """
 
     rows: int
     columns: int
+    band: int = 0
 
     def row_tiles(self, total: int) -> Iterator[slice]:
-        return _slices(total, self.rows)
+        return self.tiles_of(slice(0, total))
+
+    def tiles_of(self, rows: slice) -> Iterator[slice]:
+        return _slices(rows, self.rows)
+
+    def bands(self, rows: slice) -> Iterator[slice]:
+        return _slices(rows, self.band or self.rows)
 
     def column_tiles(self, total: int) -> Iterator[slice]:
-        return _slices(total, self.columns)
+        return _slices(slice(0, total), self.columns)
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def _slices(span: slice, size: int) -> Iterator[slice]:
+    for start in range(span.start, span.stop, size):
+        yield slice(start, min(start + size, span.stop))
 
 
 def choose_tiling(
@@ -128,7 +143,7 @@ def _on_cpu(source: Tiled, ops: Held, footprint: Footprint, workspace: int, keep
     """As many rows as keep a product busy, then as many columns as the cache holds."""
     size = source.dtype.itemsize
     budget = workspace // (4 if keep_tiles else 2)
-    per_entry = ops.PEAK * size
+    per_entry = ops.PEAK * size + footprint.entry
     rows = min(max(source.rows, 1), CPU_ROWS)
     rows = min(rows, budget // 2 // max(footprint.row, COLUMN_MULTIPLE * per_entry))
     if keep_tiles:
@@ -147,7 +162,8 @@ def _on_gpu(
 ) -> Tiling:  # fmt: skip
     """Row tiles of one size, and the columns with which all tiles take the fewest rounds."""
     size = source.dtype.itemsize
-    budget, per_entry = workspace * 7 // 8, ops.PEAK * size  # the rest is for statistics, and for what is handed in
+    budget = workspace * 7 // 8  # the rest is for statistics, and for what is handed in
+    per_entry = ops.PEAK * size + footprint.entry
     total = max(source.rows, 1)
     most = min(total, max(GPU_ROWS // source.views, 1))
     most = min(most, budget // 2 // max(footprint.row, COLUMN_MULTIPLE * per_entry))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ from vppo_kernels.statistics import (
 )
 from vppo_kernels.tile_shape import MIB, Held, Tiling, choose_tiling
 from vppo_kernels.vocab_parallel import merge_ranks, sum_ranks
+from vppo_kernels.walk import Walk, choose_walk
 
 DEFAULT_WORKSPACE = 256 * MIB
 SUMS = 4  # of the workspace, a quarter may be sums of rows that wait for the last column
@@ -51,9 +51,10 @@ def workspace_limit(nbytes: int) -> Iterator[None]:
 
     Args:
         nbytes: Bytes beyond inputs, outputs and gradients, at least 1 MiB; 256 MiB unless set. Gradients of 16-bit
-            hidden states are summed in float32: where the sums of all rows do not fit beside the tiles and the weight
-            has a gradient too, the tiles of the rows that are left are made once more, and a larger bound saves time.
-            The bound gives way only where a single row of the vocabulary exceeds it.
+            hidden states are summed in float32, those of up to half of the rows in the gradients' own memory: where the
+            sums of all others do not fit beside the tiles and the weight has a gradient too, the tiles of the rows that
+            are left are made once more, and a larger bound saves time. The bound gives way only where a single row of
+            the vocabulary exceeds it.
 
     Raises:
         ValueError: Less than 1 MiB.
@@ -211,48 +212,71 @@ def of_pair(pair: Tensor, grads: Tensor, jsd: bool) -> Tensor:
     return torch.cat([divergence, entropies, logprobs])
 
 
-class GradientTile(NamedTuple):
-    """A recomputed tile, `[views, rows, columns]`, whose gradient is to be accumulated."""
-
-    rows: slice
-    columns: slice
-    logits: Tensor
-    of_columns: bool
+Gradient = Callable[[slice, slice, Tensor, Tensor], None]
+"""`gradient(rows, columns, tile, out)` of a recomputed tile of logits, `[views, rows, columns]`, fills `out`, which may
+be the tile: see `TileOps`."""
 
 
-def backward_tiles(source: Source, ops: Held, workspace: int) -> Iterator[GradientTile]:
-    """Recomputed tiles in an order in which all sums fit; none where there are no rows.
+def _walk(source: Source, ops: Held, workspace: int) -> Walk:
+    """The way through rows and columns."""
+    if source.device.type != "cpu" and source.banded is not None:
+        return choose_walk(source, ops, workspace)
+    _, row_sum, *_, free = source.footprint
+    by_rows = choose_tiling(source, ops, workspace, sum_rows=True)
+    if row_sum and not source.shares_columns:
+        return Walk(0, by_rows, by_rows)
+    beside = min(source.rows, workspace // SUMS // row_sum) if row_sum else source.rows
+    together = max(beside, min(source.rows, free))
+    by_columns = choose_tiling(source, ops, workspace - (together * row_sum if together > free else 0))
+    if together < source.rows:
+        together = together // by_columns.rows * by_columns.rows
+    return Walk(together, by_columns, by_rows)
+
+
+def walk_back(source: Source, ops: Held, workspace: int, gradient: Gradient) -> None:
+    """Recompute tiles in an order in which all sums fit, and hand the source their gradients.
 
     Gradients of rows are sums over the vocabulary, those of columns over the rows. Column by column, the sums of all
-    rows wait for the last column. Those that fit do; the other rows are walked once more, row by row.
+    rows wait for the last column. Those that fit do; the other rows are walked once more, row by row. The row tiles of
+    a band follow each other, so that a source may multiply the gradients of all of them at once.
     """
-    workspace = workspace or current_workspace()
-    row_sum, together = source.footprint.row_sum, 0
-    by_rows = by_columns = choose_tiling(source, ops, workspace, sum_rows=True)
-    if source.shares_columns or not row_sum:
-        together = min(source.rows, workspace // SUMS // row_sum) if row_sum else source.rows
-        by_columns = choose_tiling(source, ops, workspace - together * row_sum)
-        if together < source.rows:
-            together = together // by_columns.rows * by_columns.rows
-    walks = [by_columns] if together == source.rows else [by_columns, by_rows]
-    buffer = buffer_of(source, max(walks, key=lambda tiling: tiling.rows * tiling.columns), source.views)
-
-    def made(rows: slice, columns: slice, of_columns: bool) -> GradientTile:
-        tile = window(buffer, source.views, rows.stop - rows.start, columns)
-        return GradientTile(rows, columns, source.logits(rows, columns, tile), of_columns)
-
+    if not source.rows:
+        return
+    together, by_columns, by_rows, stacked = _walk(source, ops, workspace or current_workspace())
     if together or source.shares_columns:
+        buffer = buffer_of(source, by_columns, source.views)
         source.open(slice(0, together))
         for columns in by_columns.column_tiles(source.columns):
-            for rows in by_columns.row_tiles(source.rows):
-                yield made(rows, columns, True)
+            for band in by_columns.bands(slice(0, source.rows)):
+                source.begin(band, stacked)
+                _tiles_of_band(source, by_columns, buffer, band, columns, True, gradient)
         source.close()
-    for start in range(together, source.rows, by_rows.rows):
-        rows = slice(start, min(start + by_rows.rows, source.rows))
-        source.open(rows)
+        del buffer
+    if together == source.rows:
+        return
+    buffer = buffer_of(source, by_rows, source.views)
+    for band in by_rows.bands(slice(together, source.rows)):
+        source.open(band)
         for columns in by_rows.column_tiles(source.columns):
-            yield made(rows, columns, not source.shares_columns)
+            source.begin(band)
+            _tiles_of_band(source, by_rows, buffer, band, columns, not source.shares_columns, gradient)
         source.close()
+
+
+def _tiles_of_band(
+    source: Source,
+    tiling: Tiling,
+    buffer: Tensor,
+    band: slice,
+    columns: slice,
+    of_columns: bool,
+    gradient: Gradient,
+) -> None:
+    for rows in tiling.tiles_of(band):
+        tile = source.logits(rows, columns, window(buffer, source.views, rows.stop - rows.start, columns))
+        out = source.place(rows, columns, tile)
+        gradient(rows, columns, tile, out)
+        source.accumulate(rows, columns, out, of_columns)
 
 
 def backward(source: Source, ops: TileOps, softmax: Tensor, targets: Tensor, grads: Tensor, workspace: int) -> None:
@@ -265,11 +289,13 @@ def backward(source: Source, ops: TileOps, softmax: Tensor, targets: Tensor, gra
         grads: `[2, rows]`, upstream of log-probability and entropy.
         ops, workspace: As in the forward.
     """
-    grads = _of_view(softmax, grads)
-    for rows, columns, tile, of_columns in backward_tiles(source, ops, workspace):
+    grads, transform = _of_view(softmax, grads), source.transforms[0]
+
+    def gradient(rows: slice, columns: slice, tile: Tensor, out: Tensor) -> None:
         first = source.first + columns.start
-        ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transforms[0])
-        source.accumulate(rows, columns, tile, of_columns)
+        ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], transform, out[0])
+
+    walk_back(source, ops, workspace, gradient)
 
 
 def forward_backward(
@@ -289,7 +315,9 @@ def forward_backward(
     """
     tiling = choose_tiling(source, ops, workspace or current_workspace())
     column_tiles, row_blocks = list(tiling.column_tiles(source.columns)), list(tiling.row_tiles(source.rows))
-    size, sums = source.rows * source.columns * source.dtype.itemsize, source.rows * source.footprint.row_sum
+    size = source.rows * source.columns * source.dtype.itemsize
+    _, row_sum, *_, free = source.footprint
+    sums = source.rows * row_sum if source.rows > free else 0
     bound = workspace or current_workspace()
     if source.rows == 0 or size > bound // 2 or sums > bound // SUMS:
         softmax = forward(source, ops, targets, workspace)
@@ -307,9 +335,11 @@ def forward_backward(
     source.open(slice(0, source.rows))
     for index, columns in enumerate(column_tiles):
         for rows, tiles in zip(row_blocks, kept, strict=True):
-            tile, first = tiles[index], source.first + columns.start
-            ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], source.transforms[0])
-            source.accumulate(rows, columns, tile)
+            source.begin(rows)
+            tile, first, transform = tiles[index], source.first + columns.start, source.transforms[0]
+            out = source.place(rows, columns, tile)
+            ops.gradient_(tile[0], softmax[:, rows], targets[rows], first, grads[:, rows], transform, out[0])
+            source.accumulate(rows, columns, out)
     source.close()
 
 
@@ -325,7 +355,8 @@ def backward_pair(
 ) -> None:
     """As `backward`, for two views; `grads` are upstream of divergence, both entropies and both log-probabilities."""
     grads = of_pair(pair, grads, jsd_terms is not None)
-    for rows, columns, tile, of_columns in backward_tiles(source, ops, workspace):
+
+    def gradient(rows: slice, columns: slice, tile: Tensor, out: Tensor) -> None:
         ops.gradient_pair_(
             tile,
             pair[:, rows],
@@ -335,5 +366,7 @@ def backward_pair(
             source.first + columns.start,
             grads[:, rows],
             source.transforms,
+            out,
         )
-        source.accumulate(rows, columns, tile, of_columns)
+
+    walk_back(source, ops, workspace, gradient)

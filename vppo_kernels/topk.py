@@ -33,13 +33,13 @@ from vppo_kernels.statistics import (
 )
 from vppo_kernels.tile_shape import choose_tiling
 from vppo_kernels.tiling import (
-    backward_tiles,
     blocks_of_rows,
     buffer_of,
     current_workspace,
     merge_packed_pair,
     of_finite,
     of_pair,
+    walk_back,
     window,
 )
 from vppo_kernels.vocab_parallel import gather_ranks, max_ranks, merge_ranks
@@ -152,7 +152,9 @@ def backward(
     asks_more = bool(grads.any())  # of entropies and log-probabilities, which are of the whole vocabulary
     room = _Room(ops.SCRATCH, ops.PEAK + (2 if asks_more else 0))
     done, in_bins = slice(0, 0), bins
-    for rows, columns, tile, of_columns in backward_tiles(source, room, workspace):
+
+    def gradient(rows: slice, columns: slice, tile: Tensor, out: Tensor) -> None:
+        nonlocal done, in_bins
         first = source.first + columns.start
         if rows != done:
             done, in_bins = rows, _gradient_of_bins(ops, bins[:, rows], of_divergence[:, rows])
@@ -160,22 +162,25 @@ def backward(
         if asks_more:
             others, chosen = tile.clone(), None if targets is None else targets[rows]
             ops.gradient_pair_(
-                others, pair[:, rows], None, 0.5, chosen, first, grads[:, rows].contiguous(), source.transforms
+                others, pair[:, rows], None, 0.5, chosen, first, grads[:, rows].contiguous(), source.transforms, others
             )
         column = words[rows] - first
         row, place = ((column >= 0) & (column < tile.shape[2])).nonzero(as_tuple=True)
         nowhere = column.new_full((len(column),), -1)
         for view, transform in enumerate(source.transforms):
-            gradient, shares = tile[view], torch.zeros_like(pair[:SOFTMAX_FIELDS, rows])
+            of_view, shares = tile[view], torch.zeros_like(pair[:SOFTMAX_FIELDS, rows])
             # of the others, the sum of whose exponentials this is the logarithm of; -inf where all of them are masked
             shares[MAX] = bins[view, rows, k].clamp_min(-EXP_FLOOR)
             of_shares = torch.stack([-in_bins[view, :, k], torch.zeros_like(in_bins[view, :, k])])
             of_words = in_bins[view, row, place] * _slope(transform, bins[view, rows][row, place])
-            ops.gradient_(gradient, shares, nowhere, first, of_shares, transform)
-            gradient[row, column[row, place]] = of_words
+            ops.gradient_(of_view, shares, nowhere, first, of_shares, transform, of_view)
+            of_view[row, column[row, place]] = of_words
         if others is not None:
             tile += others
-        source.accumulate(rows, columns, tile, of_columns)
+        if out.dtype != tile.dtype:
+            out.copy_(tile)
+
+    walk_back(source, room, workspace, gradient)
 
 
 def _gradient_of_bins(ops: TileOps, bins: Tensor, of_divergence: Tensor) -> Tensor:
@@ -184,7 +189,7 @@ def _gradient_of_bins(ops: TileOps, bins: Tensor, of_divergence: Tensor) -> Tens
     pair = _pair_of(ops, bins)
     upstream = torch.cat([of_finite(pair[KL:], of_divergence), torch.zeros_like(pair[:2])])
     gradient = bins.clone()
-    ops.gradient_pair_(gradient, pair, None, 0.5, None, 0, upstream, UNCHANGED)
+    ops.gradient_pair_(gradient, pair, None, 0.5, None, 0, upstream, UNCHANGED, gradient)
     return gradient
 
 

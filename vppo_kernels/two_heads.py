@@ -6,6 +6,12 @@ from torch import Tensor
 
 from vppo_kernels.logits import LinearHead, LogitTransform
 from vppo_kernels.tile_shape import Footprint
+from vppo_kernels.walk import Banded
+
+
+def _of_both(p: Footprint, q: Footprint) -> Footprint:
+    sums = Footprint(*(a + b for a, b in zip(p, q, strict=True)))
+    return sums._replace(free=min(p.free, q.free))
 
 
 class TwoHeads:
@@ -28,12 +34,26 @@ class TwoHeads:
 
     @property
     def footprint(self) -> Footprint:
-        return Footprint(*(sum(sizes) for sizes in zip(*(head.footprint for head in self.heads), strict=True)))
+        return _of_both(*(head.footprint for head in self.heads))
+
+    @property
+    def banded(self) -> Banded | None:
+        p, q = (head.banded for head in self.heads)
+        if p is None or q is None:
+            return None
+        return Banded(_of_both(p.footprint, q.footprint), p.fixed + q.fixed, p.heads + q.heads, p.copies or q.copies)
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         for view, head in enumerate(self.heads):
             head.logits(rows, columns, out[view : view + 1])
         return out
+
+    def begin(self, rows: slice, stacked: bool = False) -> None:
+        for head in self.heads:
+            head.begin(rows, stacked)
+
+    def place(self, rows: slice, columns: slice, tile: Tensor) -> Tensor:
+        return tile  # of which each head takes its own view
 
     def open(self, rows: slice) -> None:
         for head in self.heads:

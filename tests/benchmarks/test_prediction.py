@@ -25,7 +25,11 @@ def test_a_sweep_takes_its_products_and_more(name: str) -> None:
         times = [prediction.forward(gpu, views, rows, SEVEN) for rows in (1024, 4096, 16_384)]
         assert all(found.floor < found.products < found.total < 2 * found.floor for found in times)
         assert times[0].total < times[1].total < times[2].total
-    assert prediction.loss(gpu, 4096, SEVEN).total > 3 * prediction.forward(gpu, 1, 4096, SEVEN).products
+    loss, once = prediction.loss(gpu, 4096, 10_000, SEVEN), prediction.forward(gpu, 1, 4096, SEVEN)
+    assert 3.9 * once.products < loss.total < 6 * once.products and loss.floor == pytest.approx(3 * once.floor)
+    # of all rows the sums do not fit, and half of the tiles are made once more
+    whole = prediction.backward(gpu, 1, 40_960, 40_960, SEVEN)
+    assert whole.products > 1.1 * prediction.backward(gpu, 1, 40_960, 102_400, SEVEN).products
 
 
 def test_a_fused_sweep_pays_for_what_nothing_overlaps() -> None:
@@ -66,11 +70,11 @@ def test_a_case_on_a_gpu_has_a_prediction_beside_it(monkeypatch: pytest.MonkeyPa
     seconds = prediction.of("divergence", labels)
     assert seconds == prediction.forward(prediction.GPUS["h100"](), 2, 4096, SEVEN).total
     assert prediction.of("loss", labels | dict(active_rows=1638)) == pytest.approx(
-        prediction.loss(prediction.GPUS["h100"](), 1638, SEVEN).total
+        prediction.loss(prediction.GPUS["h100"](), 1638, 4096, SEVEN).total
     )
-    assert (
-        prediction.of("selection", labels) is None and prediction.of("divergence", labels | dict(backward=True)) is None
-    )
+    backward = prediction.backward(prediction.GPUS["h100"](), 2, 4096, 4096, SEVEN).total
+    assert prediction.of("divergence", labels | dict(backward=True)) == seconds + backward
+    assert prediction.of("selection", labels) is None
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(case_view(CaseResult(labels, [Record("floor", "floor", "", seconds=[0.01])], seconds)))
     assert "predicted for ours" in console.export_text()
@@ -78,7 +82,7 @@ def test_a_case_on_a_gpu_has_a_prediction_beside_it(monkeypatch: pytest.MonkeyPa
 
 def test_the_command() -> None:
     done = CliRunner().invoke(app, ["predict", "--gpu", "h100", "--preset", "7b", "--rows", "4096"], terminal_width=200)
-    assert done.exit_code == 0 and "1,366 x 3,072" in done.output, done.output
+    assert done.exit_code == 0 and "1,366 x 3,072" in done.output and "…" not in done.output, done.output
     assert "1.50x" in done.output and "1.08x" in done.output, done.output
     wrong = CliRunner().invoke(app, ["predict", "--gpu", "v100"])
     assert wrong.exit_code == 2 and "takes one of" in wrong.output

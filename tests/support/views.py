@@ -110,6 +110,18 @@ def tiles_of(rows: int, columns: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def walks_of(rows: int, columns: int, band: int, together: int, stacked: bool) -> Iterator[None]:
+    """Walk backwards through bands as on a GPU; numbers as those of a `Walk`."""
+    tiles = tiling.Tiling(rows, columns, band)
+
+    def chosen(source: Any, *_: Any) -> tiling.Walk:
+        return tiling.Walk(min(together, source.rows) if source.shares_columns else 0, tiles, tiles, stacked)
+
+    with mock.patch.object(tiling, "_walk", chosen):
+        yield
+
+
+@contextlib.contextmanager
 def poisoned_buffers() -> Iterator[None]:
     """Memory that is handed out uninitialised holds NaN, or garbage for integers."""
 

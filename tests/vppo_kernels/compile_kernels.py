@@ -39,6 +39,7 @@ MIXTURE = ("scale_p", "to_cap_p", "scale_q", "to_cap_q", "beta", "log_beta", "lo
 FLOATS = ("threshold", "scale", "to_cap", *MIXTURE, "scale_min", "to_one", "scale_range", "min_spread", *LOSS)
 UNALIGNED = ("first", "splits", "ratio_bits", "total", "blocks", "stride")
 ONES = ("rows", "columns", "total", "blocks", "stride")
+OUTS = ("*fp32", "*bf16")  # where a gradient goes: over its tile, or beside those of other tiles
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -53,11 +54,15 @@ def variants(target: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, 
             # of Jensen-Shannon's the general one, which takes more registers
             flags = dict(JSD=jsd, HALF=False, SOFTCAP_P=jsd, SOFTCAP_Q=jsd)
             more = constants | flags | ({} if jsd else {"terms_ptr": None})
-            yield f"gradient_pair targets={with_targets} jsd={jsd}", tiles._gradient_pair_kernel, more, {}, options
+            for out in OUTS:
+                name = f"gradient_pair targets={with_targets} jsd={jsd} {out}"
+                yield name, tiles._gradient_pair_kernel, more, {"out_ptr": out}, options
     for half in (True, False):
         yield f"fold_jsd half={half}", tiles._fold_jsd_kernel, dict(HALF=half, **shape), {}, options
     for softcap in (True, False):
-        yield f"gradient softcap={softcap}", tiles._gradient_kernel, dict(SOFTCAP=softcap, **shape), {}, options
+        for out in OUTS:
+            constants = dict(SOFTCAP=softcap, **shape)
+            yield f"gradient softcap={softcap} {out}", tiles._gradient_kernel, constants, {"out_ptr": out}, options
 
     for name, kernel, constants, types in token_variants():
         yield name, kernel, constants, types, dict(num_warps=tokens.WARPS)

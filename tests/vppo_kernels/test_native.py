@@ -136,10 +136,11 @@ def everything(z: Tensor, targets: Tensor, pair: Tensor, grads: Tensor, backend:
         for chosen in (None, targets):
             tile = torch.empty_like(z).copy_(z)
             upstream = grads if chosen is not None else grads[:3]
-            backend.gradient_pair_(tile, pair, half, beta, chosen, 3, upstream, (transform, LogitTransform(1.2, 0.8)))
+            both = transform, LogitTransform(1.2, 0.8)
+            backend.gradient_pair_(tile, pair, half, beta, chosen, 3, upstream, both, tile)
             results.append(tile)
     tile = z[0].clone()
-    backend.gradient_(tile, pair[:4], targets, 3, grads[:2], transform)
+    backend.gradient_(tile, pair[:4], targets, 3, grads[:2], transform, tile)
     return [*results, tile]
 
 
@@ -217,8 +218,8 @@ def test_empty_tiles_change_nothing(shape: tuple[int, int]) -> None:
     before = stats.clone()
     assert torch.equal(native.fold_pair(z, targets, 0, stats, z), before)
     assert torch.equal(native.fold(z[0], targets, 0, stats[:4], z), before[:4])
-    native.gradient_pair_(z, stats, None, 0.5, targets, 0, grads, (LogitTransform(), LogitTransform()))
-    native.gradient_(z[0], stats[:4], targets, 0, grads[:2], LogitTransform())
+    native.gradient_pair_(z, stats, None, 0.5, targets, 0, grads, (LogitTransform(), LogitTransform()), z)
+    native.gradient_(z[0], stats[:4], targets, 0, grads[:2], LogitTransform(), z[0])
 
 
 # --- instruction sets

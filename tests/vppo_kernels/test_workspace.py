@@ -35,7 +35,7 @@ def keep(*arguments: Any) -> Tensor:
 
 OPS: Any = SimpleNamespace(
     SCRATCH=0,
-    PEAK=4,
+    PEAK=2,
     fold=keep,
     fold_pair=keep,
     fold_jsd=lambda tile, pair, half, beta: half,

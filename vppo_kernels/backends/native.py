@@ -12,7 +12,7 @@ from vppo_kernels.logits import LogitTransform
 from vppo_kernels.native_library import library, missing
 
 SCRATCH = 0  # nothing but the tile itself
-PEAK = 4  # tiles of one view alive at a time: two of logits, and their gradient in 16 bits
+PEAK = 2  # tiles of one view alive at a time: those of logits
 
 
 def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
@@ -34,10 +34,18 @@ def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor, beta: float) -> Tens
 
 
 def gradient_(
-    tile: Tensor, softmax: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+    tile: Tensor,
+    softmax: Tensor,
+    targets: Tensor,
+    first: int,
+    grads: Tensor,
+    transform: LogitTransform,
+    out: Tensor,
 ) -> None:
     """See `TileOps`."""
     library(tile.device.type).gradient(tile, softmax, targets, first, grads, *_slope(transform))
+    if out.dtype != tile.dtype:
+        out.copy_(tile)
 
 
 def gradient_pair_(
@@ -49,10 +57,13 @@ def gradient_pair_(
     first: int,
     grads: Tensor,
     transforms: tuple[LogitTransform, ...],
+    out: Tensor,
 ) -> None:
     """See `TileOps`."""
     slopes = (number for transform in transforms for number in _slope(transform))
     library(tile.device.type).gradient_pair(tile, pair, jsd_terms, beta, targets, first, grads, *slopes)
+    if out.dtype != tile.dtype:
+        out.copy_(tile)
 
 
 def _slope(transform: LogitTransform) -> tuple[float, float]:

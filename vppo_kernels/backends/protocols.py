@@ -47,9 +47,16 @@ class TileOps(Protocol):
         ...
 
     def gradient_(
-        self, tile: Tensor, softmax: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+        self,
+        tile: Tensor,
+        softmax: Tensor,
+        targets: Tensor,
+        first: int,
+        grads: Tensor,
+        transform: LogitTransform,
+        out: Tensor,
     ) -> None:
-        """Overwrite one view's tile with the gradient of its raw logits.
+        """Make the gradient of one view's raw logits; the tile may be overwritten.
 
         Args:
             tile: `[rows, columns]`.
@@ -57,6 +64,7 @@ class TileOps(Protocol):
             targets, first: See the class.
             grads: `[2, rows]`, upstream of log-probability and entropy.
             transform: From raw logits to those of the tile.
+            out: `[rows, columns]`, where the gradient goes: the tile, or a contiguous matrix that is rounded to.
         """
         ...
 
@@ -70,8 +78,9 @@ class TileOps(Protocol):
         first: int,
         grads: Tensor,
         transforms: tuple[LogitTransform, ...],
+        out: Tensor,
     ) -> None:
-        """Overwrite both views' tile with the gradient of their raw logits.
+        """Make the gradient of both views' raw logits; the tile may be overwritten.
 
         Args:
             tile: `[2, rows, columns]`.
@@ -82,6 +91,8 @@ class TileOps(Protocol):
             grads: `[5, rows]`, upstream of the divergence, the entropies of p and q and their log-probabilities;
                 `[3, rows]` without targets.
             transforms: From raw logits to those of the tile, of each view.
+            out: `[2, rows, columns]`, where the gradient goes: the tile, or one that is rounded to, whose views are
+                contiguous.
         """
         ...
 

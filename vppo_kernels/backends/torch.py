@@ -202,7 +202,13 @@ def _view_gradient(
 
 
 def gradient_(
-    tile: Tensor, softmax: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+    tile: Tensor,
+    softmax: Tensor,
+    targets: Tensor,
+    first: int,
+    grads: Tensor,
+    transform: LogitTransform,
+    out: Tensor,
 ) -> None:
     """See `TileOps`."""
     tile.clamp_min_(-EXP_FLOOR)  # a masked word: a finite logit whose probability is 0
@@ -211,6 +217,8 @@ def gradient_(
     tile.copy_(_view_gradient(_log_softmax(tile, view), view, grad_entropy, grad_logprob, None))
     _add_at_targets(tile, targets, first, grad_logprob)
     _times_(tile, slope)
+    if out.dtype != tile.dtype:
+        out.copy_(tile)
 
 
 def gradient_pair_(
@@ -222,6 +230,7 @@ def gradient_pair_(
     first: int,
     grads: Tensor,
     transforms: tuple[LogitTransform, ...],
+    out: Tensor,
 ) -> None:
     """See `TileOps`."""
     tile.clamp_min_(-EXP_FLOOR)  # a masked word: a finite logit whose probability is 0
@@ -248,3 +257,5 @@ def gradient_pair_(
         _add_at_targets(z_q, targets, first, grads[GRAD_LOGPROB_Q])
     _times_(z_p, slopes[0])
     _times_(z_q, slopes[1])
+    if out.dtype != tile.dtype:
+        out.copy_(tile)

@@ -7,6 +7,8 @@ with those of earlier tiles before they are written back, in place. Under `TRITO
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -55,9 +57,10 @@ from vppo_kernels.backends.triton_math import (
 from vppo_kernels.logits import LogitTransform
 
 SCRATCH = 0  # nothing but the tile itself
-PEAK = 3  # tiles of one view alive at a time: two of logits, and the gradients of both in 16 bits
+PEAK = 2  # tiles of one view alive at a time: those of logits
 WARPS = 4
 OPTIONS = dict(num_warps=WARPS, enable_fp_fusion=True)  # what the accuracy was proven with; Triton's default may change
+PREPARED = 64  # launches that are remembered
 # Rows of a program and columns that it takes at a time. The interpreter pays by the operation, not by the element.
 ROWS, BLOCK = (64, 1024) if triton.knobs.runtime.interpret else (1, 1024)
 
@@ -74,7 +77,7 @@ def _fold_exactly(z_ptr, rows, columns, there, top, total, weighted_sum, first, 
     return top, total, weighted_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _fold_kernel(
     z_ptr, stats_ptr, targets_ptr, first, rows, columns,
     HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -135,7 +138,7 @@ def _fold_pair_exactly(
     return max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _fold_pair_kernel(
     z_ptr, stats_ptr, targets_ptr, first, rows, columns,
     HAS_TARGETS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -252,39 +255,40 @@ def _slope(z, scale, to_cap, SOFTCAP: tl.constexpr):
         return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _gradient_kernel(
-    z_ptr, softmax_ptr, softmax_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns, scale, to_cap,
-    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    z_ptr, out_ptr, softmax_ptr, softmax_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns, scale,
+    to_cap, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     there = row < rows
     inside = there[:, None] & (column < columns)
-    z_ptr, softmax, grads = z_ptr + (row * columns)[:, None] + column, softmax_ptr + row, grads_ptr + row
-    z = _load_finite(z_ptr, inside)
+    entry, softmax, grads = (row * columns)[:, None] + column, softmax_ptr + row, grads_ptr + row
+    z = _load_finite(z_ptr + entry, inside)
     log_p = (z - _field(softmax, MAX, softmax_stride, there)) - _field(softmax, LOG_SUM, softmax_stride, there)
     grad_logprob = _field(grads, GRAD_LOGPROB, grads_stride, there)
     grad_entropy = _field(grads, GRAD_ENTROPY, grads_stride, there)
     grad = tl.exp(log_p) * (-grad_entropy * (log_p + _field(softmax, ENTROPY, softmax_stride, there)) - grad_logprob)
     target = tl.load(targets_ptr + row, mask=there, other=-1)[:, None] - first
     grad += tl.where(column == target, grad_logprob, 0.0)
-    tl.store(z_ptr, grad * _slope(z, scale, to_cap, SOFTCAP), mask=inside)
+    tl.store(out_ptr + entry, grad * _slope(z, scale, to_cap, SOFTCAP), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _gradient_pair_kernel(
-    z_ptr, pair_ptr, pair_stride, terms_ptr, terms_stride, targets_ptr, grads_ptr, grads_stride, first, rows, columns,
-    scale_p, to_cap_p, scale_q, to_cap_q, beta, log_beta, log_rest, HAS_TARGETS: tl.constexpr, JSD: tl.constexpr,
-    HALF: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    z_ptr, out_ptr, out_stride, pair_ptr, pair_stride, terms_ptr, terms_stride, targets_ptr, grads_ptr, grads_stride,
+    first, rows, columns, scale_p, to_cap_p, scale_q, to_cap_q, beta, log_beta, log_rest,
+    HAS_TARGETS: tl.constexpr, JSD: tl.constexpr, HALF: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     there = row < rows
     inside = there[:, None] & (column < columns)
-    p_ptr, q_ptr = z_ptr + (row * columns)[:, None] + column, z_ptr + ((rows + row) * columns)[:, None] + column
-    pair, grads = pair_ptr + row, grads_ptr + row
-    z_p, z_q = _load_finite(p_ptr, inside), _load_finite(q_ptr, inside)
+    entry, pair, grads = (row * columns)[:, None] + column, pair_ptr + row, grads_ptr + row
+    z_p = _load_finite(z_ptr + entry, inside)
+    z_q = _load_finite(z_ptr + ((rows + row) * columns)[:, None] + column, inside)
     log_p, log_q, d, centred = _log_probabilities(z_p, z_q, pair, pair_stride, there)
     p, q = tl.exp(log_p), tl.exp(log_q)
     upstream = _field(grads, GRAD_DIVERGENCE, grads_stride, there)
@@ -304,17 +308,18 @@ def _gradient_pair_kernel(
         hit = tl.where(column == target, 1.0, 0.0)
         grad_p += _field(grads, GRAD_LOGPROB_P, grads_stride, there) * (hit - p)
         grad_q += _field(grads, GRAD_LOGPROB_Q, grads_stride, there) * (hit - q)
-    tl.store(p_ptr, grad_p * _slope(z_p, scale_p, to_cap_p, SOFTCAP_P), mask=inside)
-    tl.store(q_ptr, grad_q * _slope(z_q, scale_q, to_cap_q, SOFTCAP_Q), mask=inside)
+    tl.store(out_ptr + entry, grad_p * _slope(z_p, scale_p, to_cap_p, SOFTCAP_P), mask=inside)
+    tl.store(out_ptr + out_stride + entry, grad_q * _slope(z_q, scale_q, to_cap_q, SOFTCAP_Q), mask=inside)
 
 
 def fold(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, scratch: Tensor) -> Tensor:
     """See `TileOps`; `stats` is updated in place."""
     rows, columns = tile.shape
     if tile.numel():
-        _fold_kernel[_grid(rows)](
-            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, **OPTIONS
-        )
+        start(
+            _fold_kernel, _grid(rows), (pointer(tile), pointer(stats), pointer(targets), rows, columns),
+            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK,
+        )  # fmt: skip
     return stats
 
 
@@ -322,9 +327,10 @@ def fold_pair(tile: Tensor, targets: Tensor | None, first: int, stats: Tensor, s
     """See `TileOps`; `stats` is updated in place."""
     _, rows, columns = tile.shape
     if tile.numel():
-        _fold_pair_kernel[_grid(rows)](
-            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK, **OPTIONS
-        )
+        start(
+            _fold_pair_kernel, _grid(rows), (pointer(tile), pointer(stats), pointer(targets), rows, columns),
+            tile, stats, targets, first, rows, columns, targets is not None, ROWS, BLOCK,
+        )  # fmt: skip
     return stats
 
 
@@ -339,14 +345,22 @@ def fold_jsd(tile: Tensor, pair: Tensor, jsd_terms: Tensor, beta: float) -> Tens
 
 
 def gradient_(
-    tile: Tensor, softmax: Tensor, targets: Tensor, first: int, grads: Tensor, transform: LogitTransform
+    tile: Tensor,
+    softmax: Tensor,
+    targets: Tensor,
+    first: int,
+    grads: Tensor,
+    transform: LogitTransform,
+    out: Tensor,
 ) -> None:
     """See `TileOps`."""
     rows, columns = tile.shape
+    strides, slope = (softmax.stride(0), grads.stride(0)), _slope_arguments(transform)
     if tile.numel():
-        _gradient_kernel[_grid(rows, columns)](
-            tile, softmax, softmax.stride(0), targets, grads, grads.stride(0), first, rows, columns,
-            *_slope_arguments(transform), ROWS, BLOCK, **OPTIONS,
+        places = pointer(tile), pointer(out), pointer(softmax), pointer(targets), pointer(grads)
+        start(
+            _gradient_kernel, _grid(rows, columns), (*places, out.dtype, *strides, rows, columns, slope),
+            tile, out, softmax, strides[0], targets, grads, strides[1], first, rows, columns, *slope, ROWS, BLOCK,
         )  # fmt: skip
 
 
@@ -359,17 +373,51 @@ def gradient_pair_(
     first: int,
     grads: Tensor,
     transforms: tuple[LogitTransform, ...],
+    out: Tensor,
 ) -> None:
     """See `TileOps`."""
     _, rows, columns = tile.shape
-    (scale_p, to_cap_p, softcap_p), (scale_q, to_cap_q, softcap_q) = (_slope_arguments(each) for each in transforms)
+    slopes = [_slope_arguments(each) for each in transforms]
+    (scale_p, to_cap_p, softcap_p), (scale_q, to_cap_q, softcap_q) = slopes
     *shares, half = _mixture_arguments(beta)
+    strides = out.stride(0), pair.stride(0), 0 if jsd_terms is None else jsd_terms.stride(0), grads.stride(0)
     if tile.numel():
-        _gradient_pair_kernel[_grid(rows, columns)](
-            tile, pair, pair.stride(0), jsd_terms, 0 if jsd_terms is None else jsd_terms.stride(0), targets,
-            grads, grads.stride(0), first, rows, columns, scale_p, to_cap_p, scale_q, to_cap_q, *shares,
-            targets is not None, jsd_terms is not None, half, softcap_p, softcap_q, ROWS, BLOCK, **OPTIONS,
+        places = pointer(tile), pointer(out), pointer(pair), pointer(jsd_terms), pointer(targets), pointer(grads)
+        same = (*places, out.dtype, *strides, rows, columns, *slopes, beta)
+        start(
+            _gradient_pair_kernel, _grid(rows, columns), same,
+            tile, out, strides[0], pair, strides[1], jsd_terms, strides[2], targets, grads, strides[3],
+            first, rows, columns, scale_p, to_cap_p, scale_q, to_cap_q, *shares,
+            targets is not None, jsd_terms is not None, half, softcap_p, softcap_q, ROWS, BLOCK,
         )  # fmt: skip
+
+
+_prepared: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def start(kernel: Any, grid: tuple[int, int], same: tuple[Any, ...], *arguments: Any) -> None:
+    """Run a kernel of tiles, and the next time with less ado: Triton takes ten microseconds to see what it is given.
+
+    Args:
+        kernel: Its argument `first` is not specialized on.
+        grid: Numbers of programs.
+        same: Whatever else decides which machine code is right: all addresses, sizes and flags.
+        arguments: All that the kernel takes, in order.
+    """
+    key = kernel, arguments[0].device, grid, same
+    prepared = _prepared.get(key)
+    if prepared is not None:
+        prepared(*arguments)
+        return
+    compiled = kernel[grid](*arguments, **OPTIONS)
+    if compiled is not None:  # the interpreter compiles nothing
+        if len(_prepared) >= PREPARED:
+            _prepared.clear()
+        _prepared[key] = compiled[(*grid, 1)]
 
 
 def _grid(rows: int, columns: int = 1) -> tuple[int, int]:
