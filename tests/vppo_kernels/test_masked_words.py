@@ -107,6 +107,13 @@ def test_a_masked_target_has_no_probability_and_no_gradient(backend: str) -> Non
     pair = linear_divergence(
         leaves.hidden, leaves.perturbed, leaves.weight, leaves.bias, targets=views.targets, backend=backend, check=True
     )
+    with torch.no_grad():  # what makes no logits leaves gradients to tiles
+        alone = linear_logprob(*head, backend=backend, check=True).logprobs
+        views_alone = linear_divergence(
+            leaves.hidden, leaves.perturbed, leaves.weight, leaves.bias, targets=views.targets, backend=backend
+        )
+    for logprobs in (alone, views_alone.logprobs, views_alone.logprobs_perturbed):
+        assert logprobs is not None and (logprobs[::2] == -INF).all() and torch.isfinite(logprobs[1::2]).all()
     for logprobs in (single.logprobs, pair.logprobs):
         assert logprobs is not None and (logprobs[::2] == -INF).all() and torch.isfinite(logprobs[1::2]).all()
         hidden, bias = torch.autograd.grad(logprobs.sum(), (leaves.hidden, leaves.bias))
