@@ -299,8 +299,8 @@ class LinearHead:
         double = torch.float64.itemsize if self._wide else 0
         row += double  # the rows again
         wanted = [grad for grad in self._grad_hidden if grad is not None]
-        in_place = not picks and own == summed
-        row_sum = 0 if in_place or not wanted else len(wanted) * summed + beside
+        sums = [grad for grad in wanted if picks or grad.dtype != self.dtype]  # the others are summed in place
+        row_sum = len(sums) * summed + beside if sums else 0
         column = double + (0 if self.weight.dtype == self.product_dtype else summed)
         rounded = self.grad_weight is not None and self.grad_weight.dtype != self.dtype
         column_sum = summed + beside if rounded else 0
@@ -418,6 +418,7 @@ class LinearHead:
         return self._band.place(rows, columns.stop - columns.start)
 
     def open(self, rows: slice) -> None:
+        self._stack = None  # what a forward has left would lie beside the sums
         self._open = rows
         for view, grad in enumerate(self._grad_hidden):
             if grad is not None and grad.dtype == self.dtype and self.active is None:
@@ -430,7 +431,7 @@ class LinearHead:
 
     def _sums_within(self, rows: slice) -> bool:
         """Whether the sums of these rows lie in the memory of their gradients, of which none is made yet."""
-        return rows.start == 0 and rows.stop <= self.footprint.free
+        return rows.start == 0 and 0 < rows.stop <= self.footprint.free
 
     def close(self) -> None:
         if self._band is not None:

@@ -96,7 +96,8 @@ def choose_walk(source: TiledBackward, ops: Held, workspace: int, chip: Chip | N
     """
     chip, banded, rows = chip or chip_of(source.device), source.banded, source.rows
     assert banded is not None
-    footprint, budget = banded.footprint, workspace * 7 // 8 - banded.fixed
+    # where a part of a product takes most of a small workspace, tiles of a few rows would never end
+    footprint, budget = banded.footprint, max(workspace * 7 // 8 - banded.fixed, workspace // 2)
     row_sum, free = footprint.row_sum, min(rows, footprint.free)
     uncopied = footprint if banded.copies else footprint._replace(row=0)
     of_rows = uncopied._replace(row=uncopied.row + row_sum)

@@ -354,3 +354,17 @@ def test_a_row_beyond_the_limit_still_works(backend: str) -> None:
     with workspace_limit(MIB):
         assert worst(run(views, backend, "jsd"), views.truth("jsd", bias=True)) < 1
     assert math.isfinite(float(run(views, backend, "jsd").divergence.sum()))
+
+
+def test_wide_hidden_states_whose_columns_follow_each_other() -> None:
+    """Their gradient lies as they do, so that no sums of rows fit into its memory."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(70_000, 4, generator=g).bfloat16().T.requires_grad_()
+    weight = (torch.randn(8, 70_000, generator=g) / 260).bfloat16().requires_grad_()
+    with workspace_limit(MIB):
+        logprobs = linear_logprob(hidden, weight, torch.tensor([0, 1, 2, 3]), backend="torch").logprobs
+        found = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = (exact[0] @ exact[1].T).log_softmax(-1).diagonal()
+    for grad, expected in zip(found, torch.autograd.grad(truth.sum(), exact), strict=True):
+        assert (grad.double() - expected).norm() < 0.01 * expected.norm()

@@ -11,10 +11,11 @@ from support.chips import CHIPS, gpu
 from support.views import PeakMemory
 from torch import Tensor
 
-from vppo_kernels import linear_vppo_loss, tiling, workspace_limit
+from vppo_kernels import linear_divergence, linear_vppo_loss, tiling, workspace_limit
 from vppo_kernels.logits import LinearHead, LogitTransform
 from vppo_kernels.tiling import DEFAULT_WORKSPACE, MIB
 from vppo_kernels.vocab_parallel import Shard
+from vppo_kernels.walk import choose_walk
 
 # as if other ranks held the rest of the vocabulary: tiles are of the size for all of it, and the walk is short
 VOCAB, HELD = 152_064, 16_384
@@ -44,11 +45,13 @@ OPS: Any = SimpleNamespace(
 )  # as Triton's: kernels in place
 
 
-def head(views: int, active: int | None, wants: Any = None, like: LinearHead | None = None) -> LinearHead:
+def head(
+    views: int, active: int | None, wants: Any = None, like: LinearHead | None = None, width: int = WIDTH
+) -> LinearHead:
     """A source; with `like` one of its very inputs."""
     if like is None:
-        hidden = [torch.empty(ROWS, WIDTH, dtype=torch.bfloat16, device="meta") for _ in range(views)]
-        weight = torch.empty(HELD, WIDTH, dtype=torch.bfloat16, device="meta")
+        hidden = [torch.empty(ROWS, width, dtype=torch.bfloat16, device="meta") for _ in range(views)]
+        weight = torch.empty(HELD, width, dtype=torch.bfloat16, device="meta")
         index = None if active is None else torch.empty(active, dtype=torch.int64, device="meta")
     else:
         hidden, weight, index = like.hidden, like.weight, like.active
@@ -102,6 +105,40 @@ def test_the_forward_stays_within_its_bound(kind: str, active: int | None, chip:
                 tiling.forward_pair(source, OPS, targets, DEFAULT_WORKSPACE, 0.5 if kind == "jsd" else None)
             made = gradients(source)
     assert memory.peak - made <= DEFAULT_WORKSPACE, f"{(memory.peak - made) / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize(("width", "limit"), [(8_192, DEFAULT_WORKSPACE), (3_584, 64 * MIB)])
+def test_what_the_loss_copies_for_its_forward_is_gone_in_its_backward(width: int, limit: int) -> None:
+    with gpu("H100", True):
+        inputs = head(1, 13_107, width=width)
+        targets = torch.empty(inputs.rows, dtype=torch.int64, device="meta")
+        with PeakMemory() as memory:
+            source = head(1, 13_107, WANTS["hidden and weight"], inputs)
+            tiling.forward_backward(source, OPS, targets, lambda view: view[:2] * 0, limit)
+            made = gradients(source)
+    assert memory.peak - made <= limit, f"{(memory.peak - made) / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize("limit", [4, 16, 32])
+def test_tiles_are_worth_a_launch_where_a_part_of_a_product_takes_a_small_workspace(limit: int) -> None:
+    """As on a torch that cannot add a product in place."""
+    with gpu("H100", False):
+        for width in (1_536, WIDTH, 8_192):
+            walk = choose_walk(head(1, None, WANTS["hidden and weight"], width=width), OPS, limit * MIB)
+            for tiles in (walk.by_columns, walk.by_rows):
+                assert tiles.rows * tiles.columns >= 1 << 14, (width, walk)
+
+
+def test_views_of_two_dtypes_stay_within_their_bound() -> None:
+    """Sums of the one that has 16 bits need memory, of whichever view it is."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(400, 512, generator=g), torch.randn(600, 512, generator=g).requires_grad_()
+    views = [hidden.requires_grad_(), (hidden + 0.1).detach().bfloat16().requires_grad_()]
+    for pair in (views, views[::-1]):
+        with workspace_limit(MIB), PeakMemory() as memory:
+            found = linear_divergence(*pair, weight, backend="torch", check=False).divergence
+            gradients = torch.autograd.grad(found.sum(), (*pair, weight))
+        assert memory.peak - sum(x.nbytes for x in gradients) <= MIB
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
