@@ -252,9 +252,9 @@ def _sweep_kernel(
         if HAS_TARGETS:  # noqa: SIM102 (the compiler looks into the inner condition only where there are targets)
             if tl.max(tl.where((target >= column_start) & (target < column_start + BLOCK_N), 1, 0), 0) > 0:
                 hit = column[None, :] == target[:, None]
-                target_p = tl.maximum(target_p, tl.max(tl.where(hit & (z_p != FLOOR), z_p, float("-inf")), 1))
+                target_p = tl.maximum(target_p, tl.max(tl.where(hit, z_p, float("-inf")), 1))
                 if PAIR:
-                    target_q = tl.maximum(target_q, tl.max(tl.where(hit & (z_q != FLOOR), z_q, float("-inf")), 1))
+                    target_q = tl.maximum(target_q, tl.max(tl.where(hit, z_q, float("-inf")), 1))
         if PAIR:
             max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess = _fold_pair(
                 z_p, z_q, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess,
@@ -265,9 +265,10 @@ def _sweep_kernel(
 
     fields: tl.constexpr = PAIR_FIELDS if PAIR else SOFTMAX_FIELDS
     out = parts_ptr + tl.cast(split, tl.int64) * fields * rows + row
-    tl.store(out + (P + TARGET) * rows, target_p, mask=there)
+    # a masked word's logit is held at the floor, so that no sum meets an infinity
+    tl.store(out + (P + TARGET) * rows, tl.where(target_p != FLOOR, target_p, float("-inf")), mask=there)
     if PAIR:
-        tl.store(out + (Q + TARGET) * rows, target_q, mask=there)
+        tl.store(out + (Q + TARGET) * rows, tl.where(target_q != FLOOR, target_q, float("-inf")), mask=there)
         store_pair_stats(
             out, rows, there, max_p, sum_p, weighted_sum_p, max_q, sum_q, weighted_sum_q, mean_diff, excess
         )
