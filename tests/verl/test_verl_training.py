@@ -77,9 +77,10 @@ def test_metrics_have_the_names_of_the_other_trainer(one_worker: Run) -> None:
     step = one_worker[0][0]
     names = {name for name in step if name.startswith("vppo/")}
     quantiles = {f"vppo/dependency_q{percent}" for percent in (50, 90, 99)}
-    factors = {f"vppo/alpha_{which}" for which in ("min", "mean", "max")}
-    others = {"vppo/dependency_mean", "vppo/kept_fraction", "vppo/scored_fraction", "vppo/clip_ratio_kept"}
-    assert names == quantiles | factors | others
+    factors = {f"vppo/alpha_{which}" for which in ("min", "mean", "max", "std")}
+    kept = {"vppo/kept_fraction", "vppo/kept_dependency_fraction", "vppo/kept_unseen_fraction"}
+    others = {"vppo/dependency_mean", "vppo/responses_without_kept", "vppo/scored_fraction", "vppo/clip_ratio_kept"}
+    assert names == quantiles | factors | kept | others
     assert step["vppo/scored_fraction"] == 0.5
     assert step["vppo/alpha_min"] == pytest.approx(0.9)
     assert step["vppo/alpha_mean"] == pytest.approx(1.0, abs=1e-5)
