@@ -70,8 +70,7 @@ class LinearLoss(torch.autograd.Function):
         chosen = backends.resolve(backend, weight.device, logit_dtype(hidden, weight))
         want_head = (wants[0],), wants[1], wants[2]
         source = LinearHead([hidden], weight, bias, transform, shard, active, want_head, chosen.product, exact)
-        if chosen.fused is not None and (reason := chosen.fused.refuses(source)):
-            raise ValueError(f"backend: got {backend!r}, {reason}")
+        chosen.check(source)
         found: list[Tensor] = []  # the loss, and the factor that the backward divides out
         half = source.rows > 0 and torch.float16 in (hidden.dtype, weight.dtype)
 

@@ -101,8 +101,7 @@ def _source(
     w, b, want_w, want_b = heads[0]
     wanted = want_views, want_w, want_b
     head = LinearHead(views, w, b, options[0], parts[0], active, wanted, chosen.product, exact)
-    if chosen.fused is not None and (reason := chosen.fused.refuses(head)):
-        raise ValueError(f"backend: got {backend!r}, {reason}")
+    chosen.check(head)
     return head, chosen
 
 

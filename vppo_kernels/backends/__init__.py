@@ -18,7 +18,7 @@ from torch import dtype as Dtype
 from vppo_kernels import arguments, native_library
 from vppo_kernels.backends import torch_tokens
 from vppo_kernels.backends.protocols import FusedSweep, TileOps, TokenOps
-from vppo_kernels.logits import NarrowProduct
+from vppo_kernels.logits import LinearHead, NarrowProduct
 
 NAMES = ("torch", "native", "native_fused", "triton", "triton_fused")
 
@@ -106,6 +106,11 @@ class Backend(NamedTuple):
     tiles: TileOps
     fused: FusedSweep | None = None
     product: NarrowProduct | None = None
+
+    def check(self, source: LinearHead) -> None:
+        """Raise ValueError where its fused sweep takes no operation on these hidden states and this head."""
+        if self.fused is not None and (reason := self.fused.refuses(source)):
+            raise ValueError(f"backend: got {self.name!r}, {reason}")
 
 
 def resolve(name: str, device: Device, dtype: Dtype) -> Backend:
