@@ -18,6 +18,8 @@ def run(arm: str, seed: int, sampled: float, tokens: float = 100.0) -> dict[str,
         "greedy": sampled + 0.05,
         "drift": 0.1,
         "drift_read": 0.5,
+        "reads": 0.6,
+        "adds": 0.9,
         "read": 0.09,
         "products": {
             "scoring": 2 * tokens,

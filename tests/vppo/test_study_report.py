@@ -29,7 +29,7 @@ def study(out: Path, seeds: int = 3, task: str = "narrated") -> dict[str, Any]:
         runs = [{**row, "guess_rate": 0.25} for row in runs]
     warm = [
         {"seed": seed, "steps": 400, "learned": seed > 0, "seconds": 60.0, "read_loss": 0.05, "computed_loss": 0.06,
-         "sampled": 0.3, "greedy": 0.35} for seed in range(seeds)
+         "sampled": 0.3, "reads": 0.4, "adds": 0.75, "greedy": 0.35} for seed in range(seeds)
     ]  # fmt: skip
     about = {"machine": "one", "versions": {"torch": "2"}, "date": "2026-11-27", "command": "vppo study --out <b>"}
     return {**summarise(options, runs), "warm": warm, **about}
@@ -55,6 +55,8 @@ def test_the_table(tmp_path: Path) -> None:
     assert next(label for label, _ in rows).startswith("DAPO") and len(rows) == 3
     assert all(len(values) == len(columns) for _, values in rows)
     assert "guesses" not in columns
+    assert rows[1][1][columns.index("reads minus DAPO")].startswith("+0.0")
+    assert rows[1][1][columns.index("adds, having read")].startswith("90.0")
     columns, rows = results(study(tmp_path, task="guess"))
     assert rows[1][1][columns.index("guesses")].startswith("25.0")
 
@@ -67,13 +69,14 @@ def test_one_seed_shows_no_error(tmp_path: Path) -> None:
 
 
 def test_a_policy_that_reads_nothing_has_no_drift_there(tmp_path: Path) -> None:
-    """As one that only guesses: NaN is measured, a dash is shown, and the figures leave the point out."""
+    """As one that only guesses: NaN is measured, dashes are shown, and the figures leave the point out."""
     runs = [run(arm, seed, 0.5) for seed in range(2) for arm in ARMS]
-    runs[1]["drift_read"] = math.nan
+    runs[1] |= {"drift_read": math.nan, "adds": math.nan}
     summary = {**study(tmp_path, seeds=2), **summarise(StudyOptions(tmp_path, ARMS, seeds=2, steps=2), runs)}
     json.dumps(summary, allow_nan=False)
     columns, rows = results(summary)
-    assert [values[columns.index("drift, read tokens")] == DASH for _, values in rows] == [False, True, False]
+    for column in ("drift, read tokens", "adds, having read"):
+        assert [values[columns.index(column)] == DASH for _, values in rows] == [False, True, False]
     write_report(tmp_path, summary)
 
 

@@ -22,7 +22,16 @@ from vppo.study.options import StudyOptions
 from vppo.study.run import run_study
 from vppo.study.task import GUESS, LOOK, WORDS
 
-WARM = {"steps": 400, "learned": True, "read_loss": 0.05, "computed_loss": 0.06, "sampled": 0.1, "greedy": 0.2}
+WARM = {
+    "steps": 400,
+    "learned": True,
+    "read_loss": 0.05,
+    "computed_loss": 0.06,
+    "sampled": 0.1,
+    "reads": 0.3,
+    "adds": 0.3,
+    "greedy": 0.2,
+}
 
 
 def warmed(out: Path, seeds: int) -> Path:

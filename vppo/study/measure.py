@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,11 +44,22 @@ def measure(model: Any, warm: Any, processor: Any, task: str, held_out: int = HE
     found = {
         "sampled": _share_right(texts, repeated),
         "greedy": _share_right(processor.tokenizer.batch_decode(greedy, skip_special_tokens=True), asked),
+        **reads_and_adds(texts, drawn, repeated, Parser(processor.tokenizer)),
         **drift(model, warm, processor, asked[:COMPARED], drawn[: COMPARED * SAMPLES : SAMPLES]),
     }
     if task == "guess":
         found["guess_rate"] = sum(map(guesses, texts)) / len(texts)
     return found
+
+
+def reads_and_adds(
+    texts: Sequence[str], drawn: Sequence[list[int]], asked: Sequence[Question], parser: Parser
+) -> dict[str, float]:
+    """Share of answers that read every digit of their image, and of these the share that is right; NaN if none does."""
+    read_well = [parser.digits(ids) == question.strip.digits for ids, question in zip(drawn, asked, strict=True)]
+    found = [pair for pair, well in zip(zip(texts, asked, strict=True), read_well, strict=True) if well]
+    adds = _share_right([text for text, _ in found], [question for _, question in found]) if found else math.nan
+    return {"reads": sum(read_well) / len(read_well), "adds": adds}
 
 
 def _share_right(texts: Sequence[str], asked: Sequence[Question]) -> float:

@@ -77,6 +77,7 @@ def results(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list
     base = summary["arms"][BASE]
     guess = summary["task"] == "guess"
     columns = ["sampled, avg@8", "minus DAPO, points", "greedy minus DAPO", "mean reward minus DAPO"]
+    columns += ["reads minus DAPO", "adds, having read"]
     columns += ["guesses"] if guess else []
     columns += [
         "tokens kept",
@@ -90,7 +91,8 @@ def results(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list
     rows = []
     for arm in summary["arms"].values():
         values = [plus_minus(arm["sampled"], percent)]
-        values += [difference(arm.get(f"{key}_difference")) for key in ("sampled", "greedy", "reward")]
+        values += [difference(arm.get(f"{key}_difference")) for key in ("sampled", "greedy", "reward", "reads")]
+        values += [plus_minus(arm["adds"], percent)]
         values += [plus_minus(arm["guess_rate"], percent)] if guess else []
         values += [percent(arm["kept"]["mean"]), plus_minus(arm["drift"], drift), plus_minus(arm["drift_read"], drift)]
         values += [percent(part(arm) / part(base)) for part in (training, products)]
@@ -127,7 +129,7 @@ def _warm_mean(summary: Mapping[str, Any]) -> float:
 
 def warm(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """A row a seed: how long its warm-up took, and what came of it."""
-    columns = ["steps", "read, nats", "computed, nats", "sampled, avg@8", "greedy"]
+    columns = ["steps", "read, nats", "computed, nats", "sampled, avg@8", "reads", "adds, having read", "greedy"]
     rows = [
         (
             f"seed {row['seed']}" + ("" if row["learned"] else ", not learned"),
@@ -135,8 +137,10 @@ def warm(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[st
                 f"{row['steps']:,}",
                 nats(row["read_loss"]),
                 nats(row["computed_loss"]),
-                percent(row["sampled"]),
-                percent(row["greedy"]),
+                *(
+                    percent(row[name]) if row[name] is not None else DASH
+                    for name in ("sampled", "reads", "adds", "greedy")
+                ),
             ],
         )
         for row in summary["warm"]

@@ -25,10 +25,11 @@ from vppo.locks import claimed
 from vppo.progress import columns, say
 from vppo.study.options import StudyOptions
 from vppo.study.report import show, write_report
-from vppo.study.summary import summarise
+from vppo.study.summary import MEANS, summarise, without_nan
 
-WARM_STEPS = 400  # about what a warm-up takes, for the bar
+WARM_STEPS = 550  # about what a warm-up takes, for the bar
 PACKAGES = ("torch", "transformers", "trl", "vppo-kernels")
+PARTS_OF_A_RUN = {"arm", "seed", "rewards", "products", *MEANS} - {"guess_rate"}
 Task = tuple[str, str, int]  # "warm" or "train", arm, seed
 
 
@@ -57,7 +58,9 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
         _work_off(options, runs, options.steps, "training", console)
         summary = {
             **summarise(options, [read_run(options, arm, seed) for seed in seeds for arm in options.arms]),
-            "warm": [read_object(options.warm_folder(seed) / "warmup.json", remedy=ELSEWHERE) for seed in seeds],
+            "warm": [
+                without_nan(read_object(options.warm_folder(seed) / "warmup.json", remedy=ELSEWHERE)) for seed in seeds
+            ],
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.jobs} jobs of one thread",
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "date": datetime.now(UTC).date().isoformat(),
@@ -90,7 +93,7 @@ def read_run(options: StudyOptions, arm: str, seed: int) -> dict[str, Any]:
     file = options.run_file(arm, seed)
     again = f"remove {file}, and the same command makes it anew"
     row = read_object(file, remedy=again)
-    if not row.keys() >= {"arm", "seed", "sampled", "greedy", "reward", "rewards", "drift", "kept", "products"}:
+    if not row.keys() >= PARTS_OF_A_RUN:
         raise InputError(f"{file}: is no run of a study; {again}")
     return row
 

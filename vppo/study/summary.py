@@ -12,7 +12,7 @@ from vppo.study.arms import ARMS, BASE
 from vppo.study.options import StudyOptions
 
 COMPARED = ("sampled", "greedy", "reward")
-MEANS = (*COMPARED, "drift", "drift_read", "kept", "seconds", "guess_rate")
+MEANS = (*COMPARED, "reads", "adds", "drift", "drift_read", "kept", "seconds", "guess_rate")
 PRODUCTS = ("scoring", "forward", "backward")
 
 ByArm = Mapping[str, Mapping[int, float]]  # arm to seed to value
@@ -56,7 +56,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def summarise(options: StudyOptions, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `study.json` holds of the runs: for each arm its means and differences; and the runs themselves.
 
-    Errors are None where there is one seed, and `drift_read` is where a policy read nothing, as one that only guesses.
+    Errors are None where there is one seed; `drift_read` and `adds` are where a policy read nothing, as one that only
+    guesses.
     Head products are per response token of all runs of an arm.
     """
     by_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in options.arms}
@@ -71,7 +72,7 @@ def summarise(options: StudyOptions, runs: Sequence[dict[str, Any]]) -> dict[str
             "products": {name: sum(run["products"][name] for run in own) / max(tokens, 1) for name in PRODUCTS},
             "active": sum(run["products"]["active"] for run in own) / max(tokens, 1),
         }
-    for name in (*COMPARED, *(["guess_rate"] if options.task == "guess" else [])):
+    for name in (*COMPARED, "reads", *(["guess_rate"] if options.task == "guess" else [])):
         values = {arm: {run["seed"]: run[name] for run in own} for arm, own in by_arm.items()}
         for arm, difference in paired_differences(values).items():
             arms[arm][f"{name}_difference"] = _entry(difference)
@@ -81,7 +82,7 @@ def summarise(options: StudyOptions, runs: Sequence[dict[str, Any]]) -> dict[str
         "seeds": options.seeds,
         "held_out": options.held_out,
         "arms": arms,
-        "runs": [{name: _json(value) for name, value in run.items()} for run in runs],
+        "runs": [without_nan(run) for run in runs],
     }
 
 
@@ -90,6 +91,6 @@ def _entry(found: tuple[float, float]) -> dict[str, float | None]:
     return {"mean": mean, "se": error}
 
 
-def _json(value: Any) -> Any:
-    """JSON has no NaN, as which the drift of read tokens is measured where nothing was read."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with None for NaN, which JSON has not: so much drift of read tokens has a policy that reads nothing."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}

@@ -127,6 +127,11 @@ class Parser:
         after_word[..., 1:] = self.words(ids[..., :-1])
         return after_word & torch.isin(ids, self._digits)
 
+    def digits(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """What one response, `[T]` tokens, reads from the image."""
+        tokens = torch.tensor(ids)
+        return tuple(self._digits.tolist().index(token) for token in tokens[self.read(tokens)].tolist())
+
     def computed(self, ids: Tensor) -> Tensor:
         """`[..., T]` bool: digits that follow from what was said before: all that are not read."""
         return torch.isin(ids, self._digits) & ~self.read(ids)
