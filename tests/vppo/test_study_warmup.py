@@ -10,7 +10,7 @@ import torch
 from vppo.demo.model import build_model, build_processor
 from vppo.study import warmup
 from vppo.study.task import GUESS, LOOK, WORDS
-from vppo.study.warmup import WarmStep, learned, warm_up
+from vppo.study.warmup import DECAY_STEPS, MAX_STEPS, WarmStep, learned, learning_rate_factor, warm_up
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("read", "computed", "steps", "stops"),
     [
-        (0.01, 0.01, 10, True),
-        (0.01, 0.01, 9, False),
-        (0.01, 0.2, 20, False),  # it reads, and cannot add
-        (0.2, 0.01, 20, False),  # it adds, and cannot read
-        (0.059, 0.059, 10, True),
-        (float("nan"), 0.01, 10, False),
-        (0.01, float("nan"), 10, False),
+        (0.005, 0.005, 10, True),
+        (0.005, 0.005, 9, False),
+        (0.005, 0.06, 20, False),  # it reads, and cannot add
+        (0.06, 0.005, 20, False),  # it adds, and cannot read
+        (0.0099, 0.0099, 10, True),
+        (float("nan"), 0.005, 10, False),
+        (0.005, float("nan"), 10, False),
     ],
 )
 def test_both_kinds_of_tokens_have_to_be_learned(read: float, computed: float, steps: int, stops: bool) -> None:
@@ -41,9 +41,17 @@ def test_both_kinds_of_tokens_have_to_be_learned(read: float, computed: float, s
 
 
 def test_only_the_last_ten_steps_count() -> None:
-    bad, good = WarmStep(3.0, 3.0), WarmStep(0.05, 0.05)
+    bad, good = WarmStep(3.0, 3.0), WarmStep(0.008, 0.008)
     assert learned([bad] * 30 + [good] * 10)
     assert not learned([good] * 30 + [bad])
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
+    factors = [learning_rate_factor(step) for step in range(MAX_STEPS + 1)]
+    top = factors.index(1.0)
+    assert factors[0] > 0 and factors[-1] == 0
+    assert factors[: top + 1] == sorted(factors[: top + 1]) and factors[top:] == sorted(factors[top:], reverse=True)
+    assert factors[MAX_STEPS - DECAY_STEPS] == 1.0
 
 
 def test_it_stops_when_both_are_learned(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
