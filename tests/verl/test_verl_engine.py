@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
 from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
 
-UNSCORED, LEFT_OUT = -1.0, -1  # of vppo.verl.engine, which needs the bench's own process
+UNSCORED, LEFT_OUT = -2.0, -1  # of vppo.verl.engine, which needs the bench's own process
 # of each row: its picture's number or None for text alone, its response's tokens, whether it is scored.
 # Two ranks have six rows each, in micro-batches of two: one of text beside one of pictures, two of both, and two in
 # which no row is scored.
@@ -27,7 +27,7 @@ ROWS += [(None, 5, 1), (None, 8, 1), (4, 1, 1), (None, 4, 1), (None, 6, 1), (5, 
 # of each model its layouts, on one rank and on two; see `bench_engine.py`
 RUNS = {
     ("", 1): (
-        "padded", "apart", "checkpointed", "offloaded", "offload-policy", "lora-on-head",
+        "padded", "apart", "checkpointed", "offloaded", "offload-policy", "lora-on-head", "k3", "prob_drop",
         *(f"{whose}{kind}-shown" for kind in ("padded", "bf16", "lora") for whose in ("", "stock-")), "flash",
     ),
     ("", 2): ("padded", "packed", "ulysses"),
@@ -136,14 +136,22 @@ def exact_of(tiny_of: Any, rows_of: Any) -> Callable[[str], list[dict[str, Tenso
         for row in rows_of(kind):
             p, images = log_softmax(row, row["images"]), row["images"]
             dependency = torch.full((row["response"],), UNSCORED, dtype=torch.float64)
+            targets = row["input_ids"][-row["response"] :, None]
+            k3 = prob_drop = dependency
             if images and row["draw"] != LEFT_OUT:
                 pixels, grid = images["pixel_values"], images["image_grid_thw"]
                 view = perturb(pixels, layout, blackened, seeded(SEED, STEP, row["draw"]), grid=grid)
                 q = log_softmax(row, {**images, "pixel_values": view})
                 dependency = (p.exp() * (p - q)).sum(-1)
-            targets = row["input_ids"][-row["response"] :, None]
-            entropy = -(p.exp() * p).sum(-1)
-            made.append({"log_probs": p.gather(1, targets)[:, 0], "entropy": entropy, "dependency": dependency})
+                clean, other = p.gather(1, targets)[:, 0], q.gather(1, targets)[:, 0]
+                k3, prob_drop = (other - clean).expm1() - (other - clean), clean.exp() - other.exp()
+            made.append(
+                {
+                    "log_probs": p.gather(1, targets)[:, 0],
+                    "entropy": -(p.exp() * p).sum(-1),
+                    **{"dependency": dependency, "k3": k3, "prob_drop": prob_drop},
+                }
+            )
         return made
 
     return make
@@ -167,9 +175,22 @@ def test_scores_are_those_of_full_logits_in_float64(
         assert ((ours - true).abs() <= bound).all(), (ours - true, bound)
 
 
-def test_only_asked_rows_with_an_image_are_scored(found: Any, rows: Any) -> None:
-    scored = [(values >= 0).all().item() for values in response(found("", 1, "padded")["before"]["dependency"], rows)]
-    assert scored == [bool(wanted and number is not None) for number, _, wanted in ROWS]
+@pytest.mark.parametrize("kind", ["k3", "prob_drop"])
+def test_sampled_dependency_is_that_of_float64(kind: str, found: Any, rows: Any, exact_of: Any) -> None:
+    ours = torch.cat(response(found("", 1, kind)["before"]["dependency"], rows))
+    true, k3 = (torch.cat([row[name] for row in exact_of("")]) for name in (kind, "k3"))
+    scored = true != UNSCORED
+    assert torch.equal(ours[~scored], true[~scored]) and scored.any()
+    slope = 1 + (2 * k3[scored]).sqrt() + k3[scored]  # at least |exp(d) - 1|, how fast k3 grows with d
+    assert ((ours - true)[scored].abs() <= 2 * LOGPROB_BOUND * slope).all()
+    assert (true[scored] < 0).any() == (kind == "prob_drop")  # some tokens grow more probable
+
+
+@pytest.mark.parametrize("kind", ["padded", "prob_drop"])
+def test_only_asked_rows_with_an_image_are_scored(kind: str, found: Any, rows: Any) -> None:
+    scored = [values != UNSCORED for values in response(found("", 1, kind)["before"]["dependency"], rows)]
+    expected = [bool(wanted and number is not None) for number, _, wanted in ROWS]
+    assert [bool(tokens.all()) for tokens in scored] == [bool(tokens.any()) for tokens in scored] == expected
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("", "padded"), ("", "flash"), ("qwen3", "packed")])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ REFUSED = {
     f"{ACTOR}.calculate_sum_pi_squared=True": f"{ACTOR}.calculate_sum_pi_squared: got True, takes False with vppo",
     "actor_rollout_ref.model.use_fused_kernels=True": "actor_rollout_ref.model.use_fused_kernels: got True",
     "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode: got True",
+    "actor_rollout_ref.model.mtp.enable=True": "actor_rollout_ref.model.mtp.enable: got True, takes False with vppo",
+    f"{ACTOR}.use_prefix_grouper=True": f"{ACTOR}.use_prefix_grouper: got True, takes False with vppo",
+    "distillation.enabled=True": "distillation.enabled: got True, takes False with vppo",
 }
 TAKEN = {
     "+trainer.v1.vppo.keep_threshold=0.1": {"keep_threshold": 0.1, "keep_ratio": 0.4},
@@ -69,7 +73,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    return dict(zip([*REFUSED, *TAKEN, *EXAMPLES, "seams", "said"], [*found, done.stderr], strict=True))
+    return dict(zip([*REFUSED, *TAKEN, *EXAMPLES, "seams", "moved", "said"], [*found, done.stderr], strict=True))
 
 
 @pytest.mark.parametrize("override", REFUSED)
@@ -100,6 +104,25 @@ def test_a_seam_that_moved_is_named(answers: Any) -> None:
         "verl.trainer.ppo.v1.trainer_base:PPOTrainer._gone",
         "parameter 'mode' of verl.trainer.ppo.v1.trainer_base:register_trainer",
     ]
+
+
+def test_a_moved_seam_is_an_error_with_the_version(answers: Any) -> None:
+    said = answers["moved"]
+    assert said.startswith(f"verl: got version {version('verl')}, which lacks verl.nowhere, verl.trainer.ppo.v1")
+    assert said.endswith("takes verl>=0.9,<0.10")
+
+
+def test_it_says_loudly_that_it_could_not_be_loaded() -> None:
+    """verl logs what goes wrong in a plug-in where nobody looks."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['transfer_queue'] = None; import verl"],
+        env={**os.environ, "PYTHONPATH": f"{BENCH}{os.pathsep}{Path(__file__).parents[2]}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = "vppo-kernels is not loaded into verl: MissingExtraError: this part of vppo needs 'transfer_queue'"
+    assert said in done.stderr and "pip install 'vppo-kernels[verl]'" in done.stderr
 
 
 def test_it_says_that_it_is_loaded(answers: Any) -> None:

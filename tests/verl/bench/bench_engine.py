@@ -30,6 +30,7 @@ from verl.workers.utils.losses import ppo_loss
 
 import vppo.verl.engine
 from vppo.errors import InputError
+from vppo.options import SAMPLED
 from vppo.perturbations import Perturbation
 from vppo.verl.engine import ASK, DRAW, VENDOR, Ask
 from vppo_kernels import linear_logprob
@@ -50,6 +51,8 @@ LAYOUTS = {
     "offload-policy": [f"{ACTOR}.fsdp_config.offload_policy=True"],
     "bf16": [f"++{ACTOR}.fsdp_config.mixed_precision.param_dtype=bf16"],
     "lora": [f"{MODEL}.lora_rank=4", f"{MODEL}.lora_alpha=8"],
+    "k3": [],  # what is measured
+    "prob_drop": [],
     "lora-on-head": [f"{MODEL}.lora_rank=4", f"{MODEL}.target_modules=[lm_head,q_proj]"],
 }
 
@@ -176,7 +179,7 @@ def main(folder: str, out: str, *layouts: str) -> None:
             Path(out, f"{name}.txt").write_text(str(error))
             continue
         part = rows if layout == name else [row for row in rows if row["images"]]
-        asked = replace(ask, share=layout != "apart")
+        asked = replace(ask, share=layout != "apart", divergence=layout if layout in SAMPLED else "kl")
         found = run(engine, actor, part, {} if layout.startswith("stock-") else {ASK: asked})
         torch.save(found, Path(out, f"{name}.{dist.get_rank()}.pt"))
     dist.destroy_process_group()

@@ -1,0 +1,57 @@
+"""What workers add to verl's loss and to its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from verl.utils.metric import Metric
+from verl.workers.utils.padding import no_padding_2_padding
+
+DRIFT = "vppo_drift"  # begins what workers tell the trainer of it
+
+
+def with_penalty(loss_function: Callable[..., Any], coefficient: float) -> Callable[..., Any]:
+    """verl's loss plus the mean of -log p over all response tokens of the update, as the released code has it."""
+
+    def penalised(model_output: Any, data: Any, dp_group: Any = None) -> Any:
+        loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
+        logprobs = no_padding_2_padding(model_output["log_probs"], data)
+        mask = data["response_mask"].to_padded_tensor(0).bool()
+        nll = -torch.where(mask, logprobs, 0).sum() / data["batch_num_tokens"] * data["dp_size"]
+        return loss + coefficient * nll, metrics
+
+    return penalised
+
+
+def with_drift(loss_function: Callable[..., Any]) -> Callable[..., Any]:
+    """verl's loss, whose metrics tell how far the policy is from the one that was scored.
+
+    They are sums of k3 of the log-probabilities of tokens with gradient and without, and their numbers, as
+    `drift_metrics` takes them.
+    """
+
+    def watched(model_output: Any, data: Any, dp_group: Any = None) -> Any:
+        loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
+        old, advantages = (data[name].to_padded_tensor(0.0) for name in ("old_log_probs", "advantages"))
+        mask = data["response_mask"].to_padded_tensor(0).bool()
+        gap = no_padding_2_padding(model_output["log_probs"].detach(), data) - old
+        gap = torch.where(mask, gap, 0).clamp(-20, 20)
+        drift, kept = gap.exp() - gap - 1, mask & (advantages != 0)
+        sums = {}
+        for name, tokens in (("kept", kept), ("filtered", mask & ~kept)):
+            sums |= {f"{DRIFT}_{name}": (drift * tokens).sum(), f"{DRIFT}_{name}_tokens": tokens.sum()}
+        return loss, {**metrics, **Metric.from_dict(sums, aggregation="sum")}
+
+    return watched
+
+
+def drift_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """Means in nats, named as they are logged, of the sums that `with_drift` has left; takes them out of `metrics`."""
+    found = {}
+    for name in ("kept", "filtered"):
+        total, tokens = (metrics.pop(f"actor/{DRIFT}_{name}{end}", 0.0) for end in ("", "_tokens"))
+        if tokens:
+            found[f"vppo/drift_{name}"] = float(total / tokens)
+    return found
