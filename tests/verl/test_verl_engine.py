@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import bench_torchvision  # noqa: F401  (before transformers)
 import pytest
 import torch
-from bench_engine_settings import SEED, STEP, TEMPERATURE
+from bench_engine_settings import SCALE_MIN, SEED, STEP, TEMPERATURE
 from bench_tiny import picture
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -24,10 +25,13 @@ UNSCORED, LEFT_OUT = -2.0, -1  # of vppo.verl.engine, which needs the bench's ow
 # which no row is scored.
 ROWS = [(0, 7, 1), (0, 4, 1), (1, 5, 0), (2, 9, 1), (3, 6, 0), (3, 3, 0)]
 ROWS += [(None, 5, 1), (None, 8, 1), (4, 1, 1), (None, 4, 1), (None, 6, 1), (5, 5, 0)]
+# mean dependency as a trainer tells it; NaN of rows that enter no statistic, in some micro-batches of both
+MEANS = [0.2, 0.7, math.nan, 1.1, math.nan, math.nan, math.nan, math.nan, 0.1, math.nan, math.nan, math.nan]
 # of each model its layouts, on one rank and on two; see `bench_engine.py`
 RUNS = {
     ("", 1): (
         "padded", "apart", "checkpointed", "offloaded", "offload-policy", "lora-on-head", "k3", "prob_drop",
+        "released-scale", "scaled-by-hand",
         *(f"{whose}{kind}-shown" for kind in ("padded", "bf16", "lora") for whose in ("", "stock-")), "flash",
     ),
     ("", 2): ("padded", "packed", "ulysses"),
@@ -48,7 +52,8 @@ def rows_of(tiny_of: Callable[[str], Path]) -> Callable[[str], Rows]:
         processor = AutoProcessor.from_pretrained(tiny_of(kind))
         draw = torch.Generator().manual_seed(5)
         made = []
-        for number, length, scored in ROWS:
+        alphas = released_factors()
+        for (number, length, scored), mean, alpha in zip(ROWS, MEANS, alphas, strict=True):
             text = "<|vision_start|><|image_pad|><|vision_end|>" * (number is not None) + f"colour {number}?"
             shown = {} if number is None else {"images": [picture(number, ["red", "green", "blue"][number % 3])]}
             encoded = processor(text=[text], return_tensors="pt", **shown)
@@ -62,6 +67,8 @@ def rows_of(tiny_of: Callable[[str], Path]) -> Callable[[str], Rows]:
                     "advantages": advantages,
                     "old_log_probs": -4 + torch.rand(length, generator=draw),
                     "draw": 100 + (number or 0) if scored else LEFT_OUT,
+                    "mean": mean,
+                    "alpha": alpha,
                 }
             )
         torch.save(made, tiny_of(kind) / "rows.pt")
@@ -157,6 +164,19 @@ def exact_of(tiny_of: Any, rows_of: Any) -> Callable[[str], list[dict[str, Tenso
     return make
 
 
+def released_factors() -> list[float]:
+    """Of one rank's rows: by the mini-batch's minimum and maximum, with a mean of 1 over each micro-batch of two."""
+    known = [mean for mean in MEANS if not math.isnan(mean)]
+    low, high = min(known), max(known)
+    factors = []
+    for pair in (MEANS[i : i + 2] for i in range(0, len(MEANS), 2)):
+        heights = [(mean - low) / (high - low) for mean in pair if not math.isnan(mean)]
+        average = sum(heights) / len(heights) if heights else 1.0
+        slope = (1 - SCALE_MIN) / average if average else 0.0  # of the minimum alone, whose factor is the smallest
+        factors += [1.0 if math.isnan(mean) else SCALE_MIN + slope * (mean - low) / (high - low) for mean in pair]
+    return factors
+
+
 def response(column: list[Tensor], rows: Rows) -> list[Tensor]:
     return [values[-row["response"] - 1 : -1].double() for values, row in zip(column, rows, strict=True)]
 
@@ -234,6 +254,12 @@ def test_scores_and_update_are_those_of_stock_verl(kind: str, found: Any, rows: 
 def test_tokens_that_are_filtered_send_no_gradient_to_the_head(ranks: int, layout: str, found: Any, rows: Any) -> None:
     trained = sum(int((row["advantages"] != 0).sum()) for row in rows)
     assert 0 < found("", ranks, layout)["reached"] <= trained < sum(row["response"] for row in rows)
+
+
+def test_factors_of_the_released_code_are_found_in_the_worker(found: Any) -> None:
+    ours, plain = found("", 1, "released-scale")["norm"], found("", 1, "padded")["norm"]
+    assert ours == pytest.approx(found("", 1, "scaled-by-hand")["norm"], rel=1e-6)
+    assert ours != pytest.approx(plain, rel=1e-3)
 
 
 def test_bf16_is_rounded_as_much_as_stock_verl(found: Any, rows: Any, exact_of: Any) -> None:

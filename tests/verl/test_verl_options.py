@@ -24,7 +24,7 @@ REFUSED = {
     "+trainer.v1.vppo.algorithm=random": "trainer.v1.vppo.algorithm: got 'random', takes one of ['vppo', 'tas', 'tgf'",
     "+trainer.v1.vppo.keep=1": "trainer.v1.vppo: got an unknown key 'keep', takes ['algorithm'",
     "+trainer.v1.vppo.seed=-1": "trainer.v1.vppo.seed: got -1, takes a whole number from 0",
-    "+trainer.v1.vppo.recipe=official": "trainer.v1.vppo.tas_statistics: got 'micro-batch', takes 'batch' with verl",
+    "+trainer.v1.vppo.tas_statistics=rank": "trainer.v1.vppo.tas_statistics: got 'rank', takes one of ['batch',",
     "+trainer.v1.vppo.recipe=paper": f"{ACTOR}.loss_agg_mode: got 'token-mean', takes one of ['seq-mean-token-mean']",
     "+trainer.v1.vppo.prefix_sharing=on": "trainer.v1.vppo.prefix_sharing: got 'on', takes one of ['auto', 'off']",
     f"{ACTOR}.strategy=megatron": f"{ACTOR}.strategy: got 'megatron', takes one of ['fsdp', 'fsdp2'] with vppo",
@@ -39,7 +39,8 @@ REFUSED = {
 TAKEN = {
     "+trainer.v1.vppo.keep_threshold=0.1": {"keep_threshold": 0.1, "keep_ratio": 0.4},
     "+trainer.v1.vppo.keep_ratio=1": {"keep_ratio": 1, "divergence": "kl", "nll_coef": 0.0},
-    "+trainer.v1.vppo={recipe: official, tas_statistics: batch}": {"divergence": "k3", "nll_coef": 0.06},
+    "+trainer.v1.vppo.recipe=official": {"divergence": "k3", "nll_coef": 0.06, "tas_statistics": "micro-batch"},
+    "+trainer.v1.vppo={recipe: official, tas_statistics: batch}": {"divergence": "k3", "tas_statistics": "batch"},
     f"+trainer.v1.vppo.recipe=paper {ACTOR}.loss_agg_mode=seq-mean-token-mean": {"divergence": "kl"},
 }
 

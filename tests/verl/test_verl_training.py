@@ -134,8 +134,7 @@ def test_the_asynchronous_trainer_shapes_whole_batches_too(train: Any, folder: P
     dynamic = (
         f"{ACTOR}.use_dynamic_bsz=True", f"{ROLLOUT}.log_prob_use_dynamic_bsz=True",
         f"{ROLLOUT}.log_prob_max_token_len_per_gpu=160",
-        "+trainer.v1.vppo.nll_coef=0.06", "+trainer.v1.vppo.divergence=prob_drop",
-        f"{ACTOR}.ppo_mini_batch_size=2", *PACKED,
+        "+trainer.v1.vppo.nll_coef=0.06", "+trainer.v1.vppo.divergence=prob_drop", *PACKED,
     )  # fmt: skip
     metrics, batches = probed(train, folder / "async", *dynamic, mode=mode)
     assert len(metrics) == len(batches) == 2
@@ -145,6 +144,18 @@ def test_the_asynchronous_trainer_shapes_whole_batches_too(train: Any, folder: P
         has_image = torch.tensor([row["index"] in live for row in rows])
         assert step["vppo/scored_fraction"] == has_image.float().mean()
         assert (dependency[has_image] < 0).any()  # where the perturbed view makes a token more probable
-        assert step["vppo/drift_kept"] > 0 and step["vppo/drift_filtered"] > 0  # of the second update
         expected = vppo_advantages(padded(rows, "returns"), dependency, mask, has_image=has_image)
         torch.testing.assert_close(padded(rows, "advantages"), expected, **SUMMED)
+
+
+def test_the_released_recipe_finds_factors_in_its_updates(train: Any, folder: Path) -> None:
+    two_updates = (f"{ACTOR}.ppo_mini_batch_size=2", f"{ACTOR}.ppo_micro_batch_size_per_gpu=2")
+    metrics, batches = probed(train, folder / "official", "+trainer.v1.vppo.recipe=official", *two_updates)
+    for step, rows in zip(metrics, batches, strict=True):
+        mask, dependency = padded(rows, "response_mask").bool(), padded(rows, "dependency")
+        has_image = (dependency >= 0).all(1)
+        own = {"scale_min": 1.0, "scale_max": 1.0}  # nothing is multiplied before
+        expected = vppo_advantages(padded(rows, "returns"), dependency, mask, has_image=has_image, **own)
+        torch.testing.assert_close(padded(rows, "advantages"), expected, **SUMMED)
+        assert step["vppo/alpha_min"] == pytest.approx(0.9) and step["vppo/alpha_max"] > 1
+        assert step["vppo/drift_kept"] > 0 and step["vppo/drift_filtered"] > 0  # from the second update on

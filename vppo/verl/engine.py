@@ -20,7 +20,7 @@ from vppo.errors import InputError
 from vppo.heads import head_forward, logit_options
 from vppo.options import SAMPLED
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
-from vppo.verl.losses import with_drift, with_penalty
+from vppo.verl.losses import MEANS, SCALES, with_drift, with_micro_batch_scale, with_penalty
 from vppo.verl.shared_prompts import SharedPrompts, groups_alike
 from vppo_kernels import linear_divergence, linear_logprob, sampled_divergence
 
@@ -136,11 +136,18 @@ class VPPOEngine(FSDPEngineWithLMHead):
         with head_forward(self.module, self._at_head), self._text_alone(micro_batch):
             return super().forward_step(micro_batch, loss_function, forward_only)
 
+    def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
+        self._window = data.get(MEANS, None)  # of a mini-batch
+        return super().forward_backward_batch(data, loss_function, forward_only)
+
     def optimizer_step(self) -> Any:
         self._updates += 1
         return super().optimizer_step()
 
     def _training_loss(self, micro_batch: Any, loss_function: Callable[..., Any]) -> Callable[..., Any]:
+        scales = tu.get_non_tensor_data(micro_batch, SCALES, None)
+        if scales is not None:
+            loss_function = with_micro_batch_scale(loss_function, self._window, *scales)
         coefficient = tu.get_non_tensor_data(micro_batch, NLL, 0.0)
         if coefficient:
             loss_function = with_penalty(loss_function, coefficient)

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from verl.utils.metric import Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
-DRIFT = "vppo_drift"  # begins what workers tell the trainer of it
+from vppo.monitoring.measured import spread
+from vppo.released_scale import micro_batch_scale
+
+DRIFT, ALPHA = "vppo_drift", "vppo_alpha"  # begin what workers tell the trainer of them
+MEANS, SCALES = "vppo_means", "vppo_scales"  # what it tells them of trajectories whose factors they find
 
 
 def with_penalty(loss_function: Callable[..., Any], coefficient: float) -> Callable[..., Any]:
@@ -45,6 +50,38 @@ def with_drift(loss_function: Callable[..., Any]) -> Callable[..., Any]:
         return loss, {**metrics, **Metric.from_dict(sums, aggregation="sum")}
 
     return watched
+
+
+def with_micro_batch_scale(
+    loss_function: Callable[..., Any], window: Tensor, scale_min: float, scale_max: float | None
+) -> Callable[..., Any]:
+    """verl's loss of advantages that are multiplied by the released code's factors of trajectories.
+
+    Args:
+        loss_function: verl's.
+        window, scale_min, scale_max: As in `micro_batch_scale`; a micro-batch brings its own `MEANS`.
+    """
+
+    def scaled(model_output: Any, data: Any, dp_group: Any = None) -> Any:
+        advantages = data["advantages"]
+        alpha = micro_batch_scale(data[MEANS], window.to(data[MEANS].device), scale_min, scale_max)
+        factors = alpha.to(advantages.dtype).repeat_interleave(advantages.offsets().diff())
+        data = data.copy()
+        data["advantages"] = torch.nested.nested_tensor_from_jagged(advantages.values() * factors, advantages.offsets())
+        loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
+        found = {
+            f"{ALPHA}_{name}": Metric(aggregation=name if name in ("min", "max") else "mean", value=value)
+            for name, value in spread(alpha).items()
+        }
+        return loss, {**metrics, **found}
+
+    return scaled
+
+
+def alpha_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """What `with_micro_batch_scale` has told of factors, named as it is logged; takes it out of `metrics`."""
+    names = [name for name in metrics if name.startswith(f"actor/{ALPHA}_")]
+    return {f"vppo/{name.removeprefix('actor/vppo_')}": float(metrics.pop(name)) for name in names}
 
 
 def drift_metrics(metrics: dict[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ TENSORDICT = "verl.utils.tensordict_utils"
 SEAMS = {
     f"{FSDP}:FSDPEngineWithLMHead.__init__": ("model_config", "engine_config", "optimizer_config", "checkpoint_config"),
     f"{FSDP}:FSDPEngineWithLMHead._build_lora_module": ("module",),
+    f"{FSDP}:FSDPEngineWithLMHead.forward_backward_batch": ("data", "loss_function", "forward_only"),
     f"{FSDP}:FSDPEngineWithLMHead.forward_step": ("micro_batch", "loss_function", "forward_only"),
     f"{FSDP}:FSDPEngineWithLMHead.prepare_model_inputs": ("micro_batch",),
     f"{FSDP}:FSDPEngineWithLMHead.prepare_model_outputs": (

@@ -22,10 +22,11 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 from vppo.monitoring.measured import Measured, spread
 from vppo.sight import ImageWatch
 from vppo.verl.engine import ASK, DRAW, LEFT_OUT, NLL, UNSCORED
-from vppo.verl.losses import drift_metrics
+from vppo.verl.losses import MEANS, SCALES, alpha_metrics, drift_metrics
 from vppo.verl.options import VerlOptions
 from vppo.verl.whole_groups import rows_together, whole_groups
 from vppo.verl.worker import VPPOWorker
+from vppo_kernels import TrajectoryStats
 from vppo_kernels.shaping import shape_advantages
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,11 @@ class VPPOMixin:
         apart = max(actor.ulysses_sequence_parallel_size, actor.fsdp_config.ulysses_sequence_parallel_size) == 1
         return self.vppo.shares_prompts and apart
 
+    @property
+    def _scaled_later(self) -> bool:
+        """Whether workers find the trajectories' factors, from their mini-batches, as the released code does."""
+        return self.vppo.scores_tokens and self.vppo.tas_statistics == "micro-batch"
+
     def _draws(self, batch: Any) -> Tensor:
         """`[rows]` what beside seed and step a row's perturbed view is drawn by; `LEFT_OUT` where none is needed.
 
@@ -143,12 +149,12 @@ class VPPOMixin:
         dependency = response_from_nested(data["dependency"], nested).to_padded_tensor(0.0)
         advantages, mask = data["advantages"].to_padded_tensor(0.0), nested.to_padded_tensor(0).bool()
         scored = ~(dependency == UNSCORED).any(1)
-        shaped = shape_advantages(advantages, dependency, mask, has_image=scored, **self.vppo.shaping)
-        tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=tu.get_tensordict({"advantages": response_to_nested(shaped.advantages, nested)}),
-        )
+        stats = TrajectoryStats(0.0, 0.0, 0.0, 0) if self._scaled_later else None
+        shaped = shape_advantages(advantages, dependency, mask, has_image=scored, stats=stats, **self.vppo.shaping)
+        fields = {"advantages": response_to_nested(shaped.advantages, nested)}
+        if self._scaled_later:  # NaN marks what enters no statistic; so 0 / 0 is right for a row without tokens
+            fields[MEANS] = torch.where(scored, (dependency * mask).sum(1) / mask.sum(1), math.nan)
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields))
         real = _real(batch)
         measured = _measured(dependency[real], mask[real], shaped.keep[real], scored[real])
         metrics.update(measured.metrics())
@@ -157,9 +163,9 @@ class VPPOMixin:
         if measured.values is not None:
             self._watch.dependency(measured.values)
         factors = shaped.alpha[scored & real]
-        if len(factors):
+        if len(factors) and not self._scaled_later:
             metrics.update({f"vppo/alpha_{name}": value for name, value in spread(factors).items()})
-        elif not self._warned:
+        if not len(factors) and not self._warned:
             self._warned = True
             logger.warning(
                 f"vppo: step {self.global_steps} has no row with both an image and rewards that differ within its "
@@ -171,13 +177,16 @@ class VPPOMixin:
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.vppo.nll_coef:
             batch.extra_info[NLL] = float(self.vppo.nll_coef)
+        if self._scaled_later:
+            batch.extra_info[SCALES] = self.vppo.shaping["scale_min"], self.vppo.shaping["scale_max"]
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
-        batch.extra_info.pop(NLL, None)
+        for name in (NLL, SCALES):
+            batch.extra_info.pop(name, None)
         clipped = metrics.get("actor/pg_clipfrac", math.nan)
         if self._tokens is not None and not math.isnan(clipped):  # verl counts all response tokens
             active, total = self._tokens
             metrics["vppo/clip_ratio_kept"] = clipped * total / max(active, 1.0)
-        metrics.update(drift_metrics(metrics))
+        metrics.update({**drift_metrics(metrics), **alpha_metrics(metrics)})
         return batch
 
 
