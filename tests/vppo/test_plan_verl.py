@@ -26,6 +26,7 @@ def test_the_seven_billion() -> None:
     plan = settings_of(read_overrides(EXAMPLES / "verl_qwen2_5_vl_7b.sh"), gpus=8)
     assert (plan.rows, plan.updates, plan.group, plan.micro_batch, plan.accumulation) == (384, 3, 8, 4, 32)
     assert (plan.prompt_tokens, plan.response_tokens) == (2048, 2048)
+    assert plan.image_tokens == 1003520 // 28**2
     assert plan.config.text_config.num_hidden_layers == 28 and plan.sharding == Sharding(sync=True)
     assert plan.sampler.share == 0.6 and plan.sampler.sleeps and plan.sampler.gpus == 1
 

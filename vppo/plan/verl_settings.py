@@ -96,7 +96,8 @@ def settings_of(given: dict[str, Any], *, gpus: int, **sizes: int | None) -> Set
     prompt, response = of("data.max_prompt_length"), of("data.max_response_length")
     rows, update = of("data.train_batch_size") * group // gpus, of(f"{ACTOR}.ppo_mini_batch_size") * group // gpus
     images = 1 if sizes.get("images") is None else sizes["images"]
-    image = sizes.get("image_tokens") or min(image_tokens(config, default_pixels(str(model))), prompt - TEXT_TOKENS)
+    pixels = given.get("data.mm_processor_kwargs.max_pixels") or default_pixels(str(model))
+    image = sizes.get("image_tokens") or min(image_tokens(config, pixels), prompt - TEXT_TOKENS)
     text = sizes.get("text_tokens") or max(prompt - image * (images or 0), 1)
     if of(f"{ACTOR}.use_dynamic_bsz", False):
         micro = max(1, of(f"{ACTOR}.ppo_max_token_len_per_gpu") // (prompt + response))
