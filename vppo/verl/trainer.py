@@ -81,9 +81,7 @@ class VPPOMixin:
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         ask = self.vppo.ask(self.global_steps)
         if ask is not None:
-            tq.kv_batch_put(
-                keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict({DRAW: self._draws(batch)})
-            )
+            batch = _put(batch, {DRAW: self._draws(batch)})
             batch.extra_info[ASK] = ask
             rollout = self.config.actor_rollout_ref.rollout
             if self._shares_prompts and rollout.log_prob_use_dynamic_bsz:
@@ -154,7 +152,7 @@ class VPPOMixin:
         fields = {"advantages": response_to_nested(shaped.advantages, nested)}
         if self._scaled_later:  # NaN marks what enters no statistic; so 0 / 0 is right for a row without tokens
             fields[MEANS] = torch.where(scored, (dependency * mask).sum(1) / mask.sum(1), math.nan)
-        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields))
+        batch = _put(batch, fields)
         real = _real(batch)
         measured = _measured(dependency[real], mask[real], shaped.keep[real], scored[real])
         metrics.update(measured.metrics())
@@ -192,6 +190,13 @@ class VPPOMixin:
 
 def _lengths(batch: Any) -> list[int]:
     return [tag["seq_len"] for tag in batch.tags]
+
+
+def _put(batch: Any, fields: dict[str, Tensor]) -> Any:
+    """The batch with further fields; a batch names those that workers fetch, where it has been put before."""
+    put = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields))
+    put.extra_info.update(batch.extra_info)
+    return put
 
 
 def _real(batch: Any) -> Tensor:
