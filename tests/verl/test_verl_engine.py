@@ -240,6 +240,12 @@ def test_scores_and_update_are_the_same_in_every_layout(ranks: int, layout: str,
     ours, other = found("", 1, "padded"), found("", ranks, layout)
     assert other["norm"] == pytest.approx(ours["norm"], rel=1e-5)
     close(ours, other, rows, before=1e-5)
+    close_dependency(ours, other, rows)
+
+
+def test_lora_is_measured_as_the_model_that_it_has_not_changed_yet(found: Any, rows: Any) -> None:
+    shown = [row for row in rows if row["images"]]
+    close_dependency(found("", 1, "padded-shown"), found("", 1, "lora-shown"), shown)
 
 
 @pytest.mark.parametrize("kind", ["padded", "lora"])
@@ -283,6 +289,12 @@ def test_bf16_is_rounded_as_much_as_stock_verl(found: Any, rows: Any, exact_of: 
 def test_lora_on_the_head_is_refused(found: Any, folder_of: Any) -> None:
     said = (folder_of("", 1) / "lora-on-head.txt").read_text()
     assert said.startswith("actor_rollout_ref.model.target_modules: got a head of type Linear, takes modules other")
+
+
+def close_dependency(one: Any, other: Any, rows: Rows) -> None:
+    pairs = zip(*(response(of["before"]["dependency"], rows) for of in (one, other)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def close(one: Any, other: Any, rows: Rows, *, before: float) -> None:
