@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from support.responses import SUMMARY, metrics, response, responses
 
+from vppo.demo.baseline import Baseline
 from vppo.demo.figures import (
     _interval_95,
     _smooth,
@@ -112,6 +113,23 @@ def test_accuracy_that_differs_from_the_reward_is_a_second_curve() -> None:
     legend = ax.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["reward", "accuracy"]
+
+
+def test_a_run_is_seen_beside_the_runs_of_dapo() -> None:
+    rewards = [np.linspace(0.2, top, 20).tolist() for top in (0.4, 0.6, 0.8)]
+    baseline = Baseline([0, 1, 2], [0.55, 0.75, 0.65], rewards, "a machine")
+    (ax,) = axes(reward_plot(metrics(20), baseline))
+    (band,) = ax.collections
+    corners = band.get_paths()[0].vertices
+    assert corners[:, 0].min() == 1 and corners[:, 0].max() == 20
+    low, high = (_smooth(np.array(rewards[run])) for run in (0, 2))
+    assert corners[:, 1].min() == pytest.approx(low[0]) and corners[:, 1].max() == pytest.approx(high[-1])
+    plot = accuracy_plot(SUMMARY, baseline)
+    (ax,) = axes(plot)
+    edges = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]  # type: ignore[attr-defined]
+    assert any(edge == pytest.approx((0.55, 0.75)) for edge in edges)
+    assert any("55.0 to 75.0" in text.get_text() for text in ax.texts)
+    assert "a machine" in plot.caption
 
 
 def test_missing_values_are_left_out_of_curves() -> None:

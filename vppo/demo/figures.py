@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from vppo.demo.baseline import Baseline
 from vppo.demo.scored import ScoredResponse, token_values
 from vppo.pages.plot import (
     FLOOR_DECADE,
@@ -30,7 +31,10 @@ from vppo.pages.theme import Theme
 
 
 def run_plots(
-    summary: dict[str, Any], metrics: Sequence[dict[str, Any]], responses: Sequence[ScoredResponse]
+    summary: dict[str, Any],
+    metrics: Sequence[dict[str, Any]],
+    responses: Sequence[ScoredResponse],
+    baseline: Baseline | None = None,
 ) -> list[Plot]:
     """All charts that the run has data for, in the page's order.
 
@@ -38,10 +42,11 @@ def run_plots(
         summary: What `vppo demo` writes to `summary.json`.
         metrics: What the trainer logged, a dict per step with its "step".
         responses: The held-out answers, scored token by token.
+        baseline: DAPO's runs, to be seen beside this one.
     """
     plots = [
-        accuracy_plot(summary),
-        reward_plot(metrics),
+        accuracy_plot(summary, baseline),
+        reward_plot(metrics, baseline),
         token_histogram(summary, responses),
         answer_histogram(responses),
         dependency_plot(metrics),
@@ -51,8 +56,8 @@ def run_plots(
     return [plot for plot in plots if plot is not None]
 
 
-def accuracy_plot(summary: dict[str, Any]) -> Plot:
-    """Accuracy on the held-out questions before and after, with the 95 % interval of that many questions."""
+def accuracy_plot(summary: dict[str, Any], baseline: Baseline | None = None) -> Plot:
+    """Accuracy on held-out questions before and after, with the 95 % interval of that many, and the range of DAPO's."""
     before, after, n = float(summary["accuracy_before"]), float(summary["accuracy_after"]), int(summary["held_out"])
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -63,20 +68,31 @@ def accuracy_plot(summary: dict[str, Any]) -> Plot:
             ax.plot(_interval_95(value, n), [row, row], color=theme.ink, linewidth=1.2, solid_capstyle="butt")
             ax.text(0, row - 0.27, name, size=10, color=theme.muted, va="bottom")
             ax.text(1, row - 0.25, percent(value), size=17, weight="bold", ha="right", va="bottom")
-        ax.set(ylim=(1.3, -0.6), xlim=(0, 1), xticks=[], yticks=[])
+        if baseline:
+            low, high = min(baseline.accuracy), max(baseline.accuracy)
+            ax.barh(2, 1.0, height=0.34, color=theme.low)
+            ax.barh(2, high - low, left=low, height=0.34, color=theme.faint)
+            ax.text(0, 1.73, _dapo(baseline), size=10, color=theme.muted, va="bottom")
+            ax.text(1, 1.75, f"{100 * low:.1f} to {percent(high)}", size=12, color=theme.muted, ha="right", va="bottom")
+        ax.set(ylim=(2.3 if baseline else 1.3, -0.6), xlim=(0, 1), xticks=[], yticks=[])
         ax.spines["bottom"].set_visible(False)
 
+    beside = f" Below: the least and the most that {_dapo(baseline)}, came to ({baseline.about})." if baseline else ""
     return Plot(
         "accuracy",
         f"Greedy answers to {n:,} held-out questions, checked by the verifier that gives the reward. The whole "
-        "width is 100 %; thin lines are 95 % intervals.",
+        f"width is 100 %; thin lines are 95 % intervals.{beside}",
         f"Two bars: accuracy {percent(before)} before and {percent(after)} after.",
         draw,
     )
 
 
-def reward_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
-    """Mean reward of each step's rollouts, and their accuracy where it is logged and is not the reward itself."""
+def _dapo(baseline: Baseline) -> str:
+    return f"DAPO, all tokens, {len(baseline.seeds)} seeds"
+
+
+def reward_plot(metrics: Sequence[dict[str, Any]], baseline: Baseline | None = None) -> Plot | None:
+    """Mean reward of each step's rollouts, their accuracy where it is logged apart, and the band of DAPO's rewards."""
     steps, reward = _series(metrics, "reward")
     if not steps.size:
         return None
@@ -91,6 +107,10 @@ def reward_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
         curves = [(steps, reward, theme.outcome, "reward")]
         if separate:
             curves.append((accuracy_steps, accuracy, theme.good, "accuracy"))
+        if baseline:
+            smooth = np.array([_smooth(np.array(rewards)) for rewards in baseline.rewards])
+            places = np.arange(1, baseline.steps + 1)
+            ax.fill_between(places, smooth.min(0), smooth.max(0), color=theme.faint, linewidth=0, label=_dapo(baseline))
         for x, y, colour, label in curves:
             line(ax, x, y, color=colour, linewidth=0.8, alpha=0.45)
             line(ax, x, _smooth(y), color=colour, linewidth=2.2, label=label)
@@ -99,13 +119,14 @@ def reward_plot(metrics: Sequence[dict[str, Any]]) -> Plot | None:
         if same:
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         _step_axis(ax, steps)
-        if separate:
+        if separate or baseline:
             legend_beside_title(ax)
 
+    band = f" The band holds the running means of {_dapo(baseline)}." if baseline else ""
     what = "Mean reward and accuracy" if separate else "Mean reward"
     return Plot(
         "reward",
-        f"{what} of the rollouts that each step samples; the heavy line is a running mean.",
+        f"{what} of the rollouts that each step samples; the heavy line is a running mean.{band}",
         f"Line over {len(steps)} steps: reward {reward[0]:.2f} at the first, {reward[-1]:.2f} at the last.",
         draw,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vppo.algorithms import REGISTRY
+from vppo.demo.baseline import Baseline
 from vppo.demo.figures import run_plots
 from vppo.demo.scored import KEEP_RATIO, ScoredResponse, token_values
 from vppo.demo.token_picture import token_picture
@@ -38,7 +39,12 @@ DIVERGENCES = {"kl": "exact KL", "reverse_kl": "exact reverse KL", "jsd": "exact
 
 
 def write_report(
-    out: Path, *, summary: dict[str, Any], metrics: Sequence[dict[str, Any]], responses: Sequence[ScoredResponse]
+    out: Path,
+    *,
+    summary: dict[str, Any],
+    metrics: Sequence[dict[str, Any]],
+    responses: Sequence[ScoredResponse],
+    baseline: Baseline | None = None,
 ) -> Path:
     """Writes `out/report.html` and `out/figures/*.png`, each figure for a light page and, `-dark`, for a dark one.
 
@@ -47,6 +53,7 @@ def write_report(
         summary: What the run's `summary.json` holds; the keys of `REQUIRED`, and any others for the table.
         metrics: What the trainer logged, a dict per step with its "step"; charts without their keys are left out.
         responses: The held-out answers, scored token by token, in nats; may be empty.
+        baseline: DAPO's runs, to be seen beside this one.
 
     Returns:
         The path of the page.
@@ -57,7 +64,7 @@ def write_report(
     """
     _check(summary, metrics, responses)
     scale = DependencyScale.of(token_values(responses))
-    plots = run_plots(summary, metrics, responses)
+    plots = run_plots(summary, metrics, responses, baseline)
     pictures = plots + ([token_picture(pick(responses, README_EXAMPLES), scale)] if responses else [])
     charts = write_figures(out, pictures)[: len(plots)]
     page = render(

@@ -100,6 +100,7 @@ def _run(options: DemoOptions) -> dict[str, Any]:
 
     torch.set_num_threads(THREADS)
 
+    from vppo.demo.baseline import beside
     from vppo.demo.batches import answer, correct
     from vppo.demo.digits import strips
     from vppo.demo.head_products import HeadProducts
@@ -139,7 +140,8 @@ def _run(options: DemoOptions) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_report(out, summary=summary, metrics=metrics, responses=scored)
+    baseline = beside(options.algorithm, options.steps)
+    write_report(out, summary=summary, metrics=metrics, responses=scored, baseline=baseline)
     _show(console, summary, out)
     return summary
 
@@ -357,6 +359,7 @@ def _peak_rss_mib() -> float:
 
 
 def _show(console: Console, summary: dict[str, Any], out: Path) -> None:
+    from vppo.demo.baseline import beside
     from vppo.progress import say
 
     title = f"{summary['algorithm']} on handwritten digits, seed {summary['seed']}"
@@ -369,6 +372,9 @@ def _show(console: Console, summary: dict[str, Any], out: Path) -> None:
         f"{summary['accuracy_before']:.1%}",
         f"{summary['accuracy_after']:.1%}",
     )
+    if baseline := beside(summary["algorithm"], summary["steps"]):
+        low, high = min(baseline.accuracy), max(baseline.accuracy)
+        table.add_row(f"of DAPO, all tokens, {len(baseline.seeds)} seeds", "", f"{100 * low:.1f} to {high:.1%}")
     table.add_section()
     table.add_row("dependency at the digits read from the image", "", f"{summary['dependency_digits']:.3f} nats")
     table.add_row("dependency at all other tokens", "", f"{summary['dependency_other']:.4f} nats")
