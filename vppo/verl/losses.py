@@ -65,9 +65,9 @@ def with_micro_batch_scale(
     def scaled(model_output: Any, data: Any, dp_group: Any = None) -> Any:
         advantages = data["advantages"]
         alpha = micro_batch_scale(data[MEANS], window.to(data[MEANS].device), scale_min, scale_max)
-        factors = alpha.to(advantages.dtype).repeat_interleave(advantages.offsets().diff())
+        scaled_rows = [row * factor for row, factor in zip(advantages.unbind(), alpha.to(advantages.dtype), strict=True)]
         data = data.copy()
-        data["advantages"] = torch.nested.nested_tensor_from_jagged(advantages.values() * factors, advantages.offsets())
+        data["advantages"] = torch.nested.as_nested_tensor(scaled_rows, layout=torch.jagged)
         loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
         found = {
             f"{ALPHA}_{name}": Metric(aggregation=name if name in ("min", "max") else "mean", value=value)
