@@ -44,7 +44,7 @@ def with_drift(loss_function: Callable[..., Any]) -> Callable[..., Any]:
         gap = no_padding_2_padding(model_output["log_probs"].detach(), data) - old
         gap = torch.where(mask, gap, 0).clamp(-20, 20)
         drift, kept = gap.exp() - gap - 1, mask & (advantages != 0)
-        sums = {}
+        sums: dict[str, Any] = {}
         for name, tokens in (("kept", kept), ("filtered", mask & ~kept)):
             sums |= {f"{DRIFT}_{name}": (drift * tokens).sum(), f"{DRIFT}_{name}_tokens": tokens.sum()}
         return loss, {**metrics, **Metric.from_dict(sums, aggregation="sum")}
