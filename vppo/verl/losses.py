@@ -65,9 +65,10 @@ def with_micro_batch_scale(
     def scaled(model_output: Any, data: Any, dp_group: Any = None) -> Any:
         advantages = data["advantages"]
         alpha = micro_batch_scale(data[MEANS], window.to(data[MEANS].device), scale_min, scale_max)
-        scaled_rows = [row * factor for row, factor in zip(advantages.unbind(), alpha.to(advantages.dtype), strict=True)]
+        factors = alpha.to(advantages.dtype)
+        rows = [row * factor for row, factor in zip(advantages.unbind(), factors, strict=True)]
         data = data.copy()
-        data["advantages"] = torch.nested.as_nested_tensor(scaled_rows, layout=torch.jagged)
+        data["advantages"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)  # which knows its padded width
         loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
         found = {
             f"{ALPHA}_{name}": Metric(aggregation=name if name in ("min", "max") else "mean", value=value)
