@@ -41,7 +41,7 @@ def load(file: Path = FILE) -> Baseline:
 
 def dump(baseline: Baseline) -> str:
     """The text of the stored file."""
-    return json.dumps(asdict(baseline), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(asdict(baseline), ensure_ascii=False) + "\n"
 
 
 def beside(algorithm: str, steps: int) -> Baseline | None:

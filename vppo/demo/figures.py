@@ -119,7 +119,9 @@ def reward_plot(metrics: Sequence[dict[str, Any]], baseline: Baseline | None = N
         if same:
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         _step_axis(ax, steps)
-        if separate or baseline:
+        if baseline:
+            ax.legend(loc="lower right", ncols=3)  # beside the title there is no room for it
+        elif separate:
             legend_beside_title(ax)
 
     band = f" The band holds the running means of {_dapo(baseline)}." if baseline else ""
