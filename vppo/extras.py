@@ -9,7 +9,13 @@ from importlib.metadata import PackageNotFoundError, requires
 
 from vppo.errors import InputError
 
-IMPORTED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # where the two names differ
+IMPORTED_AS = {  # where the two names differ
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "transfer_queue": "TransferQueue",
+    "yaml": "pyyaml",
+    "zmq": "pyzmq",
+}
 
 
 class MissingExtraError(InputError, ImportError):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vppo.monitoring.measured import spread
+from vppo.released_scale import micro_batch_scale
 from vppo.two_view_trainer import TwoViewTrainer
-from vppo_kernels import TrajectoryStats, trajectory_scale
 
 
 class LossTrainer(TwoViewTrainer):
@@ -49,23 +49,11 @@ class LossTrainer(TwoViewTrainer):
         return loss
 
     def _micro_batch_scale(self, means: Tensor) -> Tensor:
-        """Factors of the released code: minimum and maximum of this device's mini-batch, mean of this micro-batch."""
         window = torch.cat([micro_batch["trajectory_dependency"] for micro_batch in self.accumulated()])
-        window = window[~window.isnan()]
-        present = ~means.isnan()
-        if not len(window) or not present.any():
-            return torch.ones_like(means)
-        stats = TrajectoryStats(window.min(), window.max(), means[present].mean(), len(window))
-        alpha = trajectory_scale(
-            means.nan_to_num().unsqueeze(1),
-            present.unsqueeze(1),
-            scale_min=self.args.shaping["scale_min"],
-            scale_max=self.args.shaping["scale_max"],
-            stats=stats,
-        )
-        # a micro-batch of minima alone has mean u = 0, and the factor of maximal u is infinite: u = 0 does not need it
-        alpha = torch.where(alpha.isnan() & (means == window.min()), self.args.shaping["scale_min"], alpha)
-        self._log_factors(alpha)
+        shaping = self.args.shaping
+        alpha = micro_batch_scale(means, window, shaping["scale_min"], shaping["scale_max"])
+        if not window.isnan().all() and not means.isnan().all():
+            self._log_factors(alpha)
         return alpha
 
     def _log_drift(self, inputs: dict[str, Any], mask: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -65,9 +66,11 @@ class ImageWatch:
 
     Args:
         algorithm: Of the run.
+        warn: Takes a warning; None for accelerate's logger, which speaks once of all processes.
     """
 
-    def __init__(self, algorithm: str) -> None:
+    def __init__(self, algorithm: str, warn: Callable[[str], None] | None = None) -> None:
+        self._warn = logger.warning if warn is None else warn
         self._warned = self._warned_blind = self._warned_kept = False
         self._batches = self._tokens = self._kept = self._unseen = 0  # with an image, of the run as yet
         self._last: int | None = None  # the step at which a batch has last shown one
@@ -80,7 +83,7 @@ class ImageWatch:
         """Looks at what a run is trained on; see `missing_images`."""
         if reason := missing_images(dataset):
             self._warned = True
-            logger.warning(f"train_dataset: no row shows an image: {reason}. {self._consequence}")
+            self._warn(f"train_dataset: no row shows an image: {reason}. {self._consequence}")
 
     def step(self, step: int, shown: bool, every: float) -> None:
         """Looks at one generation batch of all processes.
@@ -94,9 +97,7 @@ class ImageWatch:
             self._last = step
         elif step - self._last >= every and not self._warned:
             self._warned = True
-            logger.warning(
-                f"No prompt of steps {self._last} to {step} has shown the model an image. {self._consequence}"
-            )
+            self._warn(f"No prompt of steps {self._last} to {step} has shown the model an image. {self._consequence}")
 
     def dependency(self, values: Tensor) -> None:
         """Looks at what was measured of a generation batch of all processes.
@@ -106,7 +107,7 @@ class ImageWatch:
         """
         if len(values) and values.abs().mean() < BLIND and not self._warned_blind:
             self._warned_blind = True
-            logger.warning(
+            self._warn(
                 f"The perturbed view changes nothing: mean dependency {values.mean().item():.1e} nats over "
                 f"{values.numel()} tokens. Likely causes: images are dropped on the way to the model, the projector "
                 "between vision tower and language model is zero and frozen, or the perturbation is too weak."
@@ -123,7 +124,7 @@ class ImageWatch:
         share = self._unseen / self._kept
         if self._batches >= PATIENCE and share > MOST:
             self._warned_kept = True
-            logger.warning(
+            self._warn(
                 f"keep_ratio: got {keep_ratio}, which is above the share of visual tokens: {share:.0%} of the tokens "
                 f"that carry gradient depend on the image by less than {UNSEEN} nats, over {self._batches} generation "
                 f"batches. To train on those alone that look, set keep_threshold to {UNSEEN} or more, or keep_ratio to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import bench_torchvision  # noqa: F401  (before transformers)
 import pytest
 import torch
-from bench_engine_settings import SEED, STEP, TEMPERATURE
+from bench_engine_settings import SCALE_MIN, SEED, STEP, TEMPERATURE
 from bench_tiny import picture
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -18,16 +19,19 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
 from vppo_kernels.reference import LOGPROB_BOUND, divergence_bound
 
-UNSCORED, LEFT_OUT = -1.0, -1  # of vppo.verl.engine, which needs the bench's own process
+UNSCORED, LEFT_OUT = -2.0, -1  # of vppo.verl.engine, which needs the bench's own process
 # of each row: its picture's number or None for text alone, its response's tokens, whether it is scored.
 # Two ranks have six rows each, in micro-batches of two: one of text beside one of pictures, two of both, and two in
 # which no row is scored.
 ROWS = [(0, 7, 1), (0, 4, 1), (1, 5, 0), (2, 9, 1), (3, 6, 0), (3, 3, 0)]
 ROWS += [(None, 5, 1), (None, 8, 1), (4, 1, 1), (None, 4, 1), (None, 6, 1), (5, 5, 0)]
+# mean dependency as a trainer tells it; NaN of rows that enter no statistic, in some micro-batches of both
+MEANS = [0.2, 0.7, math.nan, 1.1, math.nan, math.nan, math.nan, math.nan, 0.1, math.nan, math.nan, math.nan]
 # of each model its layouts, on one rank and on two; see `bench_engine.py`
 RUNS = {
     ("", 1): (
-        "padded", "apart", "checkpointed", "offloaded", "offload-policy", "lora-on-head",
+        "padded", "apart", "checkpointed", "offloaded", "offload-policy", "lora-on-head", "k3", "prob_drop",
+        "released-scale", "scaled-by-hand",
         *(f"{whose}{kind}-shown" for kind in ("padded", "bf16", "lora") for whose in ("", "stock-")), "flash",
     ),
     ("", 2): ("padded", "packed", "ulysses"),
@@ -48,7 +52,8 @@ def rows_of(tiny_of: Callable[[str], Path]) -> Callable[[str], Rows]:
         processor = AutoProcessor.from_pretrained(tiny_of(kind))
         draw = torch.Generator().manual_seed(5)
         made = []
-        for number, length, scored in ROWS:
+        alphas = released_factors()
+        for (number, length, scored), mean, alpha in zip(ROWS, MEANS, alphas, strict=True):
             text = "<|vision_start|><|image_pad|><|vision_end|>" * (number is not None) + f"colour {number}?"
             shown = {} if number is None else {"images": [picture(number, ["red", "green", "blue"][number % 3])]}
             encoded = processor(text=[text], return_tensors="pt", **shown)
@@ -62,6 +67,8 @@ def rows_of(tiny_of: Callable[[str], Path]) -> Callable[[str], Rows]:
                     "advantages": advantages,
                     "old_log_probs": -4 + torch.rand(length, generator=draw),
                     "draw": 100 + (number or 0) if scored else LEFT_OUT,
+                    "mean": mean,
+                    "alpha": alpha,
                 }
             )
         torch.save(made, tiny_of(kind) / "rows.pt")
@@ -136,17 +143,38 @@ def exact_of(tiny_of: Any, rows_of: Any) -> Callable[[str], list[dict[str, Tenso
         for row in rows_of(kind):
             p, images = log_softmax(row, row["images"]), row["images"]
             dependency = torch.full((row["response"],), UNSCORED, dtype=torch.float64)
+            targets = row["input_ids"][-row["response"] :, None]
+            k3 = prob_drop = dependency
             if images and row["draw"] != LEFT_OUT:
                 pixels, grid = images["pixel_values"], images["image_grid_thw"]
                 view = perturb(pixels, layout, blackened, seeded(SEED, STEP, row["draw"]), grid=grid)
                 q = log_softmax(row, {**images, "pixel_values": view})
                 dependency = (p.exp() * (p - q)).sum(-1)
-            targets = row["input_ids"][-row["response"] :, None]
-            entropy = -(p.exp() * p).sum(-1)
-            made.append({"log_probs": p.gather(1, targets)[:, 0], "entropy": entropy, "dependency": dependency})
+                clean, other = p.gather(1, targets)[:, 0], q.gather(1, targets)[:, 0]
+                k3, prob_drop = (other - clean).expm1() - (other - clean), clean.exp() - other.exp()
+            made.append(
+                {
+                    "log_probs": p.gather(1, targets)[:, 0],
+                    "entropy": -(p.exp() * p).sum(-1),
+                    **{"dependency": dependency, "k3": k3, "prob_drop": prob_drop},
+                }
+            )
         return made
 
     return make
+
+
+def released_factors() -> list[float]:
+    """Of one rank's rows: by the mini-batch's minimum and maximum, with a mean of 1 over each micro-batch of two."""
+    known = [mean for mean in MEANS if not math.isnan(mean)]
+    low, high = min(known), max(known)
+    factors = []
+    for pair in (MEANS[i : i + 2] for i in range(0, len(MEANS), 2)):
+        heights = [(mean - low) / (high - low) for mean in pair if not math.isnan(mean)]
+        average = sum(heights) / len(heights) if heights else 1.0
+        slope = (1 - SCALE_MIN) / average if average else 0.0  # of the minimum alone, whose factor is the smallest
+        factors += [1.0 if math.isnan(mean) else SCALE_MIN + slope * (mean - low) / (high - low) for mean in pair]
+    return factors
 
 
 def response(column: list[Tensor], rows: Rows) -> list[Tensor]:
@@ -167,9 +195,22 @@ def test_scores_are_those_of_full_logits_in_float64(
         assert ((ours - true).abs() <= bound).all(), (ours - true, bound)
 
 
-def test_only_asked_rows_with_an_image_are_scored(found: Any, rows: Any) -> None:
-    scored = [(values >= 0).all().item() for values in response(found("", 1, "padded")["before"]["dependency"], rows)]
-    assert scored == [bool(wanted and number is not None) for number, _, wanted in ROWS]
+@pytest.mark.parametrize("kind", ["k3", "prob_drop"])
+def test_sampled_dependency_is_that_of_float64(kind: str, found: Any, rows: Any, exact_of: Any) -> None:
+    ours = torch.cat(response(found("", 1, kind)["before"]["dependency"], rows))
+    true, k3 = (torch.cat([row[name] for row in exact_of("")]) for name in (kind, "k3"))
+    scored = true != UNSCORED
+    assert torch.equal(ours[~scored], true[~scored]) and scored.any()
+    slope = 1 + (2 * k3[scored]).sqrt() + k3[scored]  # at least |exp(d) - 1|, how fast k3 grows with d
+    assert ((ours - true)[scored].abs() <= 2 * LOGPROB_BOUND * slope).all()
+    assert (true[scored] < 0).any() == (kind == "prob_drop")  # some tokens grow more probable
+
+
+@pytest.mark.parametrize("kind", ["padded", "prob_drop"])
+def test_only_asked_rows_with_an_image_are_scored(kind: str, found: Any, rows: Any) -> None:
+    scored = [values != UNSCORED for values in response(found("", 1, kind)["before"]["dependency"], rows)]
+    expected = [bool(wanted and number is not None) for number, _, wanted in ROWS]
+    assert [bool(tokens.all()) for tokens in scored] == [bool(tokens.any()) for tokens in scored] == expected
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("", "padded"), ("", "flash"), ("qwen3", "packed")])
@@ -199,6 +240,12 @@ def test_scores_and_update_are_the_same_in_every_layout(ranks: int, layout: str,
     ours, other = found("", 1, "padded"), found("", ranks, layout)
     assert other["norm"] == pytest.approx(ours["norm"], rel=1e-5)
     close(ours, other, rows, before=1e-5)
+    close_dependency(ours, other, rows)
+
+
+def test_lora_is_measured_as_the_model_that_it_has_not_changed_yet(found: Any, rows: Any) -> None:
+    shown = [row for row in rows if row["images"]]
+    close_dependency(found("", 1, "padded-shown"), found("", 1, "lora-shown"), shown)
 
 
 @pytest.mark.parametrize("kind", ["padded", "lora"])
@@ -213,6 +260,12 @@ def test_scores_and_update_are_those_of_stock_verl(kind: str, found: Any, rows: 
 def test_tokens_that_are_filtered_send_no_gradient_to_the_head(ranks: int, layout: str, found: Any, rows: Any) -> None:
     trained = sum(int((row["advantages"] != 0).sum()) for row in rows)
     assert 0 < found("", ranks, layout)["reached"] <= trained < sum(row["response"] for row in rows)
+
+
+def test_factors_of_the_released_code_are_found_in_the_worker(found: Any) -> None:
+    ours, plain = found("", 1, "released-scale")["norm"], found("", 1, "padded")["norm"]
+    assert ours == pytest.approx(found("", 1, "scaled-by-hand")["norm"], rel=1e-6)
+    assert ours != pytest.approx(plain, rel=1e-3)
 
 
 def test_bf16_is_rounded_as_much_as_stock_verl(found: Any, rows: Any, exact_of: Any) -> None:
@@ -236,6 +289,12 @@ def test_bf16_is_rounded_as_much_as_stock_verl(found: Any, rows: Any, exact_of: 
 def test_lora_on_the_head_is_refused(found: Any, folder_of: Any) -> None:
     said = (folder_of("", 1) / "lora-on-head.txt").read_text()
     assert said.startswith("actor_rollout_ref.model.target_modules: got a head of type Linear, takes modules other")
+
+
+def close_dependency(one: Any, other: Any, rows: Rows) -> None:
+    pairs = zip(*(response(of["before"]["dependency"], rows) for of in (one, other)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def close(one: Any, other: Any, rows: Rows, *, before: float) -> None:

@@ -31,6 +31,7 @@ def test_greedy_accuracy_on_held_out_digits_grows_by_a_fifth(
         f"{ACTOR}.optim.weight_decay=0",
         f"{ACTOR}.clip_ratio_high=0.28",
         f"{ROLLOUT}.n={ROLLOUTS}",
+        f"{ROLLOUT}.agent.num_workers=2",  # they prepare requests one by one, which is half of a step
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu={PROMPTS * ROLLOUTS}",
         f"reward.custom_reward_function.path={Path(__file__).parent / 'bench' / 'bench_digits.py'}",
         "trainer.val_before_train=True",

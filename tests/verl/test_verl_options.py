@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ REFUSED = {
     "+trainer.v1.vppo.algorithm=random": "trainer.v1.vppo.algorithm: got 'random', takes one of ['vppo', 'tas', 'tgf'",
     "+trainer.v1.vppo.keep=1": "trainer.v1.vppo: got an unknown key 'keep', takes ['algorithm'",
     "+trainer.v1.vppo.seed=-1": "trainer.v1.vppo.seed: got -1, takes a whole number from 0",
-    "+trainer.v1.vppo.recipe=official": "trainer.v1.vppo.tas_statistics: got 'micro-batch', takes 'batch' with verl",
+    "+trainer.v1.vppo.tas_statistics=rank": "trainer.v1.vppo.tas_statistics: got 'rank', takes one of ['batch',",
     "+trainer.v1.vppo.recipe=paper": f"{ACTOR}.loss_agg_mode: got 'token-mean', takes one of ['seq-mean-token-mean']",
     "+trainer.v1.vppo.prefix_sharing=on": "trainer.v1.vppo.prefix_sharing: got 'on', takes one of ['auto', 'off']",
     f"{ACTOR}.strategy=megatron": f"{ACTOR}.strategy: got 'megatron', takes one of ['fsdp', 'fsdp2'] with vppo",
@@ -31,11 +32,15 @@ REFUSED = {
     f"{ACTOR}.calculate_sum_pi_squared=True": f"{ACTOR}.calculate_sum_pi_squared: got True, takes False with vppo",
     "actor_rollout_ref.model.use_fused_kernels=True": "actor_rollout_ref.model.use_fused_kernels: got True",
     "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode: got True",
+    "actor_rollout_ref.model.mtp.enable=True": "actor_rollout_ref.model.mtp.enable: got True, takes False with vppo",
+    f"{ACTOR}.use_prefix_grouper=True": f"{ACTOR}.use_prefix_grouper: got True, takes False with vppo",
+    "distillation.enabled=True": "distillation.enabled: got True, takes False with vppo",
 }
 TAKEN = {
     "+trainer.v1.vppo.keep_threshold=0.1": {"keep_threshold": 0.1, "keep_ratio": 0.4},
     "+trainer.v1.vppo.keep_ratio=1": {"keep_ratio": 1, "divergence": "kl", "nll_coef": 0.0},
-    "+trainer.v1.vppo={recipe: official, tas_statistics: batch}": {"divergence": "k3", "nll_coef": 0.06},
+    "+trainer.v1.vppo.recipe=official": {"divergence": "k3", "nll_coef": 0.06, "tas_statistics": "micro-batch"},
+    "+trainer.v1.vppo={recipe: official, tas_statistics: batch}": {"divergence": "k3", "tas_statistics": "batch"},
     f"+trainer.v1.vppo.recipe=paper {ACTOR}.loss_agg_mode=seq-mean-token-mean": {"divergence": "kl"},
 }
 
@@ -69,7 +74,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    return dict(zip([*REFUSED, *TAKEN, *EXAMPLES, "seams", "said"], [*found, done.stderr], strict=True))
+    return dict(zip([*REFUSED, *TAKEN, *EXAMPLES, "seams", "moved", "said"], [*found, done.stderr], strict=True))
 
 
 @pytest.mark.parametrize("override", REFUSED)
@@ -100,6 +105,28 @@ def test_a_seam_that_moved_is_named(answers: Any) -> None:
         "verl.trainer.ppo.v1.trainer_base:PPOTrainer._gone",
         "parameter 'mode' of verl.trainer.ppo.v1.trainer_base:register_trainer",
     ]
+
+
+def test_a_moved_seam_is_an_error_with_the_version(answers: Any) -> None:
+    said = answers["moved"]
+    assert said.startswith(f"verl: got version {version('verl')}, which lacks verl.nowhere, verl.trainer.ppo.v1")
+    assert said.endswith("takes verl>=0.9,<0.10")
+
+
+def test_it_says_loudly_that_it_could_not_be_loaded() -> None:
+    """verl logs what goes wrong in a plug-in where nobody looks."""
+    script = "import sys; sys.modules['transfer_queue'] = None; import bench_torchvision, verl"
+    bench = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES")  # which itself needs what is missing here
+    own = {name: value for name, value in os.environ.items() if name not in bench}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**own, "PYTHONPATH": f"{BENCH}{os.pathsep}{Path(__file__).parents[2]}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = "vppo-kernels is not loaded into verl: MissingExtraError: this part of vppo needs 'transfer_queue'"
+    assert said in done.stderr and "pip install 'vppo-kernels[verl]'" in done.stderr
 
 
 def test_it_says_that_it_is_loaded(answers: Any) -> None:

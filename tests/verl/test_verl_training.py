@@ -80,7 +80,10 @@ def test_metrics_have_the_names_of_the_other_trainer(one_worker: Run) -> None:
     factors = {f"vppo/alpha_{which}" for which in ("min", "mean", "max", "std")}
     kept = {"vppo/kept_fraction", "vppo/kept_dependency_fraction", "vppo/kept_unseen_fraction"}
     others = {"vppo/dependency_mean", "vppo/responses_without_kept", "vppo/scored_fraction", "vppo/clip_ratio_kept"}
-    assert names == quantiles | factors | kept | others
+    gap = {"vppo/sampler_gap_mean", "vppo/sampler_gap_max"}
+    assert names == quantiles | factors | kept | others | gap
+    # the sampler is transformers' own, of the same weights in float32
+    assert 0 < step["vppo/sampler_gap_mean"] <= step["vppo/sampler_gap_max"] < 1e-4
     assert step["vppo/scored_fraction"] == 0.5
     assert step["vppo/alpha_min"] == pytest.approx(0.9)
     assert step["vppo/alpha_mean"] == pytest.approx(1.0, abs=1e-5)
@@ -115,13 +118,14 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_worker: Run, train: 
 def test_switched_off_it_is_stock_verl(train: Any, tiny: Path, folder: Path) -> None:
     shown = (f"data.train_files={tiny / 'shown.parquet'}", "data.train_batch_size=3", f"{ACTOR}.ppo_mini_batch_size=3")
     off = [f"+trainer.v1.vppo.{name}=1" for name in ("keep_ratio", "scale_min", "scale_max")]
-    off.append("+trainer.v1.vppo.perturbation_scope=rollout")
+    off += ["+trainer.v1.vppo.perturbation_scope=rollout", "+trainer.v1.vppo.patch_probability=0"]
     stock, ours = train(folder / "stock", *shown), train(folder / "off", MODE, *off, *shown)
     assert len(stock) == len(ours) == 2
     for one, other in zip(stock, ours, strict=True):
         for name in ("actor/grad_norm", "actor/entropy", "actor/pg_loss", "actor/ppo_kl", "critic/rewards/mean"):
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
         assert "vppo/kept_fraction" in other and "vppo/kept_fraction" not in one
+    assert (folder / "off" / "log").read_text().count("The perturbed view changes nothing") == 1
     assert ours[0]["vppo/alpha_min"] == ours[0]["vppo/alpha_max"] == ours[0]["vppo/kept_fraction"] == 1
 
 
@@ -130,12 +134,28 @@ def test_the_asynchronous_trainer_shapes_whole_batches_too(train: Any, folder: P
     dynamic = (
         f"{ACTOR}.use_dynamic_bsz=True", f"{ROLLOUT}.log_prob_use_dynamic_bsz=True",
         f"{ROLLOUT}.log_prob_max_token_len_per_gpu=160",
-        "+trainer.v1.vppo.nll_coef=0.06", *PACKED,
+        "+trainer.v1.vppo.nll_coef=0.06", "+trainer.v1.vppo.divergence=prob_drop", *PACKED,
     )  # fmt: skip
     metrics, batches = probed(train, folder / "async", *dynamic, mode=mode)
     assert len(metrics) == len(batches) == 2
-    for rows in batches:
+    for step, rows in zip(metrics, batches, strict=True):
         mask, dependency = padded(rows, "response_mask").bool(), padded(rows, "dependency")
-        has_image = (dependency >= 0).all(1)
+        live = {row["index"] for row in rows if row["returns"].any()} - {3, 7, 11, 15}  # which are text alone
+        has_image = torch.tensor([row["index"] in live for row in rows])
+        assert step["vppo/scored_fraction"] == has_image.float().mean()
+        assert (dependency[has_image] < 0).any()  # where the perturbed view makes a token more probable
         expected = vppo_advantages(padded(rows, "returns"), dependency, mask, has_image=has_image)
         torch.testing.assert_close(padded(rows, "advantages"), expected, **SUMMED)
+
+
+def test_the_released_recipe_finds_factors_in_its_updates(train: Any, folder: Path) -> None:
+    two_updates = (f"{ACTOR}.ppo_mini_batch_size=2", f"{ACTOR}.ppo_micro_batch_size_per_gpu=2")
+    metrics, batches = probed(train, folder / "official", "+trainer.v1.vppo.recipe=official", *two_updates)
+    for step, rows in zip(metrics, batches, strict=True):
+        mask, dependency = padded(rows, "response_mask").bool(), padded(rows, "dependency")
+        has_image = (dependency >= 0).all(1)
+        own = {"scale_min": 1.0, "scale_max": 1.0}  # nothing is multiplied before
+        expected = vppo_advantages(padded(rows, "returns"), dependency, mask, has_image=has_image, **own)
+        torch.testing.assert_close(padded(rows, "advantages"), expected, **SUMMED)
+        assert step["vppo/alpha_min"] == pytest.approx(0.9) and step["vppo/alpha_max"] > 1
+        assert step["vppo/drift_kept"] > 0 and step["vppo/drift_filtered"] > 0  # from the second update on

@@ -16,6 +16,8 @@ from vppo.extras import MissingExtraError, extra_of, named_extras
         ("transformers", "trainer"),
         ("math_verify", "trainer"),
         ("PIL", "trainer"),
+        ("transfer_queue", "verl"),
+        ("zmq", "verl"),
         ("yaml", "trainer"),
         ("matplotlib", "analysis"),
         ("sklearn", "demo"),

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from vppo.algorithms import REGISTRY
 from vppo.errors import InputError
-from vppo.options import RECIPES
+from vppo.options import RECIPES, one_of
 from vppo.plan.settings import (
     TEXT_TOKENS,
     Sampler,
@@ -23,6 +24,7 @@ from vppo.plan.settings import (
 )
 
 ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
+MODES = ("vppo", "vppo_colocate_async")
 PRESERVED = re.compile(r"\$\{(\w+):-([^}]*)\}")  # a shell's variable with what stands for it where it is not set
 
 
@@ -60,8 +62,8 @@ def read_overrides(path: Path, further: Sequence[str] = ()) -> dict[str, Any]:
 def settings_of(given: dict[str, Any], *, gpus: int, **sizes: int | None) -> Settings:
     """What a plan is made from.
 
-    Micro-batches of verl are of tokens, so that here they hold as many of the longest rows as these tokens; rows pass
-    whole, as `vppo.verl` passes them.
+    Micro-batches of verl are of tokens, so that here they hold as many of the longest rows as these tokens; all rows
+    pass whole, though `vppo.verl` passes a prompt of several once with its perturbed image where they meet.
 
     Args:
         given: Of `read_overrides`.
@@ -81,6 +83,10 @@ def settings_of(given: dict[str, Any], *, gpus: int, **sizes: int | None) -> Set
     strategy = of(f"{ACTOR}.strategy", "fsdp")
     if strategy not in ("fsdp", "fsdp2"):
         raise InputError(f"{ACTOR}.strategy: got {strategy!r}, a plan takes 'fsdp2'")
+    fsdp = f"{ACTOR}.fsdp_config"
+    for name in (f"{owner}.ulysses_sequence_parallel_size" for owner in (ACTOR, fsdp)):
+        if of(name, 1) != 1:
+            raise InputError(f"{name}: got {of(name)!r}, a plan takes 1")
     nodes, each = of("trainer.nnodes", 1), of("trainer.n_gpus_per_node", 8)
     if nodes * each != gpus:
         raise InputError(f"--gpus: got {gpus}, trainer.nnodes x trainer.n_gpus_per_node is {nodes} x {each}")
@@ -90,14 +96,14 @@ def settings_of(given: dict[str, Any], *, gpus: int, **sizes: int | None) -> Set
     prompt, response = of("data.max_prompt_length"), of("data.max_response_length")
     rows, update = of("data.train_batch_size") * group // gpus, of(f"{ACTOR}.ppo_mini_batch_size") * group // gpus
     images = 1 if sizes.get("images") is None else sizes["images"]
-    image = sizes.get("image_tokens") or min(image_tokens(config, default_pixels(str(model))), prompt - TEXT_TOKENS)
+    pixels = given.get("data.mm_processor_kwargs.max_pixels") or default_pixels(str(model))
+    image = sizes.get("image_tokens") or min(image_tokens(config, pixels), prompt - TEXT_TOKENS)
     text = sizes.get("text_tokens") or max(prompt - image * (images or 0), 1)
     if of(f"{ACTOR}.use_dynamic_bsz", False):
         micro = max(1, of(f"{ACTOR}.ppo_max_token_len_per_gpu") // (prompt + response))
     else:
         micro = of(f"{ACTOR}.ppo_micro_batch_size_per_gpu")
     micro = next(size for size in range(min(micro, update), 0, -1) if update % size == 0)
-    recipe = RECIPES[of("trainer.v1.vppo.recipe", "default")]
     rank = given.get(f"{MODEL}.lora_rank") or 0
     target = given.get(f"{MODEL}.target_modules") or "all-linear"
     lora = {"r": rank, "lora_alpha": given.get(f"{MODEL}.lora_alpha", 16), "target": target} if rank else None
@@ -113,13 +119,18 @@ def settings_of(given: dict[str, Any], *, gpus: int, **sizes: int | None) -> Set
         text_tokens=text,
         response_tokens=response,
         attention="flash_attention_2",  # verl's, which needs no mask
-        checkpointing=bool(of(f"{MODEL}.enable_gradient_checkpointing", False)),
+        checkpointing=bool(of(f"{MODEL}.enable_gradient_checkpointing", True)),
         lora=lora,
         optimizer="adamw_torch",
-        divergence=str(given.get("trainer.v1.vppo.divergence") or recipe["divergence"]),
+        dtype={"bf16": "bfloat16", "fp16": "float16"}.get(of(f"{fsdp}.model_dtype", "fp32"), "float32"),  # verl's names
+        divergence=_divergence(given),
         sharing="off",
         reference=bool(given.get(f"{ACTOR}.use_kl_loss")) and not rank,
-        sharding=Sharding(sync=True, offload=bool(given.get(f"{ACTOR}.fsdp_config.param_offload"))),
+        # verl's param_offload and optimizer_offload bring all of it back for an update
+        sharding=Sharding(
+            sync=not given.get(f"{fsdp}.use_no_sync_for_gradient_accumulation"),
+            offload=bool(given.get(f"{fsdp}.offload_policy")),
+        ),
         sampler=Sampler(
             kind="vllm",
             share=float(of(f"{ROLLOUT}.gpu_memory_utilization", 0.5)),
@@ -128,3 +139,20 @@ def settings_of(given: dict[str, Any], *, gpus: int, **sizes: int | None) -> Set
             length=prompt + response,
         ),
     )
+
+
+def _divergence(given: dict[str, Any]) -> str | None:
+    """What is measured; None where the perturbed view does not pass.
+
+    Raises:
+        InputError: There is no such recipe or algorithm.
+    """
+    recipe, algorithm = (given.get(f"trainer.v1.vppo.{name}") for name in ("recipe", "algorithm"))
+    try:
+        one_of("recipe", recipe or "default", tuple(RECIPES))
+        one_of("algorithm", algorithm or "vppo", tuple(REGISTRY))
+    except ValueError as error:
+        raise InputError(f"trainer.v1.vppo.{error}") from error
+    if given.get("trainer.v1.trainer_mode") not in MODES or not REGISTRY[algorithm or "vppo"].perturbs:
+        return None
+    return str(given.get("trainer.v1.vppo.divergence") or RECIPES[recipe or "default"]["divergence"])

@@ -15,12 +15,12 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.transformers_compat import unpack_visual_output
 from verl.utils.ulysses import get_ulysses_sequence_parallel_rank
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-from verl.workers.utils.padding import no_padding_2_padding
 
 from vppo.errors import InputError
 from vppo.heads import head_forward, logit_options
 from vppo.options import SAMPLED
 from vppo.perturbations import Perturbation, PixelLayout, perturb, seeded
+from vppo.verl.losses import MEANS, SCALES, with_drift, with_micro_batch_scale, with_penalty
 from vppo.verl.shared_prompts import SharedPrompts, groups_alike
 from vppo_kernels import linear_divergence, linear_logprob, sampled_divergence
 
@@ -28,7 +28,7 @@ VENDOR = "vppo"
 MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 ASK, NLL, DRAW = "vppo_ask", "vppo_nll_coef", "vppo_draw"  # what the trainer tells its workers
 LEFT_OUT = -1  # the draw of a row that is not to be scored
-UNSCORED = -1.0  # the dependency of its tokens: a divergence is never below 0, and a NaN stays an error
+UNSCORED = -2.0  # the dependency of its tokens: a fall of a probability is at least -1, and a NaN stays an error
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class VPPOEngine(FSDPEngineWithLMHead):
                 f"actor_rollout_ref.model.path: got a model of type {family!r}, takes one of {list(MODELS)} with verl"
             )
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+        self._updates = 0  # since log-probabilities were last asked for
 
     def _build_lora_module(self, module: Any) -> Any:
         module = super()._build_lora_module(module)
@@ -128,11 +129,29 @@ class VPPOEngine(FSDPEngineWithLMHead):
 
     def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
         self._ask: Ask | None = tu.get_non_tensor_data(micro_batch, ASK, None) if forward_only else None
-        coefficient = tu.get_non_tensor_data(micro_batch, NLL, 0.0)
-        if coefficient and not forward_only:
-            loss_function = _with_penalty(loss_function, coefficient)
+        if forward_only:
+            self._updates = 0
+        else:
+            loss_function = self._training_loss(micro_batch, loss_function)
         with head_forward(self.module, self._at_head), self._text_alone(micro_batch):
             return super().forward_step(micro_batch, loss_function, forward_only)
+
+    def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
+        self._window = data.get(MEANS, None)  # of a mini-batch
+        return super().forward_backward_batch(data, loss_function, forward_only)
+
+    def optimizer_step(self) -> Any:
+        self._updates += 1
+        return super().optimizer_step()
+
+    def _training_loss(self, micro_batch: Any, loss_function: Callable[..., Any]) -> Callable[..., Any]:
+        scales = tu.get_non_tensor_data(micro_batch, SCALES, None)
+        if scales is not None:
+            loss_function = with_micro_batch_scale(loss_function, self._window, *scales)
+        coefficient = tu.get_non_tensor_data(micro_batch, NLL, 0.0)
+        if coefficient:
+            loss_function = with_penalty(loss_function, coefficient)
+        return with_drift(loss_function) if self._updates else loss_function  # the first update finds none
 
     def prepare_model_inputs(self, micro_batch: Any) -> Any:
         inputs, output_args, self._places = self._prepare(micro_batch)
@@ -292,16 +311,3 @@ def _temperature(given: Any) -> float:
             raise InputError(f"temperature: got {values} in one micro-batch, takes one for all of its rows with vppo")
         return float(values[0])
     return float(given)
-
-
-def _with_penalty(loss_function: Callable[..., Any], coefficient: float) -> Callable[..., Any]:
-    """verl's loss plus the mean of -log p over all response tokens of the update, as the released code has it."""
-
-    def penalised(model_output: Any, data: Any, dp_group: Any = None) -> Any:
-        loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
-        logprobs = no_padding_2_padding(model_output["log_probs"], data)
-        mask = data["response_mask"].to_padded_tensor(0).bool()
-        nll = -torch.where(mask, logprobs, 0).sum() / data["batch_num_tokens"] * data["dp_size"]
-        return loss + coefficient * nll, metrics
-
-    return penalised

@@ -60,11 +60,6 @@ class VerlOptions(VPPOOptions):
         takes = [one.name for one in own if one.score in (None, "dependency")]
         if self.algorithm not in takes:
             raise InputError(f"trainer.v1.vppo.algorithm: got {self.algorithm!r}, takes one of {takes} with verl")
-        if self.tas_statistics != "batch":
-            raise InputError(
-                f"trainer.v1.vppo.tas_statistics: got {self.tas_statistics!r}, takes 'batch' with verl, whose workers "
-                "cut mini-batches where no statistics are known; set it with the recipe 'official'"
-            )
 
     @classmethod
     def of(cls, config: DictConfig) -> VerlOptions:

@@ -12,12 +12,14 @@ TENSORDICT = "verl.utils.tensordict_utils"
 SEAMS = {
     f"{FSDP}:FSDPEngineWithLMHead.__init__": ("model_config", "engine_config", "optimizer_config", "checkpoint_config"),
     f"{FSDP}:FSDPEngineWithLMHead._build_lora_module": ("module",),
+    f"{FSDP}:FSDPEngineWithLMHead.forward_backward_batch": ("data", "loss_function", "forward_only"),
     f"{FSDP}:FSDPEngineWithLMHead.forward_step": ("micro_batch", "loss_function", "forward_only"),
     f"{FSDP}:FSDPEngineWithLMHead.prepare_model_inputs": ("micro_batch",),
     f"{FSDP}:FSDPEngineWithLMHead.prepare_model_outputs": (
         "output", "output_args", "micro_batch", "logits_processor_func",
     ),
     f"{FSDP}:FSDPEngineWithLMHead._gather_and_unpad_packed": ("tensor", "pad_size"),
+    f"{FSDP}:FSDPEngineWithLMHead.optimizer_step": (),
     "verl.workers.engine:EngineRegistry.register": ("model_type", "backend", "device", "vendor"),
     "verl.workers.engine:EngineRegistry.get_engine_cls": ("model_type", "backend"),
     "verl.workers.engine_workers:ActorRolloutRefWorker.__init__": ("config", "role"),
@@ -33,6 +35,7 @@ SEAMS = {
     "verl.workers.utils.padding:response_from_nested": ("tensor", "response_mask"),
     "verl.workers.utils.padding:response_to_nested": ("tensor", "response_mask"),
     "verl.workers.utils.padding:no_padding_2_padding": ("tensor", "data"),
+    "verl.utils.metric:Metric.from_dict": ("data", "aggregation"),
     "verl.utils.model:extract_multi_modal_inputs": ("batch_data",),
     "verl.utils.seqlen_balancing:calculate_workload": ("seqlen_list",),
     "verl.utils.seqlen_balancing:get_seqlen_balanced_partitions": ("seqlen_list", "k_partitions", "equal_size"),

@@ -20,10 +20,13 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from vppo.monitoring.measured import Measured, spread
-from vppo.verl.engine import ASK, DRAW, LEFT_OUT, NLL
+from vppo.sight import ImageWatch
+from vppo.verl.engine import ASK, DRAW, LEFT_OUT, NLL, UNSCORED
+from vppo.verl.losses import MEANS, SCALES, alpha_metrics, drift_metrics
 from vppo.verl.options import VerlOptions
 from vppo.verl.whole_groups import rows_together, whole_groups
 from vppo.verl.worker import VPPOWorker
+from vppo_kernels import TrajectoryStats
 from vppo_kernels.shaping import shape_advantages
 
 logger = logging.getLogger(__name__)
@@ -35,8 +38,10 @@ class VPPOMixin:
 
     Beside verl's metrics it logs, under `vppo/`, those of `vppo.VPPOTrainer` (see there): dependency_mean,
     dependency_q50, dependency_q90, dependency_q99, kept_fraction, kept_dependency_fraction, kept_unseen_fraction,
-    responses_without_kept, scored_fraction, alpha_min, alpha_mean, alpha_max, alpha_std and clip_ratio_kept. The
-    perturbed pass is part of verl's `timing_s/old_log_prob`.
+    responses_without_kept, scored_fraction, alpha_min, alpha_mean, alpha_max, alpha_std, clip_ratio_kept, from the
+    second update of the same rollouts on drift_kept and drift_filtered and, with `rollout.calculate_log_probs`,
+    sampler_gap_mean and sampler_gap_max. Its seconds_scoring are part of verl's `timing_s/old_log_prob`, and where
+    there is one draw of a view, there is no dependency_stderr.
 
     Raises:
         InputError: A key under `trainer.v1.vppo` or a setting of verl's is one that VPPO cannot run with.
@@ -52,6 +57,7 @@ class VPPOMixin:
         self.vppo = VerlOptions.of(config)
         self._tokens: tuple[float, float] | None = None  # response tokens that carry gradient, and all
         self._warned = False
+        self._watch = ImageWatch(self.vppo.algorithm, logger.warning)
         config.trainer.v1.trainer_mode = self.mode  # verl asks for its own names from here on
         super().__init__(config)  # type: ignore[call-arg]
 
@@ -75,9 +81,7 @@ class VPPOMixin:
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         ask = self.vppo.ask(self.global_steps)
         if ask is not None:
-            tq.kv_batch_put(
-                keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict({DRAW: self._draws(batch)})
-            )
+            batch = _put(batch, {DRAW: self._draws(batch)})
             batch.extra_info[ASK] = ask
             rollout = self.config.actor_rollout_ref.rollout
             if self._shares_prompts and rollout.log_prob_use_dynamic_bsz:
@@ -86,11 +90,20 @@ class VPPOMixin:
         batch = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
         for name in (ASK, TOGETHER):
             batch.extra_info.pop(name, None)
+        if self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            metrics.update(_sampler_gap(batch))
         return batch
 
     @property
     def _shares_prompts(self) -> bool:
-        return self.vppo.shares_prompts and self.config.actor_rollout_ref.actor.ulysses_sequence_parallel_size == 1
+        actor = self.config.actor_rollout_ref.actor  # verl takes Ulysses from either key
+        apart = max(actor.ulysses_sequence_parallel_size, actor.fsdp_config.ulysses_sequence_parallel_size) == 1
+        return self.vppo.shares_prompts and apart
+
+    @property
+    def _scaled_later(self) -> bool:
+        """Whether workers find the trajectories' factors, from their mini-batches, as the released code does."""
+        return self.vppo.scores_tokens and self.vppo.tas_statistics == "micro-batch"
 
     def _draws(self, batch: Any) -> Tensor:
         """`[rows]` what beside seed and step a row's perturbed view is drawn by; `LEFT_OUT` where none is needed.
@@ -133,19 +146,24 @@ class VPPOMixin:
         nested = data["response_mask"]
         dependency = response_from_nested(data["dependency"], nested).to_padded_tensor(0.0)
         advantages, mask = data["advantages"].to_padded_tensor(0.0), nested.to_padded_tensor(0).bool()
-        scored = ~(dependency < 0).any(1)
-        shaped = shape_advantages(advantages, dependency, mask, has_image=scored, **self.vppo.shaping)
-        tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=tu.get_tensordict({"advantages": response_to_nested(shaped.advantages, nested)}),
-        )
-        real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
-        metrics.update(_measured(dependency[real], mask[real], shaped.keep[real], scored[real]).metrics())
+        scored = ~(dependency == UNSCORED).any(1)
+        stats = TrajectoryStats(0.0, 0.0, 0.0, 0) if self._scaled_later else None
+        shaped = shape_advantages(advantages, dependency, mask, has_image=scored, stats=stats, **self.vppo.shaping)
+        fields = {"advantages": response_to_nested(shaped.advantages, nested)}
+        if self._scaled_later:  # NaN marks what enters no statistic; so 0 / 0 is right for a row without tokens
+            fields[MEANS] = torch.where(scored, (dependency * mask).sum(1) / mask.sum(1), math.nan)
+        batch = _put(batch, fields)
+        real = _real(batch)
+        measured = _measured(dependency[real], mask[real], shaped.keep[real], scored[real])
+        metrics.update(measured.metrics())
+        if self.vppo.method.filters:
+            self._watch.kept(measured, self.vppo.keep_ratio)
+        if measured.values is not None:
+            self._watch.dependency(measured.values)
         factors = shaped.alpha[scored & real]
-        if len(factors):
+        if len(factors) and not self._scaled_later:
             metrics.update({f"vppo/alpha_{name}": value for name, value in spread(factors).items()})
-        elif not self._warned:
+        if not len(factors) and not self._warned:
             self._warned = True
             logger.warning(
                 f"vppo: step {self.global_steps} has no row with both an image and rewards that differ within its "
@@ -157,17 +175,45 @@ class VPPOMixin:
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.vppo.nll_coef:
             batch.extra_info[NLL] = float(self.vppo.nll_coef)
+        if self._scaled_later:
+            batch.extra_info[SCALES] = self.vppo.shaping["scale_min"], self.vppo.shaping["scale_max"]
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
-        batch.extra_info.pop(NLL, None)
+        for name in (NLL, SCALES):
+            batch.extra_info.pop(name, None)
         clipped = metrics.get("actor/pg_clipfrac", math.nan)
         if self._tokens is not None and not math.isnan(clipped):  # verl counts all response tokens
             active, total = self._tokens
             metrics["vppo/clip_ratio_kept"] = clipped * total / max(active, 1.0)
+        metrics.update({**drift_metrics(metrics), **alpha_metrics(metrics)})
         return batch
 
 
 def _lengths(batch: Any) -> list[int]:
     return [tag["seq_len"] for tag in batch.tags]
+
+
+def _put(batch: Any, fields: dict[str, Tensor]) -> Any:
+    """The batch with further fields; a batch names those that workers fetch, where it has been put before."""
+    put = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields))
+    put.extra_info.update(batch.extra_info)
+    return put
+
+
+def _real(batch: Any) -> Tensor:
+    """`[rows]` bool, those that verl has not added to fill the batch."""
+    return torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
+
+
+def _sampler_gap(batch: Any) -> dict[str, float]:
+    """|log-probability by the sampler - by the trainer| over the sampled tokens, in nats."""
+    names = ["rollout_log_probs", "old_log_probs", "response_mask"]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+    sampled, trained, mask = (data[name].to_padded_tensor(0) for name in names)
+    gap = (sampled.double() - trained.double()).abs()[mask.bool() & _real(batch).unsqueeze(1)]
+    gap = gap[~gap.isnan()]
+    if not len(gap):
+        return {}
+    return {"vppo/sampler_gap_mean": gap.mean().item(), "vppo/sampler_gap_max": gap.max().item()}
 
 
 def _measured(dependency: Tensor, mask: Tensor, keep: Tensor, scored: Tensor) -> Measured:

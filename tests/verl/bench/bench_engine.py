@@ -20,7 +20,7 @@ os.environ.update(VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_MODULES="bench_platform
 import torch
 import torch.distributed as dist
 import verl  # noqa: F401  (which loads the bench, and the plug-in)
-from bench_engine_settings import SEED, STEP, TEMPERATURE
+from bench_engine_settings import SCALE_MIN, SEED, STEP, TEMPERATURE
 from hydra import compose, initialize_config_module
 from verl.models.transformers import qwen2_vl, qwen3_vl
 from verl.utils import tensordict_utils as tu
@@ -30,8 +30,10 @@ from verl.workers.utils.losses import ppo_loss
 
 import vppo.verl.engine
 from vppo.errors import InputError
+from vppo.options import SAMPLED
 from vppo.perturbations import Perturbation
 from vppo.verl.engine import ASK, DRAW, VENDOR, Ask
+from vppo.verl.losses import MEANS, SCALES
 from vppo_kernels import linear_logprob
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
@@ -50,6 +52,10 @@ LAYOUTS = {
     "offload-policy": [f"{ACTOR}.fsdp_config.offload_policy=True"],
     "bf16": [f"++{ACTOR}.fsdp_config.mixed_precision.param_dtype=bf16"],
     "lora": [f"{MODEL}.lora_rank=4", f"{MODEL}.lora_alpha=8"],
+    "released-scale": [],  # workers find the factors of trajectories; or have been given them in the advantages
+    "scaled-by-hand": [],
+    "k3": [],  # what is measured
+    "prob_drop": [],
     "lora-on-head": [f"{MODEL}.lora_rank=4", f"{MODEL}.target_modules=[lm_head,q_proj]"],
 }
 
@@ -111,6 +117,7 @@ def make_batch(rows: list[dict[str, Any]], processor: Any, **settings: Any) -> A
                 "old_log_probs": row["old_log_probs"],
                 "advantages": row["advantages"],
                 DRAW: torch.tensor(row["draw"]),
+                MEANS: torch.tensor(row["mean"]),
             }
         )
     batch = tu.list_of_dict_to_tensordict(entries)
@@ -119,9 +126,11 @@ def make_batch(rows: list[dict[str, Any]], processor: Any, **settings: Any) -> A
     return batch
 
 
-def run(engine: Any, actor: Any, rows: list[dict[str, Any]], asked: dict[str, Ask]) -> dict[str, Any]:
-    """Columns of the rows before an update (with `asked`) and after it, the norm of its gradient, and how many patches
-    the vision tower was given before it.
+def run(
+    engine: Any, actor: Any, rows: list[dict[str, Any]], asked: dict[str, Ask], training: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Columns of the rows before an update (with `asked`) and after it, the norm of its gradient (with `training`), and
+    how many patches the vision tower was given before it.
     """
     rank, ranks = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
     share = len(rows) // ranks
@@ -153,7 +162,7 @@ def run(engine: Any, actor: Any, rows: list[dict[str, Any]], asked: dict[str, As
         return found
 
     with engine.train_mode(), mock.patch.object(vppo.verl.engine, "linear_logprob", watched):
-        trained = engine.train_batch(make(), partial(ppo_loss, config=actor))
+        trained = engine.train_batch(make(**(training or {})), partial(ppo_loss, config=actor))
     norm = trained["metrics"].get("grad_norm")  # None of a rank whose sequences another one returns
     return {
         "before": before,
@@ -176,8 +185,11 @@ def main(folder: str, out: str, *layouts: str) -> None:
             Path(out, f"{name}.txt").write_text(str(error))
             continue
         part = rows if layout == name else [row for row in rows if row["images"]]
-        asked = replace(ask, share=layout != "apart")
-        found = run(engine, actor, part, {} if layout.startswith("stock-") else {ASK: asked})
+        asked = replace(ask, share=layout != "apart", divergence=layout if layout in SAMPLED else "kl")
+        if layout == "scaled-by-hand":
+            part = [{**row, "advantages": row["advantages"] * row["alpha"]} for row in part]
+        training = {SCALES: (SCALE_MIN, None)} if layout == "released-scale" else {}
+        found = run(engine, actor, part, {} if layout.startswith("stock-") else {ASK: asked}, training)
         torch.save(found, Path(out, f"{name}.{dist.get_rank()}.pt"))
     dist.destroy_process_group()
 

@@ -1,3 +1,3 @@
 """What `bench_engine.py` and its test agree on."""
 
-TEMPERATURE, SEED, STEP = 0.8, 3, 7
+TEMPERATURE, SEED, STEP, SCALE_MIN = 0.8, 3, 7, 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -44,6 +45,7 @@ def main(folder: str, layout: str, out: str) -> None:
                 "advantages": torch.randn(tokens),
                 "old_log_probs": -4 + torch.rand(tokens),
                 "draw": number,
+                "mean": math.nan,
             }
         )
     ask = Ask("kl", Perturbation("patch", 14, 0.5), own_patches=True, seed=SEED, step=STEP, check=False, share=True)

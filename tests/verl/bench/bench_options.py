@@ -16,8 +16,9 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 get_trainer_cls("vppo")
 from vppo.errors import InputError  # noqa: E402
+from vppo.seams import MovedSeamError  # noqa: E402
+from vppo.verl import seams  # noqa: E402
 from vppo.verl.options import VerlOptions  # noqa: E402
-from vppo.verl.seams import TRAINER, missing  # noqa: E402
 
 answers: list[object] = []
 with initialize_config_module("verl.trainer.config", version_base=None):
@@ -31,5 +32,14 @@ with initialize_config_module("verl.trainer.config", version_base=None):
                 validate_config(config, use_reference_policy=False, use_critic=False)
         except InputError as error:
             answers.append(f"InputError: {error}")
-moved = {"verl.nowhere:Engine": (), f"{TRAINER}:PPOTrainer._gone": (), f"{TRAINER}:register_trainer": ("name", "mode")}
-print(json.dumps([*answers, missing(moved)]))
+seams.SEAMS = {
+    "verl.nowhere:Engine": (),
+    f"{seams.TRAINER}:PPOTrainer._gone": (),
+    f"{seams.TRAINER}:register_trainer": ("name", "mode"),
+}
+answers.append(seams.missing(seams.SEAMS))
+try:
+    seams.check_seams()
+except MovedSeamError as error:
+    answers.append(str(error))
+print(json.dumps(answers))
