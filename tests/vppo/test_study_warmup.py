@@ -46,7 +46,8 @@ def test_only_the_last_ten_steps_count() -> None:
     assert not learned([good] * 30 + [bad])
 
 
-def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
+def test_the_learning_rate_rises_and_falls_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "MAX_STEPS", MAX_STEPS)
     factors = [learning_rate_factor(step) for step in range(MAX_STEPS + 1)]
     top = factors.index(1.0)
     assert factors[0] > 0 and factors[-1] == 0
