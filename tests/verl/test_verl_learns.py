@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-STEPS, PROMPTS, ROLLOUTS = 48, 16, 8
+STEPS, PROMPTS, ROLLOUTS = 72, 16, 8
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 ACCURACY = "val-core/digits/acc/mean@1"  # greedy, of strips of images that training has not seen
 
