@@ -37,7 +37,11 @@ CASES: dict[str, dict[str, Any]] = {
     "a process with text alone": {"images": (1, 0, 0), "shuffle_dataset": False},
     "text alone, rows whole": {"images": (1, 0, 0), "shuffle_dataset": False, "prefix_sharing": "off"},
     "flash-attention": {"by_flash": True},
-    "16 bits": {"bf16": True, "num_iterations": 2, "max_steps": 2},
+    # a clip that no ratio meets: on which side of it one lies would be rounding's choice
+    "16 bits": {
+        **{"bf16": True, "num_iterations": 2, "max_steps": 2, "learning_rate": 0.01},
+        **{"epsilon": 0.99, "epsilon_high": 99.0},
+    },
 }
 
 
@@ -206,11 +210,12 @@ def test_two_processes_train_as_one(case: str, ranks: list[dict[str, Any]], tmp_
     assert max((weight - start[name]).abs().max() for name, weight in alone["weights"].items()) > 1e-3
     for found in (rank[case] for rank in ranks):
         assert found["sharded"] and not alone["sharded"]
-        assert found["losses"] == pytest.approx(alone["losses"], **({"abs": 1e-6} if exact else {"abs": 2e-3}))
+        # a log-probability in 16 bits is off by up to 2^-8, and with it a mean of ratios
+        assert found["losses"] == pytest.approx(alone["losses"], abs=1e-6 if exact else 2**-8)
         assert found["norms"] == pytest.approx(alone["norms"], rel=1e-5 if exact else 0.05)
         for name, weight in alone["weights"].items():
             assert torch.equal(found["weights"][name], ranks[0][case]["weights"][name])
-            torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-6 if exact else 5e-3)
+            torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-6 if exact else 5e-4)
 
 
 @pytest.mark.slow
