@@ -17,7 +17,7 @@ import pytest
 from vppo.demo.model import build_model, build_processor
 from vppo.demo.run import save_whole
 from vppo.errors import InputError
-from vppo.study.one_run import WIDTH
+from vppo.study.one_run import WIDTH, kept_share
 from vppo.study.options import StudyOptions
 from vppo.study.run import run_study
 from vppo.study.task import GUESS, LOOK, WORDS
@@ -69,6 +69,14 @@ def test_two_arms_and_two_seeds(finished: tuple[Path, dict[str, Any]]) -> None:
         assert products["backward"] == 3 * products["active"]
     assert summary["arms"]["tgf"]["sampled_difference"]["mean"] == 0
     assert {"machine", "versions", "date", "command"} <= summary.keys()
+
+
+def test_steps_without_a_signal_say_nothing_of_what_was_kept() -> None:
+    """No token of theirs was scored, so none was kept for all that."""
+    assert kept_share([{"vppo/kept_fraction": 0.05}, {"reward": 1.0}, {"vppo/kept_fraction": 0.07}]) == pytest.approx(
+        0.06
+    )
+    assert kept_share([{"reward": 0.5}]) == 1.0  # DAPO filters nothing
 
 
 def test_the_task_in_which_one_may_guess(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,24 @@ def train(options: StudyOptions, arm: str, seed: int, advance: Advance = lambda:
         "seconds": seconds,
         "reward": sum(rewards) / len(rewards),
         "rewards": rewards,
-        "kept": sum(row.get("vppo/kept_fraction", 1.0) for row in rows) / len(rows),
+        "kept": kept_share(rows),
         "products": asdict(HeadProducts.of(rows)),
         **measure(trainer.model, before, processor, options.task, options.held_out),
     }
     write_atomic(target, json.dumps(found) + "\n")
+
+
+def kept_share(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Share of tokens with gradient in groups that have a signal, the mean over the steps that have such a group.
+
+    Args:
+        rows: What the trainer has logged, one for each step. A step whose groups have no signal logs no share.
+
+    Returns:
+        1 where no step filtered anything.
+    """
+    shares = [row["vppo/kept_fraction"] for row in rows if "vppo/kept_fraction" in row]
+    return sum(shares) / len(shares) if shares else 1.0
 
 
 class _Ticks(TrainerCallback):
