@@ -43,6 +43,10 @@ CASES: dict[str, dict[str, Any]] = {
     "no scored row anywhere": {"reward": nothing_to_learn},
     "reused clean pass": {"num_iterations": 2},
     "prompts not shared": {"prefix_sharing": "off"},
+    "a threshold that only one process exceeds": {"keep_ratio": 1.0, "keep_threshold": 0.7},
+    "several draws": {"draws": 3},
+    "several draws in little memory": {"draws": 3, "scoring_memory": 1e-7},
+    "several draws, and a process without scored rows": {"draws": 3, "reward": second_prompt_only},
 }
 
 
@@ -178,6 +182,13 @@ def test_two_processes_fold_as_one(case: str, ranks: list[dict[str, Any]], tmp_p
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
     for rank in ranks:
         assert rank[case][1] == pytest.approx(metrics, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_responses_without_kept_are_those_of_all_processes(ranks: list[dict[str, Any]]) -> None:
+    found = [rank["a threshold that only one process exceeds"] for rank in ranks]
+    assert [any(row.any() for row in advantages) for advantages, _ in found] == [True, False]
+    assert [metrics["vppo/responses_without_kept"] for _, metrics in found] == [4, 4]
 
 
 @pytest.mark.slow

@@ -34,6 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "rows whole": {"prefix_sharing": "off"},
     "old log-probabilities": {"num_iterations": 2, "max_steps": 4},
     "two micro-batches": {"gradient_accumulation_steps": 2},
+    "a threshold": {"keep_ratio": 1.0, "keep_threshold": 0.6},
+    "a threshold, two micro-batches": {"keep_ratio": 1.0, "keep_threshold": 0.6, "gradient_accumulation_steps": 2},
+    "several draws": {"draws": 3},
     "a process with text alone": {"images": (1, 0, 0), "shuffle_dataset": False},
     "text alone, rows whole": {"images": (1, 0, 0), "shuffle_dataset": False, "prefix_sharing": "off"},
     "flash-attention": {"by_flash": True},
@@ -78,12 +81,14 @@ def whole(weight: Tensor) -> Tensor:
 def trained(path: Path, case: dict[str, Any], world: int) -> dict[str, Any]:
     run = run_of(path, world, **case)
     ratios: list[float] = []
+    active: list[int] = []  # tokens with gradient in each micro-batch
     compute = run._packed_training_pass
 
     def listening(model: Any, inputs: dict[str, Any]) -> Any:
         found = compute(model, inputs)
         old, mask = inputs.get("old_per_token_logps", found[0]), inputs["completion_mask"].bool()
         ratios.append((found[0] - old)[mask].abs().max().item())
+        active.append(int((inputs["advantages"] != 0)[mask].sum()))
         return found
 
     run._packed_training_pass = listening  # type: ignore[method-assign]
@@ -98,6 +103,8 @@ def trained(path: Path, case: dict[str, Any], world: int) -> dict[str, Any]:
         "norms": [log["grad_norm"] for log in steps],
         "sharded": all(isinstance(weight, DTensor) for weight in weights.values()),
         "ratios": ratios,
+        "active": active,
+        "without_kept": [log.get("vppo/responses_without_kept") for log in steps],
     }
 
 
@@ -212,10 +219,19 @@ def test_two_processes_train_as_one(case: str, ranks: list[dict[str, Any]], tmp_
         assert found["sharded"] and not alone["sharded"]
         # a log-probability in 16 bits is off by up to 2^-8, and with it a mean of ratios
         assert found["losses"] == pytest.approx(alone["losses"], abs=1e-6 if exact else 2**-8)
+        assert found["without_kept"] == alone["without_kept"]
         assert found["norms"] == pytest.approx(alone["norms"], rel=1e-5 if exact else 0.05)
         for name, weight in alone["weights"].items():
             assert torch.equal(found["weights"][name], ranks[0][case]["weights"][name])
             torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-6 if exact else 5e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if "threshold" in case])
+def test_a_process_whose_responses_exceed_no_threshold_joins_the_others(case: str, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank[case]["active"] for rank in ranks)
+    assert any((mine == 0) != (other == 0) for mine, other in zip(first, second, strict=True))
+    assert sum(ranks[0][case]["without_kept"]) > 0
 
 
 @pytest.mark.slow
