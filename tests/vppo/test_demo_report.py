@@ -272,6 +272,16 @@ def test_the_page_says_why_tokens_that_do_not_look_are_kept(html: str) -> None:
     assert "of every answer the same share, 40 %, rounded up" in text and "such as a “+” or the end" in text
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "marked"),
+    [("vppo", "those that gradient filtering keeps:"), ("tgf", "those that gradient filtering keeps:"),
+     *((name, "would keep, by which this run was not trained:") for name in ("dapo", "tas", "random", "pgpo", "own"))],
+)  # fmt: skip
+def test_the_page_says_whether_the_marked_tokens_were_trained_on(tmp_path: Path, algorithm: str, marked: str) -> None:
+    html = write_report(tmp_path, summary={**SUMMARY, "algorithm": algorithm}, metrics=[], responses=responses(2))
+    assert marked in " ".join(html.read_text(encoding="utf-8").split())
+
+
 def test_no_script_but_the_pages_own_runs(run: Path, tmp_path: Path, browser: Any) -> None:
     attacked = tmp_path / "attacked.html"
     html = (run / "report.html").read_text(encoding="utf-8")

@@ -302,8 +302,8 @@ def products_plot(summary: dict[str, Any]) -> Plot | None:
     return Plot(
         "head",
         "Products of the head in training, counted where they were made; the whole width is what all "
-        f"{found['tokens']:,} sampled tokens would take. {percent(active)} of them carried gradient. Sampling is not "
-        "counted.",
+        f"{found['tokens']:,} sampled tokens would take. {percent(active)} of them carried gradient; the others "
+        "were filtered, or their group had rewards that are all equal. Sampling is not counted.",
         f"Bars: {', '.join(f'{label} {percent(found[name] / whole)}' for name, label in passes)}; "
         f"scoring {percent(found['scoring'] / whole)}.",
         draw,

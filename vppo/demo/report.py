@@ -77,6 +77,7 @@ def write_report(
         ticks=ticks(scale),
         examples=[_example(response, scale) for response in pick(responses, EXAMPLES)],
         chosen=_chosen(responses),
+        underlined=_underlined(str(summary["algorithm"])),
         keep_ratio=f"{100 * KEEP_RATIO:g}{NBSP}%",
     )
     return write_atomic(out / "report.html", page)
@@ -178,6 +179,14 @@ def _chosen(responses: Sequence[ScoredResponse]) -> str:
         return f"All {len(responses)} held-out answers."
     first = f"The first {leading} of {len(responses):,} held-out answers"
     return f"{first}, then the next {wrong} that {'is' if wrong == 1 else 'are'} wrong." if wrong else f"{first}."
+
+
+def _underlined(algorithm: str) -> str:
+    """Which tokens are marked; a run that did not filter by dependency has not trained on them."""
+    one = REGISTRY.get(algorithm)
+    if one is not None and one.filters and one.perturbs:
+        return "those that gradient filtering keeps"
+    return "those that filtering by dependency would keep, by which this run was not trained"
 
 
 def _ratio(value: float) -> str:
