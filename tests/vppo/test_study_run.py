@@ -106,6 +106,21 @@ def test_other_options_are_refused(finished: tuple[Path, dict[str, Any]]) -> Non
             run_study(options)
 
 
+def test_policies_of_another_warm_up_are_not_mixed_in(finished: tuple[Path, dict[str, Any]]) -> None:
+    """A folder of an earlier version, whose warm-ups stopped elsewhere or did not record where."""
+    out, _ = finished
+    marker = out / "options.json"
+    whole = marker.read_text()
+    try:
+        for earlier, got in (({"warm_target": 0.06}, "0.06"), ({"warm_target": None}, "not recorded")):
+            known = {name: value for name, value in {**json.loads(whole), **earlier}.items() if value is not None}
+            marker.write_text(json.dumps(known))
+            with pytest.raises(InputError, match=rf"--out: .*warm_target {got}, takes .* warm_target 0\.01"):
+                run_study(StudyOptions(out, ("dapo",), steps=2, held_out=4))
+    finally:
+        marker.write_text(whole)
+
+
 def test_a_broken_run_is_named(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     file = out / "runs" / "tgf-1.json"

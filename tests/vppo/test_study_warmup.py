@@ -10,7 +10,7 @@ import torch
 from vppo.demo.model import build_model, build_processor
 from vppo.study import warmup
 from vppo.study.task import GUESS, LOOK, WORDS
-from vppo.study.warmup import DECAY_STEPS, MAX_STEPS, WarmStep, learned, learning_rate_factor, warm_up
+from vppo.study.warmup import DECAY_STEPS, WARM_STEPS, WarmStep, learned, learning_rate_factor, warm_up
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def processor() -> Any:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BATCH": 8, "MISMATCHED": 4, "MAX_STEPS": 12}.items():
+    for name, value in {"BATCH": 8, "MISMATCHED": 4, "WARM_STEPS": 12}.items():
         monkeypatch.setattr(warmup, name, value)
 
 
@@ -47,16 +47,16 @@ def test_only_the_last_ten_steps_count() -> None:
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warmup, "MAX_STEPS", MAX_STEPS)
-    factors = [learning_rate_factor(step) for step in range(MAX_STEPS + 1)]
+    monkeypatch.setattr(warmup, "WARM_STEPS", WARM_STEPS)
+    factors = [learning_rate_factor(step) for step in range(WARM_STEPS + 1)]
     top = factors.index(1.0)
     assert factors[0] > 0 and factors[-1] == 0
     assert factors[: top + 1] == sorted(factors[: top + 1]) and factors[top:] == sorted(factors[top:], reverse=True)
-    assert factors[MAX_STEPS - DECAY_STEPS] == 1.0
+    assert factors[WARM_STEPS - DECAY_STEPS] == 1.0
 
 
 def test_it_stops_when_both_are_learned(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warmup, "TARGET", 100.0)
+    monkeypatch.setattr(warmup, "WARM_TARGET", 100.0)
     assert len(warm_up(build_model(processor, 0, 64), processor, "narrated", 0)) == 10
 
 
@@ -76,7 +76,7 @@ def test_the_seed_is_the_result(processor: Any) -> None:
 def test_rows_with_a_strange_image_do_not_teach_reading(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every row mismatched, no read token has a loss, so that its mean is NaN, and no gradient breaks."""
     monkeypatch.setattr(warmup, "MISMATCHED", 8)
-    monkeypatch.setattr(warmup, "MAX_STEPS", 1)
+    monkeypatch.setattr(warmup, "WARM_STEPS", 1)
     model = build_model(processor, 0, 64)
     (step,) = warm_up(model, processor, "narrated", 0)
     assert step.read != step.read and step.computed > 0

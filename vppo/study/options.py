@@ -12,6 +12,9 @@ from vppo.study.arms import ARMS, BASE, arms_of
 
 TASKS = ("narrated", "guess")
 STEPS, SEEDS, HELD_OUT = 100, 10, 256
+WARM_TARGET = 0.01  # nats per token, so that of four digits of sums in an answer hardly one is wrong
+WARM_STEPS = 600
+WARM_UP = {"warm_target": WARM_TARGET, "warm_steps": WARM_STEPS}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class StudyOptions:
     @property
     def identity(self) -> dict[str, Any]:
         """What the runs of a folder have in common; arms and seeds may be added."""
-        return {"study": self.task, "steps": self.steps, "held_out": self.held_out}
+        return {"study": self.task, "steps": self.steps, "held_out": self.held_out, **WARM_UP}
 
     def warm_folder(self, seed: int) -> Path:
         """Of the policy that the arms of a seed begin with."""

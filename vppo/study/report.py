@@ -16,7 +16,7 @@ from vppo.pages.page import NBSP, render, write_figures
 from vppo.pages.plot import nats, percent
 from vppo.study.arms import BASE
 from vppo.study.figures import plots
-from vppo.study.warmup import TARGET
+from vppo.study.options import WARM_TARGET
 
 DASH = "–"  # noqa: RUF001
 MINUS = "\N{MINUS SIGN}"
@@ -40,7 +40,7 @@ def write_report(out: Path, summary: Mapping[str, Any]) -> Path:
         odd=summary["task"] == "guess",
         steps=summary["steps"],
         held_out=summary["held_out"],
-        target=TARGET,
+        target=WARM_TARGET,
         charts=write_figures(out, plots(summary)),
         warm=warm(summary),
         about=about(summary),

@@ -23,11 +23,10 @@ from vppo.files import write_atomic
 from vppo.folders import ELSEWHERE, enter, read_object
 from vppo.locks import claimed
 from vppo.progress import columns, say
-from vppo.study.options import StudyOptions
+from vppo.study.options import WARM_STEPS, WARM_UP, StudyOptions
 from vppo.study.report import show, write_report
 from vppo.study.summary import MEANS, summarise, without_nan
 
-WARM_STEPS = 550  # about what a warm-up takes, for the bar
 PACKAGES = ("torch", "transformers", "trl", "vppo-kernels")
 PARTS_OF_A_RUN = {"arm", "seed", "rewards", "products", *MEANS} - {"guess_rate"}
 Task = tuple[str, str, int]  # "warm" or "train", arm, seed
@@ -76,8 +75,15 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
 def _claim(options: StudyOptions) -> None:
     """Make the folder this study's, or find that it is another's."""
     before = enter(options.out, options.identity, what="run of `vppo study`", known_by={"study"})
+    if before is None:
+        return
     for name, value in options.identity.items():
-        if before is not None and before.get(name) != value:
+        if before.get(name) != value and name in WARM_UP:
+            raise InputError(
+                f"--out: got {options.out}, whose policies were warmed up by another version with {name} "
+                f"{before.get(name, 'not recorded')}, takes a folder begun with {name} {value}; {ELSEWHERE}"
+            )
+        if before.get(name) != value:
             option = {"study": "task"}.get(name, name.replace("_", "-"))
             raise InputError(
                 f"--{option}: got {value!r}, but the study in {options.out} was begun with {before.get(name)!r}"

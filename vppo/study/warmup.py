@@ -11,12 +11,11 @@ from torch.nn.functional import cross_entropy
 
 from vppo.demo.batches import encode
 from vppo.demo.warmup import BATCH, LEARNING_RATE, MISMATCHED, RAMP
+from vppo.study.options import WARM_STEPS, WARM_TARGET
 from vppo.study.task import Parser, questions
 
 READ_WEIGHT, SUM_WEIGHT = 6.0, 12.0  # three tokens of some 36 each, which the others would drown
-TARGET = 0.01  # nats per token, so that of four digits of sums in an answer hardly one is wrong
 WINDOW = 10
-MAX_STEPS = 600
 DECAY_STEPS = 240  # at a constant rate the digits of sums go no lower than 0.06 nats
 
 
@@ -32,12 +31,12 @@ def learned(steps: list[WarmStep]) -> bool:
     """Whether, over the last ten steps, both kinds of tokens are below the target."""
     last = steps[-WINDOW:]
     means = [sum(losses) / WINDOW for losses in zip(*((step.read, step.computed) for step in last), strict=True)]
-    return len(last) == WINDOW and all(mean < TARGET for mean in means)
+    return len(last) == WINDOW and all(mean < WARM_TARGET for mean in means)
 
 
 def learning_rate_factor(step: int) -> float:
     """What the learning rate is multiplied by: up in the first steps, and down to nothing in the last."""
-    return min(1.0, (step + 1) / RAMP, (MAX_STEPS - step) / DECAY_STEPS)
+    return min(1.0, (step + 1) / RAMP, (WARM_STEPS - step) / DECAY_STEPS)
 
 
 def warm_up(
@@ -65,10 +64,10 @@ def warm_up(
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
-    data, parser = questions(task, "labelled", BATCH * MAX_STEPS, seed), Parser(processor.tokenizer)
+    data, parser = questions(task, "labelled", BATCH * WARM_STEPS, seed), Parser(processor.tokenizer)
     model.train()
     steps: list[WarmStep] = []
-    while len(steps) < MAX_STEPS and not learned(steps):
+    while len(steps) < WARM_STEPS and not learned(steps):
         batch = [next(data) for _ in range(BATCH)]
         for row in range(BATCH - MISMATCHED, BATCH):
             batch[row] = replace(batch[row], strip=replace(batch[row].strip, image=batch[row - MISMATCHED].image))
