@@ -22,6 +22,20 @@ REFUSALS = frozenset(
 )
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents where they are missing.
+
+    Raises:
+        OSError: With one of `REFUSALS` and the path, also where a file is in the way, and in a file system as /proc.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, takes a folder", str(path)) from error
+    except FileNotFoundError as error:
+        raise PermissionError(errno.EPERM, "no folder can be made there", str(path)) from error
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when all of it is on the disk; an error leaves `path` as it was.
@@ -36,7 +50,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         OSError: The folder cannot be made or the file not be written; it names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:  # x: fails on whatever stands there, a planted link too

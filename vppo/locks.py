@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vppo.errors import InputError
+from vppo.files import make_folder
 
 LOCK_FILE = ".lock"
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def claimed(folder: Path, name: str) -> Iterator[None]:
 def _lock(folder: Path, name: str) -> int:
     path = folder / LOCK_FILE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # who had it has just removed the folder

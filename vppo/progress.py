@@ -24,7 +24,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vppo.errors import InputError
-from vppo.files import write_atomic
+from vppo.files import make_folder, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.metrics_path.parent)
         for path in (self.metrics_path, self.timings_path):
             keep_lines(path, state.global_step)
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, numbers="")

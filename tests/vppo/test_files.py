@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from vppo.errors import InputError
-from vppo.files import replacing, write_atomic, writing
+from vppo.files import make_folder, replacing, write_atomic, writing
+from vppo.locks import claimed
 
 
 def test_writes_text_and_bytes_and_makes_folders(tmp_path: Path) -> None:
@@ -82,6 +83,24 @@ def test_a_link_in_place_of_the_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "x").symlink_to(tmp_path / "victim")
     write_atomic(tmp_path / "x", "new")
     assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "x").read_text() == "new"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system in which no folder can be made")
+def test_a_place_without_folders_is_a_refusal_and_no_defect(tmp_path: Path) -> None:
+    """There mkdir says that a file is missing, as it would of one of ours."""
+    for path in (Path("/proc/nope/run"), Path("/proc/nope")):
+        with pytest.raises(PermissionError, match=f"no folder can be made there: '{path}'"):
+            make_folder(path)
+        with pytest.raises(PermissionError), claimed(path, "--out"):
+            pass
+    with pytest.raises(PermissionError):
+        write_atomic("/proc/nope/comparison.json", "{}")
+    make_folder(tmp_path / "new" / "folder")
+    make_folder(tmp_path / "new" / "folder")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "in"):
+        with pytest.raises(NotADirectoryError):
+            make_folder(path)
 
 
 def test_what_a_disk_refuses_is_told_from_defects(tmp_path: Path) -> None:

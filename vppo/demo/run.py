@@ -24,7 +24,7 @@ from rich.text import Text
 
 from vppo.checkpoints import last_complete_checkpoint
 from vppo.errors import InputError
-from vppo.files import write_atomic, writing
+from vppo.files import make_folder, write_atomic, writing
 from vppo.folders import enter, read_object
 from vppo.locks import claimed
 
@@ -182,7 +182,7 @@ def save_whole(folder: Path, model: Any, processor: Any, extra: dict[str, Any] |
         shutil.rmtree(left, ignore_errors=True)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     with writing(folder, "make room, and go on with --resume"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         part.mkdir()  # fails on whatever stands there, a planted link too
         try:
             model.save_pretrained(part)

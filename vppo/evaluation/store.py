@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vppo.errors import InputError
+from vppo.files import make_folder
 
 SEEN = "seen"  # the view with the question's own images; a blind view is called by what it shows instead
 DEPENDENCY, SKIPPED = "dependency", "skipped"
@@ -98,7 +99,7 @@ class Store:
             return
         path = self.folder / f"{benchmark}.{kind}.{self._worker}.jsonl"
         if path not in self._opened:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             _cut(path)
             self._opened.add(path)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

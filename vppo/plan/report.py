@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vppo.files import write_atomic
+from vppo.files import make_folder, write_atomic
 from vppo.plan.advice import advice
 from vppo.plan.estimate import Estimate
 from vppo.plan.memory import ORDER
@@ -148,7 +148,7 @@ class Report:
         """`plan.png`, and `plan.json` with every number in bytes, operations and seconds."""
         from vppo.pages.theme import LIGHT
 
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_atomic(folder / "plan.png", self.picture().png(LIGHT))
         numbers = {
             "fits": self.fits,

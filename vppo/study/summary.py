@@ -13,6 +13,7 @@ from vppo.study.options import StudyOptions
 
 COMPARED = ("sampled", "greedy", "reward")
 MEANS = (*COMPARED, "reads", "adds", "drift", "drift_read", "kept", "seconds", "guess_rate")
+DIFFERENCES = (*COMPARED, "reads", "guess_rate")
 PRODUCTS = ("scoring", "forward", "backward")
 
 ByArm = Mapping[str, Mapping[int, float]]  # arm to seed to value
@@ -72,7 +73,9 @@ def summarise(options: StudyOptions, runs: Sequence[dict[str, Any]]) -> dict[str
             "products": {name: sum(run["products"][name] for run in own) / max(tokens, 1) for name in PRODUCTS},
             "active": sum(run["products"]["active"] for run in own) / max(tokens, 1),
         }
-    for name in (*COMPARED, "reads", *(["guess_rate"] if options.task == "guess" else [])):
+    for name in DIFFERENCES:
+        if name not in runs[0]:
+            continue
         values = {arm: {run["seed"]: run[name] for run in own} for arm, own in by_arm.items()}
         for arm, difference in paired_differences(values).items():
             arms[arm][f"{name}_difference"] = _entry(difference)

@@ -130,7 +130,8 @@ class Parser:
     def digits(self, ids: Sequence[int]) -> tuple[int, ...]:
         """What one response, `[T]` tokens, reads from the image."""
         tokens = torch.tensor(ids)
-        return tuple(self._digits.tolist().index(token) for token in tokens[self.read(tokens)].tolist())
+        _, digits = (tokens[self.read(tokens), None] == self._digits).nonzero(as_tuple=True)
+        return tuple(digits.tolist())
 
     def computed(self, ids: Tensor) -> Tensor:
         """`[..., T]` bool: digits that follow from what was said before: all that are not read."""
