@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from vppo_kernels import arguments, backends, tensor_cores, tiling, vocab_parallel
 from vppo_kernels.backends.protocols import LossInputs, LossOptions
 from vppo_kernels.layout import layout_of
-from vppo_kernels.logits import LinearHead, LogitTransform, full_precision, logit_dtype
+from vppo_kernels.linear_head import LinearHead
+from vppo_kernels.logits import LogitTransform, full_precision, logit_dtype
 from vppo_kernels.logprob import logprobs_of_rows
 from vppo_kernels.loss import Metrics, Reduction, check_tokens, loss_and_metrics, shaped_by
 from vppo_kernels.shaping import Gate, ScaleOptions, TrajectoryStats

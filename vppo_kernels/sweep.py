@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vppo_kernels import arguments, tiling, topk
 from vppo_kernels.backends import Backend, resolve
-from vppo_kernels.logits import GivenLogits, LinearHead, LogitTransform, full_precision, logit_dtype
+from vppo_kernels.linear_head import LinearHead
+from vppo_kernels.logits import GivenLogits, LogitTransform, full_precision, logit_dtype
 from vppo_kernels.statistics import (
     GRAD_DIVERGENCE,
     GRAD_ENTROPY_P,

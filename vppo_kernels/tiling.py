@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vppo_kernels.backends.protocols import FusedSweep, TileOps
-from vppo_kernels.logits import LinearHead, Source
+from vppo_kernels.linear_head import LinearHead
+from vppo_kernels.logits import Source
 from vppo_kernels.statistics import (
     GRAD_DIVERGENCE,
     GRAD_ENTROPY_P,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vppo_kernels.logits import LinearHead, LogitTransform
+from vppo_kernels.linear_head import LinearHead
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.tile_shape import Footprint
 from vppo_kernels.walk import Banded
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import vppo.packed_trainer
 from vppo import fused_head
 from vppo.trl_seams import warn_slower
-from vppo_kernels.logits import LinearHead
+from vppo_kernels.linear_head import LinearHead
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
 CASES: dict[str, dict[str, Any]] = {

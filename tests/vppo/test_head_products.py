@@ -14,7 +14,7 @@ from vppo.demo.batches import forbidden_tokens
 from vppo.demo.digits import strips
 from vppo.demo.head_products import CountingTrainer, HeadProducts
 from vppo.demo.model import build_model, build_processor
-from vppo_kernels.logits import LinearHead
+from vppo_kernels.linear_head import LinearHead
 
 
 def rewarded_by_turns(completions: list[Any], **kwargs: Any) -> list[float]:

@@ -18,7 +18,8 @@ from support.views import PeakMemory, Views, make_views, poisoned_buffers, relat
 from torch import Tensor
 
 from vppo_kernels import linear_divergence, linear_logprob, linear_vppo_loss, reference, tensor_cores, tiling
-from vppo_kernels.logits import LinearHead, LogitTransform, _round_within
+from vppo_kernels.linear_head import LinearHead, _round_within
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.vocab_parallel import Shard
 from vppo_kernels.walk import Walk, choose_walk
 
@@ -169,7 +170,7 @@ def test_sums_are_rounded_where_they_lie(data: st.DataObject) -> None:
     total.copy_(torch.randn(count, width, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))))
     expected = torch.zeros(rows, width, dtype=torch.bfloat16)
     expected[torch.arange(count) if every else places] = total.bfloat16()
-    with mock.patch("vppo_kernels.logits.PART_BYTES", data.draw(st.sampled_from([1, 50, 1000]))):
+    with mock.patch("vppo_kernels.linear_head.PART_BYTES", data.draw(st.sampled_from([1, 50, 1000]))):
         _round_within(total, gradient, None if every else places)
     assert torch.equal(gradient, expected)
 

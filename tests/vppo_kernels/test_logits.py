@@ -7,7 +7,8 @@ import torch
 from support.views import make_views
 
 from vppo_kernels import reference
-from vppo_kernels.logits import GivenLogits, LinearHead, LogitTransform
+from vppo_kernels.linear_head import LinearHead
+from vppo_kernels.logits import GivenLogits, LogitTransform
 from vppo_kernels.vocab_parallel import Shard
 
 TRANSFORMS = {

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vppo_kernels import linear_divergence, linear_logprob, reference, workspace_limit
 from vppo_kernels.backends import available
-from vppo_kernels.logits import LinearHead, LogitTransform
+from vppo_kernels.linear_head import LinearHead
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.native_library import library
 from vppo_kernels.reference import LOGPROB_BOUND_CUT
 from vppo_kernels.statistics import DivergenceOutput, finish, finish_pair, unpack_pair_stats, unpack_stats

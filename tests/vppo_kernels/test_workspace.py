@@ -12,7 +12,8 @@ from support.views import PeakMemory
 from torch import Tensor
 
 from vppo_kernels import linear_divergence, linear_vppo_loss, tiling, workspace_limit
-from vppo_kernels.logits import LinearHead, LogitTransform
+from vppo_kernels.linear_head import LinearHead
+from vppo_kernels.logits import LogitTransform
 from vppo_kernels.tiling import DEFAULT_WORKSPACE, MIB
 from vppo_kernels.vocab_parallel import Shard
 from vppo_kernels.walk import choose_walk

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vppo.exchange import exchanged
 from vppo.trainer import VPPOTrainer
-from vppo_kernels.logits import LinearHead
+from vppo_kernels.linear_head import LinearHead
 
 A_TOKEN = 4  # products of the training pass, if the token carries gradient
 PREFIX = "head/"

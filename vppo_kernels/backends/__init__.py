@@ -18,7 +18,7 @@ from torch import dtype as Dtype
 from vppo_kernels import arguments, native_library
 from vppo_kernels.backends import torch_tokens
 from vppo_kernels.backends.protocols import FusedSweep, TileOps, TokenOps
-from vppo_kernels.logits import LinearHead, NarrowProduct
+from vppo_kernels.linear_head import LinearHead, NarrowProduct
 
 NAMES = ("torch", "native", "native_fused", "triton", "triton_fused")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vppo_kernels import statistics
 from vppo_kernels.backends.turns import in_turns
-from vppo_kernels.logits import LinearHead
+from vppo_kernels.linear_head import LinearHead
 from vppo_kernels.native_library import library
 from vppo_kernels.tile_shape import BLOCK_COLUMNS, BLOCK_ROWS, MIB, chip_of, fused_rows, splits_of
 

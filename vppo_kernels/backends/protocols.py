@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vppo_kernels import arguments
 from vppo_kernels.layout import Layout
-from vppo_kernels.logits import LinearHead, LogitTransform
+from vppo_kernels.linear_head import LinearHead
+from vppo_kernels.logits import LogitTransform
 
 
 class TileOps(Protocol):

@@ -41,7 +41,7 @@ from vppo_kernels.backends.triton_math import (
     store_stats,
 )
 from vppo_kernels.backends.turns import in_turns
-from vppo_kernels.logits import LinearHead
+from vppo_kernels.linear_head import LinearHead
 from vppo_kernels.tile_shape import splits_of
 
 GROUP = 8  # row blocks that walk the vocabulary side by side, so that a tile of the weight is read from the cache
@@ -240,7 +240,7 @@ def _sweep_kernel(
             bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
         if ALTERNATE:
             z_p, z_q = _views(z_p)
-        if SHARES_ROUNDING:  # see `_difference_` in logits.py
+        if SHARES_ROUNDING:  # see `_difference_` in linear_head.py
             z_q += z_p * tl.load(shares_rounding_ptr + row, mask=there, other=0.0)[:, None]
         # of two views a masked word is found by its weighted sum, unless a bias masks words as a matter of course
         z_p = _logits(z_p, bias, scale, HAS_BIAS, SCALED, HAS_BIAS or not PAIR)
