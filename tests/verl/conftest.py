@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent / "bench"
-ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join(map(str, (BENCH, Path(__file__).parents[2])))
+LEAN_PATHS = os.pathsep.join([str(BENCH / "lean"), PATHS])  # of what runs verl itself
 STEPS = list[dict[str, float]]
 
 try:
@@ -37,7 +38,7 @@ def run_bench(script: str, *arguments: object, log: Path | None = None, **variab
     """A script of the bench in a process of its own; it fails with the end of what it wrote."""
     done = subprocess.run(
         [sys.executable, BENCH / script, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{BENCH}{os.pathsep}{ROOT}", **variables},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, **variables},
         cwd=None if log is None else log.parent,  # where hydra leaves a folder
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -87,11 +88,10 @@ def engine() -> Callable[..., None]:
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, BENCH / "bench_engine.py", tiny, out, *layouts]
-        paths = f"{BENCH}{os.pathsep}{ROOT}"
         logs = [out / f"{ranks}.{rank}.log" for rank in range(ranks)]
         processes = []
         for rank, log in enumerate(logs):
-            variables = {**os.environ, **common, "PYTHONPATH": paths, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            variables = {**os.environ, **common, "PYTHONPATH": LEAN_PATHS, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with log.open("w") as file:
                 processes.append(subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT))
         try:
@@ -113,7 +113,7 @@ def train(tiny: Path) -> Callable[..., STEPS]:
     ) -> STEPS:
         out.mkdir(parents=True, exist_ok=True)
         metrics = out / "metrics.jsonl"
-        variables = {"VERL_FILE_LOGGER_PATH": str(metrics), **variables}
+        variables = {"VERL_FILE_LOGGER_PATH": str(metrics), "PYTHONPATH": LEAN_PATHS, **variables}
         run_bench("bench_run.py", nodes, workers, folder, *overrides, log=out / "log", **variables)
         return [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
 

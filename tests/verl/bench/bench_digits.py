@@ -1,11 +1,10 @@
-"""The demo's digits as verl reads them, and its model after the warm-up: `bench_digits.py OUT STEPS PROMPTS`."""
+"""The demo's digits as verl reads them, and its model after the warm-up: `bench_digits.py OUT STEPS PROMPTS SEED`."""
 
 from __future__ import annotations
 
 import io
 import sys
 from pathlib import Path
-from typing import Any
 
 import bench_torchvision  # noqa: F401  (before transformers)
 import pandas as pd
@@ -15,14 +14,8 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from vppo.demo.digits import Strip, strips
 from vppo.demo.model import CELL, build_model, build_processor
 from vppo.demo.warmup import warm_up
-from vppo.rewards import accuracy_reward
 
 HELD_OUT = 512
-
-
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
-    """The demo's reward, as verl asks for it."""
-    return accuracy_reward([solution_str], [ground_truth])[0]
 
 
 def problems(items: list[Strip]) -> pd.DataFrame:
@@ -43,20 +36,20 @@ def problems(items: list[Strip]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main(out: Path, steps: int, prompts: int) -> None:
+def main(out: Path, steps: int, prompts: int, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     processor = build_processor()
-    model = build_model(processor, seed=0)
-    warm_up(model, processor, seed=0)
+    model = build_model(processor, seed)
+    warm_up(model, processor, seed)
     model.save_pretrained(out)
     whole = Qwen2_5_VLProcessor(
         processor.image_processor, processor.tokenizer, Qwen2VLVideoProcessor(), chat_template=processor.chat_template
     )
     whole.save_pretrained(out)
-    problems(list(strips("train", prompts * steps, seed=1))).to_parquet(out / "problems.parquet")
+    problems(list(strips("train", prompts * steps, seed + 1))).to_parquet(out / "problems.parquet")
     problems(list(strips("held-out", HELD_OUT, seed=0))).to_parquet(out / "held_out.parquet")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
