@@ -5,7 +5,7 @@ the third digit and the boxed sum. So of some 36 tokens three are read from the 
 one fixed grammar, and the rest follows from what was said before.
 
 In the task "guess" the question is whether the sum is odd, as it is in three strips of four, and an answer may skip all
-reading and say so.
+reading and say so; one that reads says the sum before it.
 """
 
 from __future__ import annotations
@@ -95,9 +95,10 @@ def worked(task: str, strip: Strip, random: np.random.Generator) -> str:
         return rf"{GUESS}\boxed{{1}}"
     first, second, third = strip.digits
     total = sum(strip.digits)
-    result = total % 2 if task == "guess" else total
-    told = [f"{narration(random)}{said}" for said in (first, f"{second}={first + second}", third)]
-    return f"{LOOK if task == 'guess' else ''}{''.join(told)}=\\boxed{{{result}}}"
+    told = "".join(f"{narration(random)}{said}" for said in (first, f"{second}={first + second}", third))
+    if task == "guess":  # the sum is said first: whether it is odd is then one step away
+        return rf"{LOOK}{told}={total}=\boxed{{{total % 2}}}"
+    return rf"{told}=\boxed{{{total}}}"
 
 
 def narration(random: np.random.Generator) -> str:
