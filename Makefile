@@ -15,7 +15,7 @@ SOURCES := pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 demo: $(VENV)/.installed
 	$(BIN)/vppo demo --out runs/demo
 
-# which tokens carry the learning: the table of docs/study.md, eight ways to choose them and seven seeds; 35 minutes on two cores
+# which tokens carry the learning: the table of docs/study.md, eight ways to choose them and seven seeds; 37 minutes on two cores
 study: $(VENV)/.installed
 	$(BIN)/vppo study --out runs/study --arms dapo,gate,tgf,random,oracle,gate4,vppo,entropy --seeds 7
 

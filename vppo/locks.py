@@ -15,6 +15,7 @@ from vppo.errors import InputError
 from vppo.files import make_folder
 
 LOCK_FILE = ".lock"
+TRIES = 1000  # to make a file in a folder that others may be removing
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +53,7 @@ def claimed(folder: Path, name: str) -> Iterator[None]:
 
 def _lock(folder: Path, name: str) -> int:
     path = folder / LOCK_FILE
-    while True:
+    for _ in range(TRIES):
         make_folder(folder)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -80,3 +81,4 @@ def _lock(folder: Path, name: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+    raise PermissionError(errno.EPERM, "no file can be made there", str(folder))

@@ -93,6 +93,8 @@ def test_a_place_without_folders_is_a_refusal_and_no_defect(tmp_path: Path) -> N
             make_folder(path)
         with pytest.raises(PermissionError), claimed(path, "--out"):
             pass
+    with pytest.raises(PermissionError, match="no file can be made there: '/proc'"), claimed(Path("/proc"), "--out"):
+        pass  # a folder that is there, and says the same of a new file
     with pytest.raises(PermissionError):
         write_atomic("/proc/nope/comparison.json", "{}")
     make_folder(tmp_path / "new" / "folder")

@@ -112,10 +112,12 @@ def test_policies_of_another_warm_up_are_not_mixed_in(finished: tuple[Path, dict
     marker = out / "options.json"
     whole = marker.read_text()
     try:
-        for earlier, got in (({"warm_target": 0.06}, "0.06"), ({"warm_target": None}, "not recorded")):
+        for earlier, got in (({"warm_target": 0.06}, "the warm_target 0.06"), ({"warm_target": None}, "a warm_target")):
             known = {name: value for name, value in {**json.loads(whole), **earlier}.items() if value is not None}
             marker.write_text(json.dumps(known))
-            with pytest.raises(InputError, match=rf"--out: .*warm_target {got}, takes .* warm_target 0\.01"):
+            with pytest.raises(
+                InputError, match=rf"--out: .*by another version, with {got}.*; this one has 0\.01: choose"
+            ):
                 run_study(StudyOptions(out, ("dapo",), steps=2, held_out=4))
     finally:
         marker.write_text(whole)

@@ -28,7 +28,7 @@ from vppo.study.report import show, write_report
 from vppo.study.summary import MEANS, summarise, without_nan
 
 PACKAGES = ("torch", "transformers", "trl", "vppo-kernels")
-PARTS_OF_A_RUN = {"arm", "seed", "rewards", "products", *MEANS} - {"guess_rate"}
+PARTS_OF_A_RUN = {"arm", "seed", "rewards", "products", *MEANS}  # "guess_rate" of the task "guess" alone
 Task = tuple[str, str, int]  # "warm" or "train", arm, seed
 
 
@@ -77,12 +77,14 @@ def _claim(options: StudyOptions) -> None:
     before = enter(options.out, options.identity, what="run of `vppo study`", known_by={"study"})
     if before is None:
         return
-    for name, value in options.identity.items():
-        if before.get(name) != value and name in WARM_UP:
+    for name, value in WARM_UP.items():
+        if before.get(name) != value:
+            got = f"the {name} {before[name]}" if name in before else f"a {name} that it does not tell"
             raise InputError(
-                f"--out: got {options.out}, whose policies were warmed up by another version with {name} "
-                f"{before.get(name, 'not recorded')}, takes a folder begun with {name} {value}; {ELSEWHERE}"
+                f"--out: the study in {options.out} was begun by another version, with {got}; this one has {value}: "
+                f"{ELSEWHERE}"
             )
+    for name, value in options.identity.items():
         if before.get(name) != value:
             option = {"study": "task"}.get(name, name.replace("_", "-"))
             raise InputError(
@@ -99,7 +101,7 @@ def read_run(options: StudyOptions, arm: str, seed: int) -> dict[str, Any]:
     file = options.run_file(arm, seed)
     again = f"remove {file}, and the same command makes it anew"
     row = read_object(file, remedy=again)
-    if not row.keys() >= PARTS_OF_A_RUN:
+    if not row.keys() >= PARTS_OF_A_RUN - (set() if options.task == "guess" else {"guess_rate"}):
         raise InputError(f"{file}: is no run of a study; {again}")
     return row
 

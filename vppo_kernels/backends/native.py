@@ -83,7 +83,7 @@ def _rows_apart(x: Tensor) -> bool:
 
 
 def product(first: Tensor, second: Tensor, shares_rounding: Tensor, weight: Tensor, out: Tensor) -> None:
-    """A `NarrowProduct` (see `linear_head.py`), bitwise the same for any number of threads, and for a row in any company."""
+    """A `NarrowProduct` (see `linear_head.py`), bitwise the same for any number of threads and a row in any company."""
     first, second, weight = (x if _rows_apart(x) else x.contiguous() for x in (first, second, weight))
     scratch = out.new_empty(library("cpu").product_scratch(len(out), weight.shape[1]))
     library("cpu").product(first, second, shares_rounding, weight, scratch, out)
