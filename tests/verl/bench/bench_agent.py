@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from bench_reward import right_sum
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+from vppo.rewards import accuracy_reward
 
 PREPARED: dict[tuple[str, str], asyncio.Future[Any]] = {}  # by a prompt's name and what is prepared of it
 MOST = 2048
@@ -23,7 +24,7 @@ class SharedPromptLoop(SingleTurnAgentLoop):
         self.uid = kwargs["uid"]
         output = await super().run(sampling_params, **kwargs)
         text = self.tokenizer.decode(output.response_ids, skip_special_tokens=True)
-        output.reward_score = right_sum("digits", text, kwargs["reward_model"]["ground_truth"])
+        (output.reward_score,) = accuracy_reward([text], [kwargs["reward_model"]["ground_truth"]])
         output.extra_fields["reward_extra_info"] = {"acc": output.reward_score}
         return output
 

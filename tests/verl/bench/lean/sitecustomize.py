@@ -1,4 +1,4 @@
-"""Python imports this first where this folder is on its path: engines and trainers of the bench start in half the time.
+"""Python imports this first where this folder is on its path: each process of verl starts two of twenty seconds sooner.
 
 transformers imports scikit-learn where it finds it, for a kind of generation that nothing here uses.
 """
